@@ -1,0 +1,6 @@
+"""ProtoPNet for scikit-learn: "this looks like that", as an image classifier that says why."""
+
+from protoclf.classifier import ProtoPNetClassifier
+from protoclf.images import ImageError
+
+__all__ = ["ImageError", "ProtoPNetClassifier"]

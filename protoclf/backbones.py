@@ -1,0 +1,277 @@
+"""Backbones: the convolutional part f of a ProtoPNet, from a name, a file or a user's own module.
+
+A backbone maps images (N, 3, S, S) to a feature map (N, C, h, w).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import http.client
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+# What comes before the pooling and the classifier, by torchvision's file of the family.
+_CONVOLUTIONAL_PARTS = {
+    "alexnet": ("features",),
+    "convnext": ("features",),
+    "densenet": ("features",),
+    "efficientnet": ("features",),
+    "mnasnet": ("layers",),
+    "mobilenetv2": ("features",),
+    "mobilenetv3": ("features",),
+    "regnet": ("stem", "trunk_output"),
+    "resnet": ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"),
+    "shufflenetv2": ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5"),
+    "squeezenet": ("features",),
+    "vgg": ("features",),
+}
+_OWN_MODULE = "any nn.Module that maps images (N, 3, S, S) to a feature map (N, C, h, w)"
+
+
+def build_backbone(
+    backbone: str | nn.Module, weights: str | os.PathLike[str] | None = "DEFAULT"
+) -> nn.Module:
+    """Return the feature extractor that `backbone` stands for, with its weights.
+
+    Parameters
+    ----------
+    backbone : str or nn.Module
+        A name from `available_backbones`, or a module that maps images (N, 3, S, S) to a feature
+        map (N, C, h, w). A module is copied, and never changed.
+    weights : str, path or None, default="DEFAULT"
+        - "DEFAULT": torchvision's best weights of a torchvision backbone; random ones for
+          "small_cnn", which has no others; a module keeps its own.
+        - the name of torchvision weights, such as "IMAGENET1K_V1".
+        - a path to a state dict, saved by `torch.save` or as .safetensors. For a torchvision
+          backbone this may be the state dict of the whole model: its classifier is ignored.
+        - None: random weights; a module keeps its own.
+
+    Returns
+    -------
+    nn.Module
+        Maps a float tensor (N, 3, S, S) to (N, C, h, w). The parameters of a torchvision backbone
+        have the same names as in torchvision.
+
+    Raises
+    ------
+    RuntimeError
+        If weights cannot be downloaded.
+    ValueError
+        If the name is unknown, or the weights are, or a state dict does not fit.
+    """
+    _check_weights_type(weights)
+    if isinstance(backbone, nn.Module):
+        return _build_own(copy.deepcopy(backbone), "this module", weights)
+    if not isinstance(backbone, str):
+        raise TypeError(f"backbone must be a name or {_OWN_MODULE}, got {backbone!r}.")
+    if backbone == "small_cnn":
+        return _build_own(SmallCNN(), "small_cnn", weights)
+    return _build_torchvision(backbone, weights)
+
+
+def available_backbones() -> list[str]:
+    """Return every name that `build_backbone` takes.
+
+    Returns
+    -------
+    list of str
+        Sorted; "small_cnn" and the supported torchvision models.
+
+    Examples
+    --------
+    >>> "resnet18" in available_backbones()
+    True
+    """
+    names = torchvision.models.list_models(module=torchvision.models)
+    return sorted(["small_cnn", *(n for n in names if _family(n) in _CONVOLUTIONAL_PARTS)])
+
+
+class SmallCNN(nn.Sequential):
+    """A compact CNN for small pictures, to be trained from scratch on a CPU.
+
+    Six blocks of convolution, batch normalisation and ReLU. One cell per 8 x 8 pixels, each of
+    which sees 57 x 57 pixels: a part of a picture of 64 to 128 pixels, not the whole.
+
+    Parameters
+    ----------
+    channels : int, default=128
+        Channels C of the feature map.
+
+    Notes
+    -----
+    Maps (N, 3, S, S) to (N, channels, ceil(S / 8), ceil(S / 8)).
+    """
+
+    def __init__(self, channels: int = 128) -> None:
+        super().__init__(
+            _conv_block(3, 16, kernel=5, stride=2),  # (N, 16, S/2, S/2)
+            _conv_block(16, 32, kernel=3, stride=2),  # (N, 32, S/4, S/4)
+            _conv_block(32, 48, kernel=3, stride=1),
+            _conv_block(48, 64, kernel=3, stride=2),  # (N, 64, S/8, S/8)
+            _conv_block(64, 96, kernel=3, stride=1),
+            _conv_block(96, channels, kernel=3, stride=1),  # (N, channels, S/8, S/8)
+        )
+
+
+def _conv_block(channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
+
+
+def _check_weights_type(weights: Any) -> None:
+    if weights is not None and not isinstance(weights, str | os.PathLike):
+        raise TypeError(
+            f"weights must be None, a name such as 'DEFAULT' or a path, got {weights!r}."
+        )
+
+
+def _build_own(net: nn.Module, name: str, weights: str | os.PathLike[str] | None) -> nn.Module:
+    if weights is None or weights == "DEFAULT":
+        return net
+    if not Path(weights).is_file():
+        raise ValueError(
+            f"weights={str(weights)!r} is not a file; {name} takes None, 'DEFAULT' or a path to "
+            "a state dict."
+        )
+    return _load_state(net, _read_state(Path(weights)), source=str(weights))
+
+
+def _build_torchvision(name: str, weights: str | os.PathLike[str] | None) -> nn.Module:
+    parts = _CONVOLUTIONAL_PARTS[_check_name(name)]
+    state = _find_state(name, weights)  # before the model is built: a wrong name fails at once
+    children = dict(torchvision.models.get_model(name, weights=None).named_children())
+    net = nn.Sequential()
+    for part in parts:
+        net.add_module(part, children.pop(part))
+    if _family(name) == "densenet":  # its forward ends the features with a ReLU of its own
+        net.add_module("relu", nn.ReLU(inplace=True))
+    if state is None:
+        return net
+    return _load_state(net, state, source=f"weights={str(weights)!r}", ignored=children)
+
+
+def _check_name(name: str) -> str:
+    """Return the family of a torchvision name, or say what is wrong with it."""
+    known = available_backbones()
+    if name in known:
+        return _family(name)
+    if name in torchvision.models.list_models(module=torchvision.models):
+        families = ", ".join(sorted(_CONVOLUTIONAL_PARTS))
+        raise ValueError(
+            f"backbone={name!r} is a torchvision model of a family that is not supported. "
+            f"Supported: small_cnn, the torchvision families {families}, and {_OWN_MODULE}."
+        )
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(
+        f"backbone={name!r} is unknown.{hint} `available_backbones()` lists the names; "
+        f"{_OWN_MODULE} may be passed too."
+    )
+
+
+def _family(name: str) -> str:
+    return torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
+
+
+def _find_state(name: str, weights: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
+    published = torchvision.models.get_model_weights(name).__members__
+    if weights is None:
+        state = None
+    elif weights in published:
+        state = _download(name, published[str(weights)])
+    elif Path(weights).is_file():
+        state = _read_state(Path(weights))
+    else:
+        raise ValueError(
+            f"weights={str(weights)!r} is neither a file nor the name of weights of {name} "
+            f"({', '.join(published)})."
+        )
+    if state is not None and _family(name) == "densenet":
+        # The published files are older than torchvision's names: "norm.1" is "norm1" today.
+        return {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in state.items()}
+    return state
+
+
+def _download(name: str, weights: Any) -> dict[str, Tensor]:
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise RuntimeError(
+            f"The weights {weights.name} of {name} could not be downloaded from {weights.url} "
+            f"({error}). Ways out: weights=None (random weights), weights=<path to a state dict "
+            "that you have downloaded elsewhere>, or backbone=<your own nn.Module>."
+        ) from error
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict without running code from the file, and unwrap it."""
+    try:
+        state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of tensors only: {error}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
+        raise ValueError(f"{path} holds no state dict (a mapping from names to tensors).")
+    return dict(state)
+
+
+def _read_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"Reading {path} takes the package safetensors.") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(error) from error
+
+
+def _load_state(
+    net: nn.Module, state: dict[str, Tensor], source: str, ignored: Iterable[str] = ()
+) -> nn.Module:
+    """Load `state` into `net`; the keys of the children named in `ignored` may be there."""
+    for prefix in ("module.", "_orig_mod."):  # left by DataParallel and torch.compile
+        if all(k.startswith(prefix) for k in state) and not _has_prefix(net, prefix):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    dropped = set(ignored)
+    state = {k: v for k, v in state.items() if k.partition(".")[0] not in dropped}
+    try:
+        missing, unexpected = net.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{source} does not fit the backbone: {_shorten(str(error))}") from error
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} does not fit the backbone: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}."
+        )
+    return net
+
+
+def _has_prefix(net: nn.Module, prefix: str) -> bool:
+    return any(k.startswith(prefix) for k in net.state_dict())
+
+
+def _some(keys: list[str], most: int = 3) -> str:
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return (", ".join(keys[:most]) or "none") + rest
+
+
+def _shorten(message: str, lines: int = 4) -> str:
+    return " ".join(line.strip() for line in message.splitlines()[1:lines])

@@ -1,0 +1,560 @@
+"""`ProtoPNetClassifier`: ProtoPNet as a scikit-learn estimator, on top of skorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.exceptions import NotFittedError
+from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight
+from skorch.utils import is_dataset
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from protoclf.explanation import explain_batch, prototype_table, sheet_rows
+from protoclf.features import FitData
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images, conflicting_labels
+from protoclf.localization import upsample
+from protoclf.losses import ProtoPNetLoss
+from protoclf.net import SkorchProtoPNet
+from protoclf.network import Outputs, ProtoPNet
+from protoclf.parameters import (
+    check_enough_images,
+    check_parameters,
+    prototype_counts,
+    refuse_unknown,
+)
+from protoclf.stages import schedule
+
+_FITTED = ("prototypes_", "source_images_", "last_layer_result_", "classes_inferred_")
+
+
+class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
+    """ProtoPNet: an image classifier whose every prediction is a scoring sheet.
+
+    These image parts look like those parts of those training images; similarity times weight is a
+    contribution, and the contributions of a class sum to its logit. Chen et al., "This Looks Like
+    That: Deep Learning for Interpretable Image Recognition", NeurIPS 2019.
+
+    Parameters
+    ----------
+    backbone : str or nn.Module, default="resnet18"
+        A torchvision name (see `protoclf.backbones.available_backbones`), "small_cnn" (ours, for
+        CPUs and without downloads), or a module that maps images (N, 3, S, S) to a feature map
+        (N, C, h, w). A module is copied, never changed.
+    weights : str, path or None, default="DEFAULT"
+        torchvision weights, a path to a state dict, or None for random ones.
+    train_backbone : bool, default=True
+        Whether the joint stage, which trains the backbone, takes place. Without it the backbone's
+        features are computed once and reused.
+    image_size : int, default=224
+        Side of the square model input, in pixels.
+    resize : {"crop", "squash"}, default="crop"
+        The centred square on the shorter side, or the whole image squashed to a square.
+    normalization : "imagenet" or (mean, std), default="imagenet"
+        What the backbone expects, for pixels in [0, 1]: three numbers each.
+    prototypes_per_class : int or dict, default=10
+        A dict gives each class label its number.
+    prototype_size : (int, int) or "full", default=(1, 1)
+        Rows and columns of latent cells; "full" is the whole map.
+    latent_dim : int or None, default=None
+        Channels behind the two 1 x 1 convolutions of the add-on layers (128 in the paper); None
+        compares the backbone's own channels.
+    similarity : {"cosine", "log"}, default="cosine"
+        "log" is the paper's log((d + 1) / (d + 1e-4)) of the squared L2 distance d; "cosine" is
+        1 - d / 2 of latents of unit length.
+    prototype_init : {"kmeans", "random"}, default="kmeans"
+        Centres of k-means on each class's latent patches, or random ones (the paper's).
+    distinct : {None, "patches", "images"}, default=None
+        Whether the prototypes of a class must be projected onto distinct patches, or even onto
+        distinct images.
+    lambda_clst, lambda_sep : float, default=0.8, 0.08
+        Weights of the cluster and the separation cost in the joint loss.
+    lambda_l1 : float, default=3e-3
+        Weight of sum |W| in the last layer's objective; larger means fewer prototypes per class.
+    warmup_epochs, joint_epochs : int, default=5, 10
+        Epochs with the backbone frozen, once, and epochs with it trained, in each cycle.
+    cycles : int, default=1
+        Rounds of joint training, projection and last layer.
+    augmentation : None, "default" or callable, default="default"
+        Random transform of uint8 images (3, S, S) in the joint stage, such as one of
+        torchvision.transforms.v2. Stages with the backbone frozen see images as they are.
+    optimizer : class, default=torch.optim.Adam
+    lr : float, default=3e-3
+        Learning rate of add-on layers and prototypes.
+    backbone_lr : float, default=1e-4
+        Learning rate of the backbone.
+    lr_schedule : {"cosine", "step", None}, default="cosine"
+        How learning rates fall in the joint stage: to 0 along half a cosine in each cycle, or to
+        a tenth every 5 epochs (the paper's).
+    batch_size : int, default=32
+    train_split : None or callable, default=None
+        skorch's validation split, such as ``skorch.dataset.ValidSplit(5, stratified=True)``: it
+        scores each epoch. Nothing is trained on, or projected onto, its validation part.
+    callbacks : None, "disable" or list of skorch callbacks, default=None
+        Early stopping ends the stage in which it strikes, not the fit.
+    device : str or torch.device, default="auto"
+        "auto" is the GPU where there is one.
+    random_state : int, RandomState instance or None, default=None
+    verbose : int, default=1
+        0 prints nothing.
+    **skorch_parameters
+        Any other parameter of `skorch.NeuralNetClassifier`, nested ones such as
+        ``optimizer__weight_decay`` or ``iterator_train__num_workers`` included.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (C,)
+        The labels of y, sorted.
+    n_prototypes_ : int
+    prototypes_ : DataFrame
+        One row a prototype: see `prototypes_`.
+    coef_ : ndarray of shape (C, m)
+        The last layer W.
+    last_layer_result_ : LastLayerResult
+        Objective, optimality residual and iterations of the last layer.
+    history : skorch.history.History
+        One row an epoch, with its stage, and one for each projection and last layer.
+    module_ : ProtoPNet
+        The network.
+
+    Examples
+    --------
+    >>> from protoclf import ProtoPNetClassifier
+    >>> from protoclf.datasets import make_birds
+    >>> import tempfile
+    >>> paths, labels, _ = make_birds(tempfile.mkdtemp(), n_per_class=4, image_size=64)
+    >>> clf = ProtoPNetClassifier("small_cnn", image_size=64, prototypes_per_class=2,
+    ...                           warmup_epochs=1, joint_epochs=1, random_state=0, verbose=0)
+    >>> sheet = clf.fit(paths, labels).explain(paths[:1])
+    >>> bool(abs(sheet["contribution"].sum() - sheet["logit"].iloc[0]) < 1e-4)
+    True
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet18",
+        *,
+        weights: Any = "DEFAULT",
+        train_backbone: bool = True,
+        image_size: int = 224,
+        resize: str = "crop",
+        normalization: Any = "imagenet",
+        prototypes_per_class: int | Mapping[Any, int] = 10,
+        prototype_size: tuple[int, int] | str = (1, 1),
+        latent_dim: int | None = None,
+        similarity: str = "cosine",
+        prototype_init: str = "kmeans",
+        distinct: str | None = None,
+        lambda_clst: float = 0.8,
+        lambda_sep: float = 0.08,
+        lambda_l1: float = 3e-3,
+        warmup_epochs: int = 5,
+        joint_epochs: int = 10,
+        cycles: int = 1,
+        augmentation: Any = "default",
+        optimizer: Any = torch.optim.Adam,
+        lr: float = 3e-3,
+        backbone_lr: float = 1e-4,
+        lr_schedule: str | None = "cosine",
+        batch_size: int = 32,
+        train_split: Any = None,
+        callbacks: Any = None,
+        device: Any = "auto",
+        random_state: Any = None,
+        verbose: int = 1,
+        **skorch_parameters: Any,
+    ) -> None:
+        refuse_unknown(skorch_parameters, type(self))
+        super().__init__(
+            ProtoPNet,
+            criterion=ProtoPNetLoss,
+            optimizer=optimizer,
+            lr=lr,
+            batch_size=batch_size,
+            train_split=train_split,
+            callbacks=callbacks,
+            device=device,
+            verbose=verbose,
+            **skorch_parameters,
+        )
+        self.backbone = backbone
+        self.weights = weights
+        self.train_backbone = train_backbone
+        self.image_size = image_size
+        self.resize = resize
+        self.normalization = normalization
+        self.prototypes_per_class = prototypes_per_class
+        self.prototype_size = prototype_size
+        self.latent_dim = latent_dim
+        self.similarity = similarity
+        self.prototype_init = prototype_init
+        self.distinct = distinct
+        self.lambda_clst = lambda_clst
+        self.lambda_sep = lambda_sep
+        self.lambda_l1 = lambda_l1
+        self.warmup_epochs = warmup_epochs
+        self.joint_epochs = joint_epochs
+        self.cycles = cycles
+        self.augmentation = augmentation
+        self.backbone_lr = backbone_lr
+        self.lr_schedule = lr_schedule
+        self.random_state = random_state
+
+    @classmethod
+    def paper(cls, **parameters: Any) -> ProtoPNetClassifier:
+        """Return a classifier with the settings of Chen et al. (2019, supplement).
+
+        Parameters
+        ----------
+        **parameters
+            Override single settings, such as ``backbone="vgg16"``.
+
+        Notes
+        -----
+        The paper augments the training images once, before training; here the joint stage
+        augments them anew, and the warm-up sees them as they are. The last layer is solved to its
+        optimum in place of the paper's 20 iterations of Adam.
+        """
+        settings: dict[str, Any] = {
+            "backbone": "resnet34",
+            "latent_dim": 128,
+            "similarity": "log",
+            "prototype_init": "random",
+            "lambda_l1": 1e-4,
+            "warmup_epochs": 5,
+            "joint_epochs": 10,
+            "cycles": 3,
+            "lr_schedule": "step",
+            "batch_size": 80,
+            "optimizer__weight_decay": 1e-3,
+        }
+        return cls(**{**settings, **parameters})
+
+    # Fitting ------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None):
+        """Train through all stages.
+
+        Parameters
+        ----------
+        X : images
+            A list, array, Series or one-column DataFrame of paths; an array (n, H, W, 3) or
+            (n, H, W), uint8 or float in [0, 1]; or a list of PIL images.
+        y : array-like of shape (n,)
+            Class labels: strings, numbers or booleans.
+        sample_weight : array-like of shape (n,), optional
+            Weights of the images in the joint loss and in the last layer.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ImageError
+            If an image cannot be used: before training starts, naming position and path.
+        ValueError
+            If a parameter or y cannot be used.
+        """
+        return self._fit(X, y, sample_weight, first=not (self.warm_start and self._is_trained()))
+
+    def partial_fit(self, X: Any, y: ArrayLike, classes=None, sample_weight=None):
+        """Go on from the present network: joint cycles, projection and last layer on X.
+
+        The first call is a `fit`. Prototypes are projected onto patches of this X, so it should
+        hold all the images that prototypes may show.
+        """
+        return self._fit(X, y, sample_weight, first=not self._is_trained())
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any, first: bool):
+        check_parameters(vars(self))
+        dataset, labels = self._training_data(X, y, sample_weight, first)
+        if first:
+            self._forget()
+            self.classes_inferred_ = labels
+        self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
+        data: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
+        with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+            torch.manual_seed(self.seed_)
+            if first:
+                self.initialize()
+            self.notify("on_train_begin", **data)
+            self.fit_loop(**data, first=first)
+            self.notify("on_train_end", **data)
+        self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
+        self.module_.eval()
+        return self
+
+    def _is_trained(self) -> bool:
+        return hasattr(self, "prototypes_")
+
+    def _forget(self) -> None:
+        """Drop what an earlier fit learned, so that an interrupted one cannot be taken for it."""
+        for name in _FITTED:
+            self.__dict__.pop(name, None)
+
+    def _training_data(
+        self, X: Any, y: Any, sample_weight: Any, first: bool
+    ) -> tuple[ImageDataset, np.ndarray]:
+        """Check X and y, and decode all images."""
+        images = Images(X)
+        if y is None:
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but y is None.")
+        y = column_or_1d(y, warn=True)
+        check_classification_targets(y)
+        if len(y) != len(images):
+            raise ValueError(
+                f"X has {len(images)} images and y {len(y)} labels; they must be as many."
+            )
+        labels, codes = _encode(y, None if first else self.classes_)
+        conflicting_labels(images, codes)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(
+                sample_weight, np.empty((len(y), 1)), ensure_non_negative=True
+            )
+        show = None if self.verbose else False
+        preprocessing = self._preprocessing()
+        dataset = ImageDataset(
+            images, preprocessing, codes, sample_weight, keep=True, progress=show
+        )
+        return dataset, labels
+
+    def fit_loop(self, X: Dataset, y: Any = None, epochs: None = None, *, first: bool = True):
+        """Walk the stages over a data set of images (called by `fit`)."""
+        train, valid = self.get_split_datasets(X, y)
+        counts = prototype_counts(self.prototypes_per_class, self.classes_)
+        check_enough_images(counts, y[_positions(train)], self.classes_)
+        data = FitData(self, train, valid)
+        for stage in schedule(self, first):
+            stage.run(self, data)
+        self._keep_sources(train)
+        return self
+
+    def _keep_sources(self, train: Any) -> None:
+        """Write the table of prototypes, with positions and pixels of the images that fit saw."""
+        dataset: Any = train.dataset if isinstance(train, Subset) else train
+        sources = dict(self.sources_)
+        sources["image"] = _positions(train)[sources["image"]]
+        sizes = dataset.sizes[sources["image"]]
+        sources["box"] = dataset.preprocessing.to_original_pixels(sources["box"], sizes)
+        self.prototypes_ = prototype_table(
+            self.module_.owner.cpu().numpy(),
+            self.classes_,
+            sources,
+            dataset.images.paths,
+            self.coef_,
+            self.strongest_share_,
+        )
+        self.source_images_ = {}
+        if dataset.images.paths is None:  # paths lead to the pictures; pixels would be lost
+            for i in np.unique(sources["image"]):
+                self.source_images_[int(i)] = np.asarray(dataset.images.open(i))
+
+    # Using it -----------------------------------------------------------------------------------
+
+    @property
+    def n_prototypes_(self) -> int:
+        """Number m of prototypes."""
+        return len(self._fitted().module_.prototypes)
+
+    @property
+    def coef_(self) -> np.ndarray:
+        """The last layer W, (C, m)."""
+        return self.module_.last_layer.weight.detach().cpu().numpy()
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the class label of each image, (n,).
+
+        For a torch Dataset, whose targets are class indices, these are class indices too.
+        """
+        indices = self._logits(X).argmax(1)
+        return indices if is_dataset(X) else self.classes_[indices]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the probability of each class, (n, C): the softmax of the logits."""
+        return torch.from_numpy(self._logits(X)).softmax(1).numpy()
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return the logits, (n, C).
+
+        For two classes, as everywhere in scikit-learn, the logit of the second minus that of the
+        first, (n,).
+        """
+        logits = self._logits(X)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Return the activations g: the similarity of each image to each prototype, (n, m)."""
+        _, distance, _ = self._outputs(X)
+        return self.module_.activations(distance).cpu().numpy()
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the names of the columns of `transform`, (m,)."""
+        table = self._fitted().prototypes_
+        names = [f"prototype{i} ({c})" for i, c in table[["prototype", "class"]].values]
+        return np.asarray(names, dtype=object)
+
+    def explain(
+        self, X: Any, classes: str | ArrayLike = "predicted", top: int | None = None
+    ) -> pd.DataFrame:
+        """Return the scoring sheet: why each image got its logits.
+
+        Parameters
+        ----------
+        X : images
+            As in `fit`.
+        classes : {"predicted", "top2", "all"} or array-like of labels, default="predicted"
+            The classes to explain: the predicted one, also its rival, all, or these.
+        top : int or None, default=None
+            Keep the highest contributions of each class; the others are summed up in one row
+            whose `source` is "(rest)" and which has no prototype.
+
+        Returns
+        -------
+        DataFrame
+            One row per sample, class and prototype with a contribution; the highest first.
+
+            - sample, path : position in X, and the path where X holds paths
+            - class, is_predicted, logit, probability : the class that the row speaks for
+            - rank, prototype, prototype_class : place in the sheet, id, and the owning class
+            - similarity, weight, contribution : g_j, W_cj and their product; the contributions
+              of a sample and class sum to its logit, float32 rounding aside
+            - row, col : the most similar latent cell (of a larger patch, the upper left one)
+            - x0, y0, x1, y1 : box of the high activation, in pixels of the original image
+            - source, source_index, source_class, source_x0 ... source_y1 : the training image
+              that the prototype is a part of, and its box there, in pixels of that image
+        """
+        table = self._fitted().prototypes_
+        chosen = self._class_indices(classes)
+        if top is not None and (not isinstance(top, (int, np.integer)) or top < 1):
+            raise ValueError(f"top must be an int >= 1, or None; got {top!r}.")
+        dataset = ImageDataset(Images(X), self._preprocessing())
+        sheets, first = [], 0
+        for inputs, y in self.get_iterator(dataset, training=False):
+            batch = explain_batch(
+                self.module_.eval(), inputs["images"].to(self.device), chosen, self.image_size
+            )
+            paths = dataset.images.paths
+            paths = None if paths is None else paths[first : first + len(y)]
+            sizes = inputs["size"].numpy()
+            sheets.append(
+                sheet_rows(
+                    batch, first, paths, sizes, dataset.preprocessing, self.classes_, table, top
+                )
+            )
+            first += len(y)
+        return pd.concat(sheets, ignore_index=True)
+
+    def similarity_maps(self, X: Any, upsampled: bool = False) -> np.ndarray | list[np.ndarray]:
+        """Return the similarity of each prototype to each patch of each image.
+
+        Parameters
+        ----------
+        X : images
+        upsampled : bool, default=False
+            Upsample each map to the part of the original image that the model sees.
+
+        Returns
+        -------
+        ndarray of shape (n, m, H - H1 + 1, W - W1 + 1)
+            Or, upsampled, a list of n arrays (m, height, width), in pixels of each original.
+        """
+        self._fitted()
+        maps: list[Any] = []
+        dataset = ImageDataset(Images(X), self._preprocessing())
+        for inputs, _ in self.get_iterator(dataset, training=False):
+            with torch.no_grad():
+                module = self.module_.eval()
+                z = module.latents(module.features(inputs["images"].to(self.device)))
+                batch = module.similarity_maps(z)  # (n, m, H', W')
+            if upsampled:
+                regions = dataset.preprocessing.region(inputs["size"].numpy())
+                for one, (x0, y0, x1, y1) in zip(batch, regions, strict=True):
+                    maps.append(upsample(one, round(y1 - y0), round(x1 - x0)).cpu().numpy())
+            else:
+                maps.append(batch.cpu().numpy())
+        return maps if upsampled else np.concatenate(maps)
+
+    def _logits(self, X: Any) -> np.ndarray:
+        return self._outputs(X)[0].cpu().numpy()
+
+    def _outputs(self, X: Any) -> Outputs:
+        """Return the outputs for all of X, on the device: no batch waits for a copy."""
+        if not is_dataset(X):  # a data set comes from a callback, in the middle of a fit
+            self._fitted()
+        batches = self.forward_iter(X, training=False, device=self.device)
+        logits, distance, cell = map(torch.cat, zip(*batches, strict=True))
+        return logits, distance, cell
+
+    def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
+        if isinstance(classes, str) and classes in ("predicted", "top2", "all"):
+            return classes
+        labels = np.atleast_1d(np.asarray(classes))
+        index = {label: i for i, label in enumerate(self.classes_.tolist())}
+        unknown = [label for label in labels.tolist() if label not in index]
+        if unknown:
+            raise ValueError(
+                'classes must be "predicted", "top2", "all" or labels of y; got the unknown '
+                f"{unknown}. Known are {self.classes_.tolist()}."
+            )
+        return [index[label] for label in labels.tolist()]
+
+    def _fitted(self) -> ProtoPNetClassifier:
+        if not self._is_trained():
+            raise NotFittedError(
+                f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with "
+                "appropriate arguments before using this estimator."
+            )
+        return self
+
+    # The estimator contract ---------------------------------------------------------------------
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._is_trained()
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        tags.input_tags.three_d_array = True
+        tags.input_tags.string = True
+        return tags
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        return BaseEstimator.__repr__(self, N_CHAR_MAX)
+
+
+def _encode(y: np.ndarray, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the class labels and y as indices into them."""
+    labels, codes = np.unique(y, return_inverse=True)
+    if classes is None:
+        if len(labels) < 2:
+            raise ValueError(
+                f"y has one class only, {labels.tolist()[0]!r}; a classifier needs at least two."
+            )
+        return labels, codes
+    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
+    if unknown:
+        raise ValueError(f"y has classes that the first fit did not see: {unknown}.")
+    return classes, np.searchsorted(classes, labels)[codes]
+
+
+def _positions(dataset: Any) -> np.ndarray:
+    """Positions in X of the images of a data set or of a subset of it."""
+    if isinstance(dataset, Subset):
+        return np.asarray(dataset.indices)
+    return np.arange(len(dataset))
+
+
+def _cuda_devices(device: Any) -> list[torch.device]:
+    device = torch.device(device)
+    return [device] if device.type == "cuda" else []

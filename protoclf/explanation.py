@@ -1,0 +1,177 @@
+"""The scoring sheet, the table of prototypes, and where in an image a prototype was found.
+
+Chen et al., NeurIPS 2019, sections 2.3 and 2.4. Everything here reads what the forward pass
+computed. N images, C classes, m prototypes, H x W cells; boxes are half-open (x0, y0, x1, y1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from protoclf.geometry import Preprocessing
+from protoclf.localization import pair_boxes
+from protoclf.network import ProtoPNet
+
+BOX = ["x0", "y0", "x1", "y1"]
+SHEET_COLUMNS = [
+    *("sample", "path", "class", "is_predicted", "logit", "probability"),
+    *("rank", "prototype", "prototype_class", "similarity", "weight", "contribution"),
+    *("row", "col", *BOX),
+    *("source", "source_index", "source_class", *(f"source_{name}" for name in BOX)),
+]
+REST = "(rest)"
+
+
+class BatchExplanation(NamedTuple):
+    """What the sheet says of one batch, a row for each (sample, class, prototype)."""
+
+    sample: np.ndarray
+    class_index: np.ndarray
+    prototype: np.ndarray
+    is_predicted: np.ndarray
+    logit: np.ndarray
+    probability: np.ndarray
+    similarity: np.ndarray
+    weight: np.ndarray
+    row: np.ndarray
+    col: np.ndarray
+    box: np.ndarray
+
+
+@torch.no_grad()
+def explain_batch(
+    module: ProtoPNet, images: Tensor, classes: str | list[int], image_size: int
+) -> BatchExplanation:
+    """Explain uint8 images (n, 3, S, S); boxes are in pixels of the model input.
+
+    `classes` is "predicted", "top2", "all" or class indices.
+    """
+    z = module.latents(module.features(images))  # (n, D, H, W)
+    logits, distance, cell = module.compare(z)  # (n, C), (n, m), (n, m)
+    g, weight = module.activations(distance), module.last_layer.weight  # (n, m), (C, m)
+    chosen = _chosen_classes(logits, classes)  # (n, c)
+    sample, slot, prototype = torch.nonzero(g[:, None] * weight[chosen], as_tuple=True)
+    class_index = chosen[sample, slot]
+    boxes = pair_boxes(module, z, sample, prototype, image_size)
+    row, col = _row_col(cell[sample, prototype], z.shape[3] - module.prototypes.shape[3] + 1)
+    probability = logits.softmax(1)
+    values = (
+        *(sample, class_index, prototype, class_index == logits.argmax(1)[sample]),
+        *(logits[sample, class_index], probability[sample, class_index], g[sample, prototype]),
+        *(weight[class_index, prototype], row, col, boxes),
+    )
+    return BatchExplanation(*(v.cpu().numpy() for v in values))
+
+
+def _chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
+    """Class indices (n, c) to explain for each sample."""
+    n, n_classes = logits.shape
+    if classes == "predicted":
+        return logits.argmax(1, keepdim=True)
+    if classes == "top2":
+        return logits.topk(min(2, n_classes), dim=1).indices
+    indices = list(range(n_classes)) if classes == "all" else classes
+    return torch.tensor(indices, device=logits.device).expand(n, -1)
+
+
+def _row_col(cell: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    return cell // width, cell % width
+
+
+def sheet_rows(
+    batch: BatchExplanation,
+    first: int,
+    paths: list[str] | None,
+    sizes: np.ndarray,
+    preprocessing: Preprocessing,
+    class_names: np.ndarray,
+    prototypes: pd.DataFrame,
+    top: int | None,
+) -> pd.DataFrame:
+    """Return the scoring sheet of a batch, whose first sample is number `first` of X."""
+    boxes = preprocessing.to_original_pixels(batch.box, sizes[batch.sample])
+    similarity, weight = batch.similarity.astype(float), batch.weight.astype(float)
+    sheet = pd.DataFrame(
+        {
+            "sample": batch.sample + first,
+            "class": class_names[batch.class_index],
+            "is_predicted": batch.is_predicted,
+            "logit": batch.logit.astype(float),
+            "probability": batch.probability.astype(float),
+            "prototype": batch.prototype,
+            "similarity": similarity,
+            "weight": weight,
+            "contribution": similarity * weight,
+            "row": batch.row,
+            "col": batch.col,
+            **{name: boxes[:, i] for i, name in enumerate(BOX)},
+        }
+    )
+    sheet["path"] = None if paths is None else np.asarray(paths, dtype=object)[batch.sample]
+    owners = prototypes.set_index("prototype").loc[batch.prototype]
+    sheet["prototype_class"] = owners["class"].to_numpy()
+    sheet["source"] = owners["source"].to_numpy()
+    sheet["source_index"] = owners["source_index"].to_numpy()
+    sheet["source_class"] = owners["class"].to_numpy()
+    for name in BOX:
+        sheet[f"source_{name}"] = owners[name].to_numpy()
+    return _ranked(sheet, batch, top)[SHEET_COLUMNS]
+
+
+def _ranked(sheet: pd.DataFrame, batch: BatchExplanation, top: int | None) -> pd.DataFrame:
+    """Sort: samples as in X, their likeliest class first, its highest contribution first."""
+    order = np.lexsort(
+        (batch.prototype, -sheet["contribution"], batch.class_index, -batch.logit, batch.sample)
+    )
+    sheet = sheet.iloc[order].reset_index(drop=True)
+    group = sheet.groupby(["sample", "class"], sort=False)
+    sheet["rank"] = group.cumcount() + 1
+    return sheet if top is None else _truncated(sheet, top)
+
+
+def _truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
+    """Sum up what comes after the first `top` rows of each class in one row "(rest)"."""
+    hidden = sheet["rank"] > top
+    total = sheet["contribution"].where(hidden).groupby([sheet["sample"], sheet["class"]])
+    sheet = sheet.assign(contribution=sheet["contribution"].where(~hidden, total.transform("sum")))
+    sheet = sheet[sheet["rank"] <= top + 1].reset_index(drop=True)
+    rest = sheet["rank"] > top
+    about_class = ["sample", "path", "class", "is_predicted", "logit", "probability"]
+    about_match = sheet.columns.difference([*about_class, "rank", "contribution"])
+    integers = sheet[about_match].select_dtypes("integer").columns
+    sheet = sheet.astype(dict.fromkeys(integers, "Int64"))
+    sheet[about_match] = sheet[about_match].mask(rest)
+    sheet.loc[rest, "source"] = REST
+    return sheet
+
+
+def prototype_table(
+    owner: np.ndarray,
+    class_names: np.ndarray,
+    sources: dict[str, np.ndarray],
+    paths: list[str] | None,
+    coef: np.ndarray,
+    strongest_share: np.ndarray,
+) -> pd.DataFrame:
+    """Return one row a prototype: what it is a part of, and how it is used."""
+    m = len(owner)
+    image = sources["image"]
+    return pd.DataFrame(
+        {
+            "prototype": np.arange(m),
+            "class": class_names[owner],
+            "source": [str(i) if paths is None else paths[i] for i in image],
+            "source_index": image,
+            "row": sources["row"],
+            "col": sources["col"],
+            **{name: sources["box"][:, i] for i, name in enumerate(BOX)},
+            "moved": sources["moved"],
+            "weight": coef[owner, np.arange(m)].astype(float),
+            "strongest_share": strongest_share,
+        }
+    )

@@ -1,0 +1,104 @@
+"""Where in an image a prototype is found: from similarity maps to boxes.
+
+Chen et al., NeurIPS 2019, section 2.3. Boxes are half-open (x0, y0, x1, y1), in pixels of the
+model input. N images, m prototypes of H1 x W1 cells, H x W cells.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoclf.network import ProtoPNet
+
+_BLOCK = 2**22  # pixels of upsampled maps at a time
+
+
+def pair_boxes(
+    module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor, image_size: int
+) -> Tensor:
+    """Boxes (k, 4), in pixels of the model input, of k pairs of a sample and a prototype."""
+    m = len(module.prototypes)
+    pairs, inverse = torch.unique(sample * m + prototype, return_inverse=True)
+    counts = torch.bincount(pairs // m, minlength=len(z)).tolist()
+    maps = [
+        module.similarity_maps(z[i : i + 1], index)[0]  # (k_i, H', W')
+        for i, index in enumerate((pairs % m).split(counts))
+        if len(index)
+    ]
+    if not maps:
+        return z.new_zeros(0, 4)
+    cells = covered_cells(torch.cat(maps), module.prototype_size)  # (k, H, W)
+    return activation_boxes(cells, image_size)[inverse]
+
+
+def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Spread the similarity of patches over the cells that they cover.
+
+    Parameters
+    ----------
+    maps : Tensor of shape (k, H - H1 + 1, W - W1 + 1)
+        Similarity of one prototype to every patch, for k maps.
+    size : (H1, W1)
+        Cells of a patch.
+
+    Returns
+    -------
+    Tensor of shape (k, H, W)
+        For each cell, the similarity of the best patch that covers it.
+    """
+    rows, cols = size
+    padded = F.pad(maps, (cols - 1, cols - 1, rows - 1, rows - 1), value=-torch.inf)
+    return F.max_pool2d(padded, size, stride=1)  # (k, H, W)
+
+
+def upsample(maps: Tensor, height: int, width: int) -> Tensor:
+    """Upsample maps (k, H, W) bicubically, as the paper does, to (k, height, width)."""
+    down = _bicubic(maps.shape[1], height, maps)  # (height, H)
+    right = _bicubic(maps.shape[2], width, maps)  # (width, W)
+    return down @ maps @ right.T
+
+
+def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> Tensor:
+    """Return the smallest boxes around the high activations of upsampled maps.
+
+    Parameters
+    ----------
+    maps : Tensor of shape (k, H, W)
+        Similarities of cells.
+    image_size : int
+        Side S of the model input, to which the maps are upsampled.
+    percentile : float, default=95
+        High are the pixels of at least this percentile of their map (section 2.3).
+
+    Returns
+    -------
+    Tensor of shape (k, 4)
+        Pixels of the model input.
+    """
+    size = max(1, _BLOCK // image_size**2)
+    blocks = [_boxes(upsample(m, image_size, image_size), percentile) for m in maps.split(size)]
+    return torch.cat(blocks) if blocks else maps.new_zeros(0, 4)
+
+
+def _bicubic(n_in: int, n_out: int, like: Tensor) -> Tensor:
+    """Return the matrix (n_out, n_in) of bicubic interpolation along one side."""
+    eye = torch.eye(n_in, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(eye, (n_out, n_in), mode="bicubic", align_corners=False)[0, 0]
+
+
+def _boxes(maps: Tensor, percentile: float) -> Tensor:
+    n = maps[0].numel()
+    rank = int(np.ceil(round(percentile / 100 * (n - 1), 6)))  # the first at the percentile
+    threshold = maps.flatten(1).kthvalue(rank + 1, dim=1).values  # (k,)
+    high = maps >= threshold[:, None, None]  # (k, S, S)
+    (x0, x1), (y0, y1) = _extent(high.any(1)), _extent(high.any(2))
+    return torch.stack([x0, y0, x1, y1], dim=1).to(maps.dtype)
+
+
+def _extent(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """First marked index and the one past the last, for rows (k, S)."""
+    marked = marked.to(torch.uint8)
+    return marked.argmax(1), marked.shape[1] - marked.flip(1).argmax(1)

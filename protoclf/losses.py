@@ -1,0 +1,72 @@
+"""The joint loss of ProtoPNet: cross-entropy, cluster cost and separation cost.
+
+Chen et al., NeurIPS 2019, section 2.2, stage 1. N images, C classes, m prototypes; `owner` (m,)
+is the class of each prototype. Means over images are weighted where weights are given.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoclf.network import Outputs
+
+
+def cluster_cost(
+    distance: Tensor, y: Tensor, owner: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Return Clst: the mean smallest distance (N, m) to a prototype of the image's own class."""
+    return _mean(_smallest(distance, y[:, None] == owner), weight)
+
+
+def separation_cost(
+    distance: Tensor, y: Tensor, owner: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Return Sep: minus the mean smallest distance (N, m) to a prototype of another class."""
+    return -_mean(_smallest(distance, y[:, None] != owner), weight)
+
+
+class ProtoPNetLoss(nn.Module):
+    """Cross-entropy + lambda_clst * Clst + lambda_sep * Sep.
+
+    Parameters
+    ----------
+    owner : Tensor of shape (m,), int64
+        The class that owns each prototype.
+    lambda_clst, lambda_sep : float
+        Weights of the two costs.
+    """
+
+    owner: Tensor
+
+    def __init__(self, owner: Tensor, lambda_clst: float, lambda_sep: float) -> None:
+        super().__init__()
+        self.register_buffer("owner", owner)
+        self.lambda_clst = lambda_clst
+        self.lambda_sep = lambda_sep
+
+    def forward(self, outputs: Outputs, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the loss of a batch, a scalar; y (N,) holds class indices."""
+        logits, distance, _ = outputs
+        loss = _mean(F.cross_entropy(logits, y, reduction="none"), weight)
+        if self.lambda_clst:
+            loss = loss + self.lambda_clst * cluster_cost(distance, y, self.owner, weight)
+        if self.lambda_sep:
+            loss = loss + self.lambda_sep * separation_cost(distance, y, self.owner, weight)
+        return loss
+
+
+def _smallest(distance: Tensor, among: Tensor) -> Tensor:
+    """Smallest distance of each image among the marked prototypes (N,).
+
+    Masked with infinity: a product with a 0/1 mask would answer 0 for the prototypes left out.
+    """
+    return distance.masked_fill(~among, torch.inf).amin(1)
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return values.mean()
+    tiny = torch.finfo(weight.dtype).tiny  # a batch of weight 0 costs 0
+    return (weight * values).sum() / weight.sum().clamp_min(tiny)

@@ -1,0 +1,156 @@
+"""How skorch sees a ProtoPNet: the hooks of its training loop, its device and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from skorch import NeuralNetClassifier
+from skorch.callbacks import PrintLog
+from skorch.utils import is_dataset
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from protoclf.backbones import build_backbone
+from protoclf.geometry import Preprocessing
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
+from protoclf.last_layer import LastLayerResult
+from protoclf.losses import ProtoPNetLoss
+from protoclf.network import Outputs, ProtoPNet, PrototypeSpec
+from protoclf.parameters import NOT_OURS, normalization, prototype_counts, refuse_unknown
+from protoclf.receptive_field import measure
+
+_NETWORK_INPUTS = ("images", "features")
+_STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
+
+
+class SkorchProtoPNet(NeuralNetClassifier):
+    """skorch's net around a `ProtoPNet`; what its stages train is theirs to say."""
+
+    module_: ProtoPNet
+    criterion_: ProtoPNetLoss
+    optimizer_: torch.optim.Optimizer
+    seed_: int
+    sources_: dict[str, np.ndarray]
+    strongest_share_: np.ndarray
+    last_layer_result_: LastLayerResult
+
+    def initialize_module(self):
+        """Build the network (called by skorch)."""
+        backbone = build_backbone(self.backbone, self.weights)
+        geometry = measure(backbone, self.image_size)
+        cells = (geometry.height, geometry.width)
+        counts = prototype_counts(self.prototypes_per_class, self.classes_)
+        spec = PrototypeSpec(
+            np.repeat(np.arange(len(counts)), counts).tolist(),
+            len(counts),
+            _cells_of_prototype(self.prototype_size, cells),
+            self.similarity,
+        )
+        self.module_ = ProtoPNet(
+            backbone, geometry.channels, spec, self.latent_dim, normalization(self.normalization)
+        )
+        return self
+
+    def initialize_criterion(self):
+        """Build the joint loss (called by skorch)."""
+        self.criterion_ = ProtoPNetLoss(self.module_.owner, self.lambda_clst, self.lambda_sep)
+        return self
+
+    def initialize_optimizer(self, triggered_directly=None):
+        """Build one optimizer for all stages, which set its learning rates (called by skorch)."""
+        kwargs = {"lr": self.lr} | self.get_params_for("optimizer")
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.module_.backbone.parameters()), "part": "backbone"},
+            {"params": list(self.module_.add_on.parameters()), "part": "add_on"},
+            {"params": [self.module_.prototypes], "part": "prototypes"},
+        ]
+        if "weight_decay" in kwargs:
+            groups[2]["weight_decay"] = 0.0  # the paper decays backbone and add-on layers only
+        self.optimizer_ = self.optimizer([g for g in groups if g["params"]], **kwargs)
+        return self
+
+    def get_dataset(self, X: Any, y: Any = None) -> Dataset:
+        """Return batches of images for X (called by skorch)."""
+        return X if is_dataset(X) else ImageDataset(Images(X), self._preprocessing(), y)
+
+    def get_iterator(self, dataset: Dataset, training: bool = False):
+        """Return a loader of batches (called by skorch)."""
+        name = "iterator_train" if training else "iterator_valid"
+        kwargs = {"batch_size": self.batch_size, "collate_fn": ImageDataset.collate}
+        kwargs |= {"shuffle": training} | self.get_params_for(name)
+        if getattr(dataset, "in_memory", False):
+            kwargs["num_workers"] = 0  # workers would only copy
+        return getattr(self, name)(dataset, **kwargs)
+
+    def infer(self, x: Mapping[str, Tensor], **fit_params: Any) -> Outputs:
+        """Run the network on a batch (called by skorch)."""
+        used = {k: x[k].to(self.device, non_blocking=True) for k in _NETWORK_INPUTS if k in x}
+        return self.module_(**used)
+
+    def get_loss(self, y_pred: Outputs, y_true: Tensor, X=None, training=False) -> Tensor:
+        """Return the joint loss of a batch (called by skorch)."""
+        weight = X.get("sample_weight") if isinstance(X, Mapping) else None
+        weight = None if weight is None else weight.to(self.device)
+        return self.criterion_(y_pred, y_true.to(self.device), weight)
+
+    @property
+    def _default_callbacks(self) -> list[tuple[str, Any]]:
+        """Skorch's callbacks; the log keeps to the columns that every stage has."""
+        callbacks = dict(super()._default_callbacks)
+        return list((callbacks | {"print_log": PrintLog(keys_ignored=_STAGE_KEYS)}).items())
+
+    def _preprocessing(self) -> Preprocessing:
+        return Preprocessing(self.image_size, self.resize)
+
+    @property
+    def device(self) -> str | torch.device:
+        """The device that `device` stands for on this machine."""
+        device = vars(self)["device"]
+        if device != "auto":
+            return device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @device.setter
+    def device(self, value: Any) -> None:
+        self.__dict__["device"] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "backbone":  # a parameter, which skorch must not take for one of its modules
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def get_params(self, deep: bool = True, **kwargs: Any) -> dict[str, Any]:
+        """Return the parameters as they were given."""
+        return super().get_params(deep=deep, **kwargs) | {"device": vars(self)["device"]}
+
+    def set_params(self, **params: Any):
+        """Set parameters, nested ones of skorch included."""
+        refuse_unknown([name for name in params if "__" in name], type(self))
+        return super().set_params(**params)
+
+    def _get_param_names(self) -> list[str]:
+        names = super()._get_param_names()
+        return sorted(n for n in names if not n.startswith("_") and n not in NOT_OURS)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device = state["device"]
+        state = state | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+        super().__setstate__(state if device == "auto" else state | {"device": device})
+        if device == "auto":
+            self.device = device
+
+
+def _cells_of_prototype(size: Any, cells: tuple[int, int]) -> tuple[int, int]:
+    if size == "full":
+        return cells
+    if size[0] > cells[0] or size[1] > cells[1]:
+        raise ValueError(
+            f"prototype_size {tuple(size)} is larger than the latent map, which has "
+            f"{cells[0]} x {cells[1]} cells at this image_size."
+        )
+    return int(size[0]), int(size[1])

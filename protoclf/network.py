@@ -1,0 +1,163 @@
+"""ProtoPNet: backbone, add-on layers, prototype layer and last layer as one torch module.
+
+Chen et al., "This Looks Like That", NeurIPS 2019, section 2.1 and figure 2. N images, C classes,
+m prototypes, D latent channels, H x W cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from protoclf.prototype_layer import distance_maps, min_distances, similarity, unit_length
+
+PARTS = ("backbone", "add_on", "prototypes", "last_layer")
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+"""logits (N, C), squared distance of each prototype's nearest patch (N, m), its cell (N, m)."""
+
+
+class PrototypeSpec(NamedTuple):
+    """What the prototypes of a network are, before any of them is known.
+
+    Attributes
+    ----------
+    owner : sequence of int
+        For each of the m prototypes, the class that owns it.
+    n_classes : int
+    size : (int, int)
+        Rows and columns of cells, H1 x W1.
+    similarity : {"log", "cosine"}
+    """
+
+    owner: Sequence[int]
+    n_classes: int
+    size: tuple[int, int]
+    similarity: str
+
+
+class ProtoPNet(nn.Module):
+    """A network whose logits are weighted similarities to prototypes.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        Maps images (N, 3, S, S) to a feature map (N, channels, H, W).
+    channels : int
+        Channels of the feature map.
+    spec : PrototypeSpec
+    latent_dim : int or None
+        Channels D behind the add-on layers; None leaves them out.
+    normalization : (mean, std)
+        Three numbers each, for pixels in [0, 1].
+
+    Notes
+    -----
+    With "cosine" similarity latent cells and prototype cells are scaled to unit length, and the
+    squared distance of two cells is 2 - 2 cos. Sizes of latents with prototypes of H1 x W1 cells:
+    see `unit_length`.
+    """
+
+    owner: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: int,
+        spec: PrototypeSpec,
+        latent_dim: int | None,
+        normalization: tuple[Sequence[float], Sequence[float]],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.add_on = _add_on_layers(channels, latent_dim, spec.similarity)
+        shape = (len(spec.owner), latent_dim or channels, *spec.size)
+        self.prototypes = nn.Parameter(torch.rand(shape))  # the paper's start: uniform in [0, 1)
+        self.last_layer = nn.Linear(len(spec.owner), spec.n_classes, bias=False)
+        self.similarity = spec.similarity
+        for name, values in zip(("mean", "std"), normalization, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+        self.register_buffer("owner", torch.as_tensor(spec.owner))
+        self.reset_last_layer()
+
+    @torch.no_grad()
+    def reset_last_layer(self) -> None:
+        """Set W to +1 for a class's own prototypes and to -0.5 for the others (section 2.2)."""
+        own = self.owner == torch.arange(self.last_layer.out_features)[:, None]  # (C, m)
+        self.last_layer.weight.copy_(torch.where(own, 1.0, -0.5))
+
+    def forward(self, images: Tensor | None = None, features: Tensor | None = None) -> Outputs:
+        """Return the outputs for images (N, 3, S, S) uint8, or for their backbone features."""
+        if features is None:
+            assert images is not None, "pass images or features"
+            features = self.features(images)
+        return self.compare(self.latents(features))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the backbone's feature map (N, channels, H, W) of uint8 images (N, 3, S, S)."""
+        return self.backbone((images.float() / 255 - self.mean) / self.std)
+
+    def latents(self, features: Tensor) -> Tensor:
+        """Return the latent map z (N, D, H, W)."""
+        return self._scaled(self.add_on(features))
+
+    def compare(self, z: Tensor) -> Outputs:
+        """Return the outputs for latent maps z (N, D, H, W)."""
+        distance, cell = min_distances(z, self.scaled_prototypes())  # (N, m), (N, m)
+        return self.last_layer(self.activations(distance)), distance, cell
+
+    def activations(self, distance: Tensor) -> Tensor:
+        """Return similarities g of squared distances, in any shape."""
+        return similarity(distance, self.similarity)
+
+    def similarity_maps(self, z: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
+        """Return the similarity of prototypes to every patch, (N, m, H - H1 + 1, W - W1 + 1).
+
+        `index` picks prototypes; all by default.
+        """
+        return self.activations(distance_maps(z, self.scaled_prototypes()[index]))
+
+    def scaled_prototypes(self) -> Tensor:
+        """Return the prototypes (m, D, H1, W1) as latents are compared with them."""
+        return self._scaled(self.prototypes)
+
+    def train_only(self, parts: Collection[str]) -> None:
+        """Give gradients to these of `PARTS` and freeze the others."""
+        for name in PARTS:
+            getattr(self, name).requires_grad_(name in parts)
+
+    def train(self, mode: bool = True) -> ProtoPNet:
+        """Set the training mode, except that the batch-norm of a frozen backbone stays frozen."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
+
+    @property
+    def prototype_size(self) -> tuple[int, int]:
+        """Rows and columns of cells of a prototype, H1 and W1."""
+        return self.prototypes.shape[2], self.prototypes.shape[3]
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        if self.similarity != "cosine":
+            return x
+        rows, cols = self.prototype_size
+        return unit_length(x, dim=1, area=rows * cols)
+
+
+def _add_on_layers(channels: int, latent_dim: int | None, similarity: str) -> nn.Module:
+    """Two 1 x 1 convolutions; the paper's sigmoid bounds what "cosine" scales anyway."""
+    if latent_dim is None:
+        return nn.Identity()
+    convolutions = [nn.Conv2d(n, latent_dim, 1) for n in (channels, latent_dim)]
+    for convolution in convolutions:
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        if convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
+    last = [nn.Sigmoid()] if similarity == "log" else []
+    return nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], *last)

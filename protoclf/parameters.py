@@ -1,0 +1,174 @@
+"""What each parameter of `ProtoPNetClassifier` may be; checked when a fit begins."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from skorch import NeuralNet
+
+Rule = tuple[Callable[[Any], bool], str]
+Triple = tuple[float, float, float]  # red, green, blue
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
+
+
+def _integer(least: int) -> Rule:
+    def holds(value: Any) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+    return holds, f"an int >= {least}"
+
+
+def _non_negative() -> Rule:
+    def holds(value: Any) -> bool:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return False
+        return 0 <= float(value) < np.inf
+
+    return holds, "a finite number >= 0"
+
+
+def _one_of(*options: Any) -> Rule:
+    names = ", ".join(map(repr, options))
+    return lambda value: any(value is o or value == o for o in options), f"one of {names}"
+
+
+def _optional(rule: Rule) -> Rule:
+    return lambda value: value is None or rule[0](value), f"{rule[1]}, or None"
+
+
+def _is_size(value: Any) -> bool:
+    if value == "full":
+        return True
+    holds = _integer(1)[0]
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(holds, value))
+
+
+def _is_count(value: Any) -> bool:
+    holds = _integer(1)[0]
+    counts = value.values() if isinstance(value, Mapping) else [value]
+    return all(map(holds, counts))
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_))
+
+
+NOT_OURS = ("module", "criterion", "dataset", "max_epochs", "predict_nonlinearity", "classes")
+"""Parameters of skorch's nets that ours sets itself."""
+
+_NESTED = ("optimizer", "iterator_train", "iterator_valid", "callbacks", "compile")
+
+RULES: dict[str, Rule] = {
+    "train_backbone": (_is_flag, "True or False"),
+    "image_size": _integer(1),
+    "resize": _one_of("crop", "squash"),
+    "prototypes_per_class": (_is_count, "an int >= 1, or a dict of one for each class"),
+    "prototype_size": (_is_size, '"full" or (rows, columns), ints >= 1'),
+    "latent_dim": _optional(_integer(1)),
+    "similarity": _one_of("log", "cosine"),
+    "prototype_init": _one_of("kmeans", "random"),
+    "distinct": _one_of(None, "patches", "images"),
+    "lambda_clst": _non_negative(),
+    "lambda_sep": _non_negative(),
+    "lambda_l1": _non_negative(),
+    "warmup_epochs": _integer(0),
+    "joint_epochs": _integer(0),
+    "cycles": _integer(1),
+    "lr": _non_negative(),
+    "backbone_lr": _non_negative(),
+    "lr_schedule": _one_of("cosine", "step", None),
+    "batch_size": _integer(1),
+}
+
+
+def check_parameters(params: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the parameter, what is allowed and what was given."""
+    for name, (holds, allowed) in RULES.items():
+        if not holds(params[name]):
+            raise ValueError(f"{name} must be {allowed}; got {params[name]!r}.")
+
+
+def prototype_counts(spec: int | Mapping[Any, int], classes: np.ndarray) -> list[int]:
+    """Return the number of prototypes of each class.
+
+    Parameters
+    ----------
+    spec : int or mapping of class label to int
+    classes : ndarray of shape (C,)
+        The class labels of y.
+    """
+    if not isinstance(spec, Mapping):
+        return [int(spec)] * len(classes)
+    labels = classes.tolist()
+    missing = [label for label in labels if label not in spec]
+    unknown = [label for label in spec if label not in labels]
+    if missing or unknown:
+        raise ValueError(
+            "prototypes_per_class as a dict must name every class of y once; "
+            f"missing: {missing}, not in y: {unknown}."
+        )
+    return [int(spec[label]) for label in labels]
+
+
+def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -> None:
+    """Raise ValueError where a class has fewer images than prototypes; y holds class indices."""
+    have = np.bincount(y, minlength=len(classes))
+    short = [
+        f"{label!r} has {n} for {k} prototypes"
+        for label, n, k in zip(classes.tolist(), have, counts, strict=True)
+        if n < k
+    ]
+    if short:
+        raise ValueError(
+            f"Some classes have fewer training images than prototypes: {'; '.join(short)}. Lower "
+            "prototypes_per_class (a dict sets it for each class), or add images."
+        )
+
+
+def normalization(spec: Any) -> tuple[Triple, Triple]:
+    """Return (mean, std) per channel, in units where pixels are in [0, 1].
+
+    Parameters
+    ----------
+    spec : "imagenet", or a pair (mean, std) of three numbers each
+    """
+    if isinstance(spec, str) and spec == "imagenet":
+        return _IMAGENET
+    allowed = "normalization must be 'imagenet' or (mean, std), three numbers each"
+    try:
+        values = np.asarray(spec, dtype=float)
+    except (TypeError, ValueError):
+        raise ValueError(f"{allowed}; got {spec!r}.") from None
+    if values.shape != (2, 3) or not np.isfinite(values).all():
+        raise ValueError(f"{allowed}; got {spec!r}.")
+    mean, std = values
+    if mean.min() < 0 or mean.max() > 1 or std.min() <= 0 or std.max() > 1:
+        raise ValueError(
+            "normalization is in units where pixels are in [0, 1]: 0 <= mean <= 1 and "
+            f"0 < std <= 1; got {spec!r}. Values for pixels in 0..255 are divided by 255."
+        )
+    return _triple(mean), _triple(std)
+
+
+def _triple(values: np.ndarray) -> Triple:
+    red, green, blue = values.tolist()
+    return red, green, blue
+
+
+def refuse_unknown(names: Iterable[str], estimator: type) -> None:
+    """Raise TypeError for a name that is no parameter of the estimator, naming the nearest."""
+    inits = [inspect.signature(cls).parameters for cls in (estimator, NeuralNet)]
+    known = {name for init in inits for name in init} - {"self", "kwargs", *NOT_OURS}
+    for name in names:
+        prefix, nested, _ = name.partition("__")
+        if name in known or (nested and prefix in _NESTED):
+            continue
+        near = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{estimator.__name__} has no parameter {name!r}.{hint}")

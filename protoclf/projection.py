@@ -1,0 +1,131 @@
+"""Projection of prototypes onto latent training patches ("push").
+
+Chen et al., NeurIPS 2019, section 2.2, stage 2: p_j becomes the nearest latent patch among the
+training images of its own class. N images, m prototypes, D channels, H x W cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from protoclf.prototype_layer import own_class_distances
+
+DISTINCT = (None, "patches", "images")
+
+
+class Sources(NamedTuple):
+    """Where each of the m prototypes comes from.
+
+    Attributes
+    ----------
+    image : ndarray of shape (m,), int64
+        Position of the image among those that were searched.
+    cell : ndarray of shape (m,), int64
+        Flat index of the patch in the map of (H - H1 + 1) x (W - W1 + 1) patches.
+    distance : ndarray of shape (m,)
+        Squared L2 distance that the projection moves the prototype.
+    """
+
+    image: np.ndarray
+    cell: np.ndarray
+    distance: np.ndarray
+
+
+@torch.no_grad()
+def find_sources(
+    latents: Iterable[tuple[Tensor, Tensor]],
+    prototypes: Tensor,
+    owner: Tensor,
+    distinct: str | None = None,
+) -> Sources:
+    """Find the training patch that each prototype is projected onto, in one pass.
+
+    Parameters
+    ----------
+    latents : iterable of (z, y)
+        Batches of latent maps (n, D, H, W) with their class indices (n,).
+    prototypes : Tensor of shape (m, D, H1, W1)
+    owner : Tensor of shape (m,), int64
+        The class of each prototype.
+    distinct : {None, "patches", "images"}
+        None: each takes the nearest patch of its class; among equally near ones the first image,
+        then the first cell. Otherwise no two prototypes of a class share a patch, or an image;
+        the sum of the distances is the smallest possible.
+
+    Returns
+    -------
+    Sources
+    """
+    slots = _slots(owner)  # (C, K)
+    distances, cells, targets = [], [], []
+    for z, y in latents:
+        y = y.to(z.device)
+        own = prototypes[slots[y]]  # (n, K, D, H1, W1)
+        n_patches = (z.shape[2] - own.shape[3] + 1) * (z.shape[3] - own.shape[4] + 1)
+        k = min(slots.shape[1], n_patches) if distinct == "patches" else 1
+        distance, cell = own_class_distances(z, own, k)  # (n, K, k) each
+        distances.append(distance)
+        cells.append(cell)
+        targets.append(y)
+    arrays = [torch.cat(parts).cpu().numpy() for parts in (distances, cells, targets)]
+    return _choose(arrays[0], arrays[1], arrays[2], owner.cpu().numpy(), distinct)
+
+
+def _slots(owner: Tensor) -> Tensor:
+    """Return the prototypes of each class (C, K); short rows repeat their first one."""
+    groups = [torch.nonzero(owner == c).flatten() for c in range(int(owner.max()) + 1)]
+    width = max(map(len, groups))
+    rows = [g if len(g) else owner.new_zeros(1) for g in groups]
+    return torch.stack([torch.cat([g, g[:1].expand(width - len(g))]) for g in rows])
+
+
+def _choose(
+    distance: np.ndarray, cell: np.ndarray, y: np.ndarray, owner: np.ndarray, distinct: str | None
+) -> Sources:
+    """Choose among the candidates (N, K, k) of every image."""
+    m = len(owner)
+    sources = Sources(np.zeros(m, np.int64), np.zeros(m, np.int64), np.zeros(m))
+    choose = {None: _nearest, "patches": _distinct_patches, "images": _distinct_images}[distinct]
+    for c in np.unique(owner):
+        mine, images = np.flatnonzero(owner == c), np.flatnonzero(y == c)
+        d, where = distance[images, : len(mine)], cell[images, : len(mine)]  # (n, K, k)
+        image, rank = choose(d, where)  # (K,), (K,)
+        slot = np.arange(len(mine))
+        sources.image[mine] = images[image]
+        sources.cell[mine] = where[image, slot, rank]
+        sources.distance[mine] = d[image, slot, rank]
+    return sources
+
+
+def _nearest(distance: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    image = distance[:, :, 0].argmin(0)  # (K,), the first of equals
+    return image, np.zeros_like(image)
+
+
+def _distinct_images(distance: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    slot, image = linear_sum_assignment(distance[:, :, 0].T)
+    return image[slot.argsort()], np.zeros_like(image)
+
+
+def _distinct_patches(distance: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Assign patches; the K nearest of each of K prototypes are enough for an optimum."""
+    n, n_slots, k = distance.shape
+    flat = distance.transpose(1, 0, 2).reshape(n_slots, n * k)  # (K, n k)
+    best = flat.argsort(axis=1, kind="stable")[:, :n_slots]  # (K, at most K)
+    patch = np.arange(n)[:, None, None] * (cell.max() + 1) + cell  # (n, K, k)
+    patch = np.take_along_axis(patch.transpose(1, 0, 2).reshape(n_slots, n * k), best, axis=1)
+    patches, column = np.unique(patch, return_inverse=True)
+    cost = np.full((n_slots, len(patches)), np.inf)
+    rows = np.arange(n_slots)[:, None]
+    column = column.reshape(patch.shape)
+    cost[rows, column] = np.take_along_axis(flat, best, axis=1)
+    _, chosen = linear_sum_assignment(cost)
+    pick = (column == chosen[:, None]).argmax(1)  # (K,)
+    image, rank = np.divmod(best[np.arange(n_slots), pick], k)
+    return image, rank

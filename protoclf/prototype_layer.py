@@ -1,0 +1,403 @@
+"""Squared distances between prototypes and latent patches, and their minimum over the map.
+
+The prototype layer of ProtoPNet (Chen et al., "This Looks Like That", NeurIPS 2019, section
+2.1): d_j(x) = min over patches of ||patch - p_j||^2 and g_j(x) = log((d_j + 1) / (d_j + eps)).
+N images, m prototypes, D channels, H x W cells; a prototype covers H1 x W1 cells, so that an image
+has L = H' W' patches of K = D H1 W1 numbers, H' = H - H1 + 1 and W' = W - W1 + 1.
+
+No function here keeps all N m L distances for the backward pass. The nearest patches come from
+blocks of matrix products that stay in the processor's cache; the distances to them are then
+computed anew from the differences, since ||z||^2 - 2 z.p + ||p||^2 loses, by cancellation, the
+digits that the logarithm of a near match needs.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK_CPU = 2**20  # numbers in a block: 4 MiB of float32, little enough to stay in the caches
+_BLOCK_GPU = 2**25  # 128 MiB: few launches matter more than caches
+_PER_PAIR = 16  # numbers that the backward pass makes for an image and a prototype, at most
+_SPARE = 8  # candidates beyond the k nearest, for those that rounding put in the wrong order
+
+
+def min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared L2 distance from each prototype to the nearest patch of each image.
+
+    Differentiable in both arguments, once, and computed in float32 at least, under autocast too.
+    Memory beside the result is a few blocks of fixed size; the backward pass goes through the
+    nearest patches alone.
+
+    Parameters
+    ----------
+    z : Tensor of shape (N, D, H, W)
+        Latent maps.
+    prototypes : Tensor of shape (m, D, H1, W1)
+        Prototypes, no larger than the map.
+
+    Returns
+    -------
+    distance : Tensor of shape (N, m)
+        Distance to the nearest patch: never negative, and 0 where the prototype equals it.
+    cell : Tensor of shape (N, m), int64
+        Which patch that is, as the flat index in the map of (H - H1 + 1) x (W - W1 + 1) patches;
+        among equally near ones the lowest.
+    """
+    _check_shapes(z, prototypes)
+    return torch.ops.protoclf.min_distances(*_as_float(z, prototypes))
+
+
+def own_class_distances(z: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances to the k nearest patches of each image, from prototypes of the image's own.
+
+    Without gradients; meant for the projection, where an image meets the prototypes of its class.
+
+    Parameters
+    ----------
+    z : Tensor of shape (N, D, H, W)
+        Latent maps.
+    prototypes : Tensor of shape (N, P, D, H1, W1)
+        For each image, its P prototypes.
+    k : int
+        How many patches, at most all (H - H1 + 1)(W - W1 + 1) of a map.
+
+    Returns
+    -------
+    distance : Tensor of shape (N, P, k)
+        Squared L2 distances, ascending.
+    cell : Tensor of shape (N, P, k), int64
+        Flat indices of the patches, equally near ones in ascending order.
+    """
+    _check_shapes(z, prototypes)
+    L = _n_patches(z, prototypes)
+    if not 1 <= k <= L:
+        raise ValueError(f"k must be 1 to {L}, the patches of a map; got {k}")
+    with torch.no_grad(), _no_autocast(z):
+        z, prototypes = _as_float(z, prototypes)
+        size = _images_per_block(z, prototypes, L * prototypes.shape[1])
+        blocks = zip(z.split(size), prototypes.split(size), strict=True)
+        nearest = [_k_nearest(_patches(a, p), p.flatten(2), k) for a, p in blocks]
+        distance, cell = map(torch.cat, zip(*nearest, strict=True))
+    return distance, cell
+
+
+def distance_maps(z: Tensor, prototypes: Tensor) -> Tensor:
+    """Squared L2 distances from every prototype to every patch.
+
+    The expanded form in float64, which leaves it the digits that cancellation takes.
+
+    Parameters
+    ----------
+    z : Tensor of shape (N, D, H, W)
+        Latent maps.
+    prototypes : Tensor of shape (m, D, H1, W1)
+        Prototypes, no larger than the map.
+
+    Returns
+    -------
+    distance : Tensor of shape (N, m, H - H1 + 1, W - W1 + 1)
+        Its minimum over the map is that of `min_distances`.
+    """
+    _check_shapes(z, prototypes)
+    z, prototypes = _as_float(z, prototypes)
+    with _no_autocast(z):
+        distances = _n_patches(z, prototypes) * len(prototypes)  # of an image
+        blocks = z.split(_images_per_block(z, prototypes, distances))
+        maps = torch.cat([_all_distances(_patches(a, prototypes), prototypes) for a in blocks])
+    return maps.unflatten(2, _map_shape(z, prototypes))  # (N, m, H', W')
+
+
+def similarity(distance: Tensor, kind: str, eps: float = 1e-4) -> Tensor:
+    """Turn squared distances into similarities g, which fall as the distance grows.
+
+    Parameters
+    ----------
+    distance : Tensor of any shape
+        Squared L2 distances.
+    kind : {"log", "cosine"}
+        "log" is the paper's log((d + 1) / (d + eps)). "cosine" is 1 - d / 2: the cosine, given
+        that latents and prototypes went through `unit_length`.
+    eps : float, default=1e-4
+        Bounds the "log" similarity, to log(1 / eps) at d = 0.
+
+    Returns
+    -------
+    similarity : Tensor, shaped as `distance`
+    """
+    if kind == "log":
+        return torch.log1p(distance) - torch.log(distance + eps)
+    if kind == "cosine":
+        return 1 - distance / 2
+    raise ValueError(f'similarity must be "log" or "cosine"; got {kind!r}')
+
+
+def unit_length(x: Tensor, dim: int = 1, area: int = 1) -> Tensor:
+    """Scale the vectors along `dim` to the length 1 / sqrt(area).
+
+    With `area` = H1 W1 a patch of H1 x W1 cells is of unit length, and the squared distance of
+    two patches is 2 - 2 times the mean of their cells' cosines.
+
+    Parameters
+    ----------
+    x : Tensor of any shape
+        Latent maps or prototypes.
+    dim : int, default=1
+        The dimension of the channels.
+    area : int, default=1
+        Cells of a prototype, H1 W1.
+
+    Returns
+    -------
+    unit : Tensor, shaped as `x`
+        In float32 at least. Vectors shorter than 1e-6 stay as good as zero, and the gradient is
+        finite: at most 1e6 times what comes in.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)  # 1 along dim
+    return x / (torch.where(length > 1e-6, length, 1) * area**0.5)
+
+
+def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    scores = _n_patches(z, prototypes) * min(len(prototypes), 512)  # by that many at a time
+    size = _images_per_block(z, prototypes, scores)
+    distance = z.new_empty(len(z), len(prototypes))  # (N, m)
+    cell = torch.empty_like(distance, dtype=torch.int64)  # (N, m)
+    p = prototypes.flatten(1)  # (m, K)
+    buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes), p.shape[1]))
+    with _no_autocast(z):
+        for i in range(0, len(z), size):
+            patches = _patches(z[i : i + size], prototypes)  # (n, L, K)
+            _nearest(patches, p, _map_shape(z, prototypes), buffer, out=cell[i : i + size])
+            _distances_at(cell[i : i + size], patches, p, buffer, out=distance[i : i + size])
+    return distance, cell
+
+
+def _grad_z(g: Tensor, z: Tensor, prototypes: Tensor, cell: Tensor) -> Tensor:
+    """Sum over the patches that hold a cell, and the prototypes nearest to each: 2 g (z - p).
+
+    The first part is z times a sum of g; only the second needs the prototypes.
+    """
+    p, g = prototypes.flatten(1), 2 * g  # (m, K), (N, m)
+    size = _images_per_block(z, prototypes, _PER_PAIR * len(prototypes))
+    grad = torch.empty_like(z)
+    for i in range(0, len(z), size):
+        block = slice(i, i + size)
+        total = _sum_per_patch(g[block], cell[block], _n_patches(z, prototypes))  # (n, h1 w1, L)
+        total = _fold(total.expand(-1, prototypes[0, 0].numel(), -1), z, prototypes)  # (n, 1, H, W)
+        pulled = _pulled(g[block], cell[block], p, _n_patches(z, prototypes))  # (n, K, L)
+        torch.mul(z[block], total, out=grad[block])
+        grad[block] -= _fold(pulled, z, prototypes)  # (n, D, H, W)
+    return grad
+
+
+def _grad_prototypes(g: Tensor, z: Tensor, prototypes: Tensor, cell: Tensor) -> Tensor:
+    """Sum over images: 2 g (p - nearest patch)."""
+    g = 2 * g.t()  # (m, N)
+    grad = g.sum(1, keepdim=True) * prototypes.flatten(1)  # (m, K)
+    size = _images_per_block(z, prototypes, _PER_PAIR * len(prototypes))
+    for i in range(0, len(z), size):
+        patches = _patches(z[i : i + size], prototypes)  # (n, L, K)
+        bags = _flat(cell[i : i + size], patches.shape[1]).t().contiguous()  # (m, n)
+        weights = g[:, i : i + size].contiguous()  # (m, n)
+        grad -= _weighted_sums(bags, patches.flatten(0, 1), weights)  # (m, K)
+    return grad.view(prototypes.shape)
+
+
+def _nearest(patches: Tensor, p: Tensor, shape: tuple[int, int], buffer: Tensor, out: Tensor):
+    """Write the cells where the score z.p - ||z||^2 / 2 is largest to `out` (n, m)."""
+    rows = patches.flatten(0, 1)  # (n L, K)
+    half_square = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_() / 2  # (n L, 1)
+    for j in _chunks(len(p), len(buffer) // len(rows)):
+        score = buffer[: len(rows) * len(p[j])].view(len(rows), -1)  # (n L, m)
+        torch.addmm(half_square, rows, p[j].t(), beta=-1, out=score)
+        out[:, j] = _argmax(score.view(len(patches), *shape, -1))  # (n, m)
+
+
+def _argmax(score: Tensor) -> Tensor:
+    """Flat index (n, m) of the largest score (n, H', W', m), the first of equals.
+
+    The row of the map first, then the cell in it: the plain maximum is several times faster than
+    the one that keeps track of indices, which is left with 1 / W' + 1 / H' of the numbers.
+    """
+    width = score.shape[2]
+    row = score.amax(2).max(1).indices  # (n, m)
+    index = row[:, None, None].expand(-1, 1, width, -1)  # (n, 1, W', m)
+    column = score.gather(1, index).squeeze(1).max(1).indices  # (n, m)
+    return row.mul_(width).add_(column)
+
+
+def _distances_at(cell: Tensor, patches: Tensor, p: Tensor, buffer: Tensor, out: Tensor):
+    """Write ||patch - p_j||^2 at the patches of `cell` (n, m), by differences, to `out`."""
+    n, K = len(patches), patches.shape[2]
+    rows, index = patches.flatten(0, 1), _flat(cell, patches.shape[1])  # (n L, K), (n, m)
+    for j in _chunks(len(p), len(buffer) // (n * K)):
+        index_j = index[:, j].flatten()  # (n m)
+        difference = buffer[: len(index_j) * K].view(-1, K)  # (n m, K)
+        torch.index_select(rows, 0, index_j, out=difference)
+        difference = difference.view(n, -1, K).sub_(p[j])  # (n, m, K)
+        out[:, j] = torch.linalg.vector_norm(difference, dim=2).square_()  # (n, m)
+
+
+def _sum_per_patch(g: Tensor, cell: Tensor, L: int) -> Tensor:
+    """Sum of g_j (n, 1, L) over the prototypes j nearest to each patch."""
+    return g.new_zeros(len(g), L).scatter_add_(1, cell, g)[:, None]
+
+
+def _pulled(g: Tensor, cell: Tensor, p: Tensor, L: int) -> Tensor:
+    """Sum of g_j p_j (n, K, L) over the prototypes j nearest to each patch."""
+    index, order = _flat(cell, L).flatten().sort(stable=True)  # (n m)
+    start = torch.searchsorted(index, torch.arange(len(g) * L, device=g.device))  # (n L)
+    weights = g.flatten()[order]  # (n m)
+    pulled = _weighted_sums(order.remainder_(len(p)), p, weights, start)  # (n L, K)
+    return pulled.view(len(g), L, -1).transpose(1, 2)  # (n, K, L)
+
+
+def _weighted_sums(
+    index: Tensor, rows: Tensor, weights: Tensor, start: Tensor | None = None
+) -> Tensor:
+    """Add weighted rows up, without a copy of them: nothing else in torch is as fast at it."""
+    return F.embedding_bag(
+        index, rows.detach(), start, per_sample_weights=weights.detach(), mode="sum"
+    )
+
+
+def _k_nearest(patches: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances and cells (n, P, k) of the patches (n, L, K) nearest to `p` (n, P, K)."""
+    half_square = torch.linalg.vector_norm(patches, dim=2).square_()[:, None] / 2  # (n, 1, L)
+    score = torch.baddbmm(half_square, p, patches.transpose(1, 2), beta=-1)  # (n, P, L)
+    cell = score.sort(dim=2, descending=True, stable=True).indices[..., : k + _SPARE]  # (n, P, c)
+    cell = cell.sort(dim=2).values  # (n, P, c), ascending, so that the stable sort keeps ties so
+    nearest = patches.flatten(0, 1)[_flat(cell, patches.shape[1])]  # (n, P, c, K)
+    distance = torch.linalg.vector_norm(nearest.sub_(p[:, :, None]), dim=3).square_()  # (n, P, c)
+    distance, order = distance.sort(dim=2, stable=True)
+    return distance[..., :k], cell.gather(2, order[..., :k])
+
+
+def _all_distances(patches: Tensor, prototypes: Tensor) -> Tensor:
+    """Distances (n, m, L) from the prototypes to the patches (n, L, K)."""
+    wide = torch.float32 if patches.device.type == "mps" else torch.float64  # which it lacks
+    x, p = patches.to(wide), prototypes.flatten(1).to(wide)  # (n, L, K), (m, K)
+    squares = p.square().sum(1)[:, None] + x.square().sum(2)[:, None]  # (n, m, L)
+    return (squares - 2 * p @ x.transpose(1, 2)).clamp_(min=0).to(patches.dtype)
+
+
+def _patches(z: Tensor, prototypes: Tensor) -> Tensor:
+    """All patches of the size of a prototype (n, L, K)."""
+    h1, w1 = prototypes.shape[-2:]
+    columns = z.flatten(2) if h1 == w1 == 1 else F.unfold(z, (h1, w1))  # (n, K, L)
+    return columns.transpose(1, 2).contiguous()  # (n, L, K)
+
+
+def _fold(columns: Tensor, z: Tensor, prototypes: Tensor) -> Tensor:
+    """Add patches (n, K, L) up to maps (n, D, H, W): the adjoint of cutting them out."""
+    if prototypes.shape[2:].numel() == 1:
+        return columns.unflatten(2, z.shape[2:])  # (n, D, H, W)
+    return F.fold(columns, z.shape[2:], prototypes.shape[2:])  # (n, D, H, W)
+
+
+def _flat(cell: Tensor, L: int) -> Tensor:
+    """Cells (n, ...) of each image as indices into the rows of all images' patches (n L, K)."""
+    first = torch.arange(0, len(cell) * L, L, device=cell.device)  # (n)
+    return cell + first.view(-1, *[1] * (cell.ndim - 1))
+
+
+def _map_shape(z: Tensor, prototypes: Tensor) -> tuple[int, int]:
+    """H', W'."""
+    return z.shape[2] - prototypes.shape[-2] + 1, z.shape[3] - prototypes.shape[-1] + 1
+
+
+def _n_patches(z: Tensor, prototypes: Tensor) -> int:
+    height, width = _map_shape(z, prototypes)
+    return height * width
+
+
+def _block(z: Tensor) -> int:
+    return _BLOCK_CPU if z.device.type == "cpu" else _BLOCK_GPU
+
+
+def _images_per_block(z: Tensor, prototypes: Tensor, numbers: int) -> int:
+    """How many images make a block, each of its patches and of so many other numbers."""
+    patches = _n_patches(z, prototypes) * prototypes.shape[-3:].numel()
+    return max(1, _block(z) // max(patches, numbers))
+
+
+def _chunks(m: int, size: int) -> list[slice]:
+    return [slice(j, min(j + max(size, 1), m)) for j in range(0, m, max(size, 1))]
+
+
+def _as_float(*tensors: Tensor) -> list[Tensor]:
+    """Cast to the common dtype, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _no_autocast(z: Tensor) -> AbstractContextManager:
+    if not torch.amp.is_autocast_available(z.device.type):
+        return nullcontext()
+    return torch.autocast(z.device.type, enabled=False)
+
+
+def _check_shapes(z: Tensor, prototypes: Tensor) -> None:
+    if z.ndim != 4 or prototypes.ndim < 4 or z.shape[1] != prototypes.shape[-3]:
+        expected = "(N, D, H, W) and (m, D, H1, W1)"
+    elif min(_map_shape(z, prototypes)) < 1:
+        expected = "H1 <= H and W1 <= W"
+    else:
+        return
+    shapes = f"{tuple(z.shape)} and {tuple(prototypes.shape)}"
+    raise ValueError(f"latent map and prototypes must be {expected}; got shapes {shapes}")
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx, grad_distance, grad_cell):
+    arguments = (grad_distance, *ctx.saved_tensors)
+    operators = torch.ops.protoclf
+    gradients = operators.min_distances_grad_z, operators.min_distances_grad_prototypes
+    needed = zip(gradients, ctx.needs_input_grad, strict=True)
+    return tuple(gradient(*arguments) if need else None for gradient, need in needed)
+
+
+def _fake_min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    distance = z.new_empty(z.shape[0], prototypes.shape[0])  # (N, m)
+    return distance, torch.empty_like(distance, dtype=torch.int64)
+
+
+def _register(signature: str, function: Callable, fake: Callable) -> None:
+    """Make `function` an operator: torch.compile then takes it whole, blocks untraced.
+
+    Not by `torch.library.custom_op`, whose first call imports torch._dynamo: seconds, for each
+    process that does but predict.
+    """
+    name = signature.split("(")[0]
+    _library.define(signature)
+    torch.library.register_fake(f"protoclf::{name}", fake, lib=_library)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+
+
+_library = torch.library.Library("protoclf", "FRAGMENT")
+_register(
+    "min_distances(Tensor z, Tensor prototypes) -> (Tensor, Tensor)",
+    _min_distances,
+    fake=_fake_min_distances,
+)
+_register(
+    "min_distances_grad_z(Tensor g, Tensor z, Tensor prototypes, Tensor cell) -> Tensor",
+    _grad_z,
+    fake=lambda g, z, prototypes, cell: torch.empty_like(z),
+)
+_register(
+    "min_distances_grad_prototypes(Tensor g, Tensor z, Tensor prototypes, Tensor cell) -> Tensor",
+    _grad_prototypes,
+    fake=lambda g, z, prototypes, cell: prototypes.new_empty(prototypes.shape),
+)
+torch.library.register_autograd(
+    "protoclf::min_distances", _backward, setup_context=_save, lib=_library
+)

@@ -1,0 +1,259 @@
+"""The stages of a fit: warm-up, joint, projection and last layer, as data that knows how to run.
+
+Chen et al., NeurIPS 2019, section 2.2, and their settings (supplement). Each stage says what it
+trains, with what learning rates and for how long, or what it computes. Epochs run through
+skorch's own loop, so that callbacks and the history see every stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+from warnings import warn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from protoclf.features import FeatureDataset, FitData
+from protoclf.initialization import kmeans_prototypes
+from protoclf.last_layer import solve_last_layer
+from protoclf.localization import activation_boxes, covered_cells
+from protoclf.net import SkorchProtoPNet
+from protoclf.projection import Sources, find_sources
+
+
+class Stage(Protocol):
+    """One step of the schedule."""
+
+    def run(self, net: SkorchProtoPNet, data: FitData) -> None:
+        """Take the step."""
+
+
+def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
+    """Return the stages of a fit; those before the first cycle only where it is the first fit."""
+    stages: list[Stage] = []
+    if first:
+        stages.append(Start(net.prototype_init))
+        heads = {"add_on": net.lr, "prototypes": net.lr}
+        stages.append(Training("warm-up", net.warmup_epochs, heads))
+    joint = {"backbone": net.backbone_lr, "add_on": net.lr, "prototypes": net.lr}
+    for cycle in range(net.cycles):
+        if net.train_backbone:
+            before = net.joint_epochs * cycle
+            stages.append(Training("joint", net.joint_epochs, joint, net.lr_schedule, before))
+        stages += [Projection(net.distinct), LastLayer(net.lambda_l1)]
+    return stages
+
+
+@dataclass(frozen=True)
+class Start:
+    """Set prototypes and last layer to where the training begins."""
+
+    prototype_init: str
+    name: str = "start"
+
+    def run(self, net: SkorchProtoPNet, data: FitData) -> None:
+        """Replace the module's random prototypes where another start is asked for."""
+        if self.prototype_init == "kmeans":
+            kmeans_prototypes(net, data)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Epochs of gradient steps on the joint loss, the last layer fixed.
+
+    Attributes
+    ----------
+    name : str
+    epochs : int
+    learning_rates : mapping of str to float
+        For each part that is trained; the others are frozen.
+    lr_schedule : {None, "cosine", "step"}
+        How the rates fall from epoch to epoch: not at all, to 0 along half a cosine in each
+        stage, or to a tenth every 5 epochs (the paper's).
+    epochs_before : int
+        Epochs of this kind in earlier cycles, which count for the steps.
+    """
+
+    name: str
+    epochs: int
+    learning_rates: Mapping[str, float]
+    lr_schedule: str | None = None
+    epochs_before: int = 0
+
+    def run(self, net: SkorchProtoPNet, data: FitData) -> None:
+        """Train; on cached features wherever the backbone is frozen."""
+        if not self.epochs:
+            return
+        net.module_.train_only(self.learning_rates)
+        net.module_.reset_last_layer()
+        net.optimizer_.state.clear()
+        on_images = "backbone" in self.learning_rates
+        if on_images:
+            data.forget_features()
+        train = data.augmented_train_images if on_images else data.train_features
+        valid = data.valid_images if on_images else data.valid_features
+        batches = net.get_iterator(train, training=True)
+        for epoch in range(self.epochs):
+            self._set_learning_rates(net.optimizer_, epoch)
+            with _history_row(net, data, self.name) as row:
+                net.run_single_epoch(batches, True, "train", net.train_step)
+                _validate(net, valid)
+            if row.stopped:
+                break
+
+    def _set_learning_rates(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rates.get(group["part"], 0.0) * self._factor(epoch)
+
+    def _factor(self, epoch: int) -> float:
+        if self.lr_schedule == "cosine":
+            return (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        if self.lr_schedule == "step":
+            return 0.1 ** ((self.epochs_before + epoch) // 5)
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Move every prototype onto the nearest latent patch of its class, for ever."""
+
+    distinct: str | None
+    name: str = "projection"
+
+    def run(self, net: SkorchProtoPNet, data: FitData) -> None:
+        """Search all training images in one pass, then read the chosen patches."""
+        module = net.module_.eval()
+        module.train_only(())
+        with _history_row(net, data, self.name):
+            sources = find_sources(
+                _latents(net, data.train_features),
+                module.scaled_prototypes(),
+                module.owner,
+                self.distinct,
+            )
+            net.sources_ = _take_patches(net, data.train_features, sources)
+            self._record_distinct(net, sources)
+            data.train_distance = _distances(net, data.train_features)
+            _record_train_loss(net, data)
+            _validate(net, data.valid_features)
+
+    def _record_distinct(self, net: SkorchProtoPNet, sources: Sources) -> None:
+        m = len(sources.image)
+        patches = len(np.unique(np.stack([sources.image, sources.cell]), axis=1).T)
+        images = len(np.unique(sources.image))
+        net.history.record("distinct_patches", patches)
+        net.history.record("distinct_images", images)
+        if patches < 0.8 * m:
+            warn(
+                f"{m} prototypes were projected onto {patches} distinct patches only. Use fewer "
+                'prototypes_per_class, or distinct="patches".',
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """Solve the convex problem of the last layer on the activations of all training images."""
+
+    lambda_l1: float
+    name: str = "last layer"
+
+    def run(self, net: SkorchProtoPNet, data: FitData) -> None:
+        """Solve and set W."""
+        module, train = net.module_, data.train_features
+        with _history_row(net, data, self.name), torch.no_grad():
+            g = module.activations(data.train_distance)  # (N, m)
+            result = solve_last_layer(
+                g,
+                train.y.to(g.device),
+                module.owner,
+                self.lambda_l1,
+                sample_weight=train.sample_weight,
+                n_classes=module.last_layer.out_features,
+            )
+            module.last_layer.weight.copy_(result.weight)
+            net.last_layer_result_ = result
+            net.strongest_share_ = g.argmax(1).bincount(minlength=g.shape[1]).cpu().numpy() / len(g)
+            net.history.record("objective", result.objective)
+            net.history.record("residual", result.residual)
+            _record_train_loss(net, data)
+            _validate(net, data.valid_features)
+
+
+class _Row:
+    """Whether a callback, such as early stopping, ended the stage with this row."""
+
+    stopped = False
+
+
+@contextmanager
+def _history_row(net: SkorchProtoPNet, data: FitData, stage: str) -> Iterator[_Row]:
+    """Open a row of the history for the stage, and close it with the callbacks."""
+    datasets = {"dataset_train": data.train_images, "dataset_valid": data.valid_images}
+    net.notify("on_epoch_begin", **datasets)
+    net.history.record("stage", stage)
+    row = _Row()
+    yield row
+    try:
+        net.notify("on_epoch_end", **datasets)
+    except KeyboardInterrupt:  # skorch's early stopping speaks so; it ends the stage, not the fit
+        row.stopped = True
+
+
+def _validate(net: SkorchProtoPNet, valid: Dataset | None) -> None:
+    if valid is not None:
+        batches = net.get_iterator(valid, training=False)
+        net.run_single_epoch(batches, False, "valid", net.validation_step)
+
+
+@torch.no_grad()
+def _record_train_loss(net: SkorchProtoPNet, data: FitData) -> None:
+    """Record the joint loss of all training images, from their distances to the prototypes."""
+    module, features, distance = net.module_, data.train_features, data.train_distance
+    outputs = module.last_layer(module.activations(distance)), distance, distance
+    inputs = {"sample_weight": features.sample_weight} if features.sample_weight is not None else {}
+    net.history.record("train_loss", net.get_loss(outputs, features.y, X=inputs).item())
+
+
+@torch.no_grad()
+def _distances(net: SkorchProtoPNet, features: FeatureDataset) -> Tensor:
+    """Squared distances (N, m) of the training images to all prototypes."""
+    return torch.cat([net.module_.compare(z)[1] for z, _ in _latents(net, features)])
+
+
+def _latents(net: SkorchProtoPNet, features: FeatureDataset) -> Iterator[tuple[Tensor, Tensor]]:
+    """Latent maps and classes of the training images, always in the same batches."""
+    for inputs, y in net.get_iterator(features, training=False):
+        with torch.no_grad():
+            yield net.module_.latents(inputs["features"].to(net.device)), y
+
+
+def _take_patches(
+    net: SkorchProtoPNet, features: FeatureDataset, sources: Sources
+) -> dict[str, np.ndarray]:
+    """Write the chosen patches into the prototypes; return where each was found.
+
+    The batches are those of the search, so that a prototype equals its patch bit for bit.
+    """
+    module, start = net.module_, 0
+    rows, cols = module.prototype_size
+    maps: dict[int, Tensor] = {}
+    for z, y in _latents(net, features):
+        row, col = np.divmod(sources.cell, z.shape[3] - cols + 1)
+        here = (sources.image >= start) & (sources.image < start + len(y))
+        for j in np.flatnonzero(here).tolist():
+            own = z[sources.image[j] - start]  # (D, H, W)
+            with torch.no_grad():
+                module.prototypes[j] = own[:, row[j] : row[j] + rows, col[j] : col[j] + cols]
+                maps[j] = module.similarity_maps(own[None], slice(j, j + 1))[0, 0]  # (H', W')
+        start += len(y)
+    cells = covered_cells(torch.stack([maps[j] for j in sorted(maps)]), (rows, cols))  # (m, H, W)
+    boxes = activation_boxes(cells, net.image_size).cpu().numpy()
+    return {"image": sources.image, "row": row, "col": col, "box": boxes, "moved": sources.distance}
