@@ -11,8 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
-from sklearn.utils import check_random_state, column_or_1d
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight
 from skorch.utils import is_dataset
 from torch import nn
@@ -20,8 +19,9 @@ from torch.utils.data import Dataset, Subset
 
 from protoclf.explanation import explain_batch, prototype_table, sheet_rows
 from protoclf.features import FitData
-from protoclf.image_dataset import ImageDataset
+from protoclf.image_dataset import ImageDataset, augmentation_of
 from protoclf.images import Images, conflicting_labels
+from protoclf.labels import encode, read_labels
 from protoclf.localization import upsample
 from protoclf.losses import ProtoPNetLoss
 from protoclf.net import SkorchProtoPNet
@@ -31,12 +31,14 @@ from protoclf.parameters import (
     check_parameters,
     prototype_counts,
     refuse_unknown,
+    with_skorch_parameters,
 )
 from protoclf.stages import schedule
 
 _FITTED = ("prototypes_", "source_images_", "last_layer_result_", "classes_inferred_")
 
 
+@with_skorch_parameters
 class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
     """ProtoPNet: an image classifier whose every prediction is a scoring sheet.
 
@@ -71,17 +73,22 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
     similarity : {"cosine", "log"}, default="cosine"
         "log" is the paper's log((d + 1) / (d + 1e-4)) of the squared L2 distance d; "cosine" is
         1 - d / 2 of latents of unit length.
-    prototype_init : {"kmeans", "random"}, default="kmeans"
-        Centres of k-means on each class's latent patches, or random ones (the paper's).
+    prototype_init : {"selected", "kmeans", "random"}, default="selected"
+        "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
+        those of four times as many centres that a sparse last layer makes use of, "random" at
+        random (the paper's).
     distinct : {None, "patches", "images"}, default=None
         Whether the prototypes of a class must be projected onto distinct patches, or even onto
         distinct images.
     lambda_clst, lambda_sep : float, default=0.8, 0.08
         Weights of the cluster and the separation cost in the joint loss.
-    lambda_l1 : float, default=3e-3
+    lambda_l1 : float, default=3e-4
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes per class.
-    warmup_epochs, joint_epochs : int, default=5, 10
-        Epochs with the backbone frozen, once, and epochs with it trained, in each cycle.
+    warmup_epochs : int, default=0
+        Epochs with the backbone frozen, once. Fresh add-on layers and random prototypes need some
+        (5 in the paper).
+    joint_epochs : int, default=10
+        Epochs with the backbone trained, in each cycle.
     cycles : int, default=1
         Rounds of joint training, projection and last layer.
     augmentation : None, "default" or callable, default="default"
@@ -152,12 +159,12 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         prototype_size: tuple[int, int] | str = (1, 1),
         latent_dim: int | None = None,
         similarity: str = "cosine",
-        prototype_init: str = "kmeans",
+        prototype_init: str = "selected",
         distinct: str | None = None,
         lambda_clst: float = 0.8,
         lambda_sep: float = 0.08,
-        lambda_l1: float = 3e-3,
-        warmup_epochs: int = 5,
+        lambda_l1: float = 3e-4,
+        warmup_epochs: int = 0,
         joint_epochs: int = 10,
         cycles: int = 1,
         augmentation: Any = "default",
@@ -277,6 +284,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, first: bool):
         check_parameters(vars(self))
+        augmentation_of(self.augmentation, self.image_size)  # a wrong one is refused now
         dataset, labels = self._training_data(X, y, sample_weight, first)
         if first:
             self._forget()
@@ -307,16 +315,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
     ) -> tuple[ImageDataset, np.ndarray]:
         """Check X and y, and decode all images."""
         images = Images(X)
-        if y is None:
-            raise ValueError(f"{type(self).__name__} requires y to be passed, but y is None.")
-        y = column_or_1d(y, warn=True)
-        check_classification_targets(y)
-        if len(y) != len(images):
-            raise ValueError(
-                f"X has {len(images)} images and y {len(y)} labels; they must be as many."
-            )
-        labels, codes = _encode(y, None if first else self.classes_)
-        conflicting_labels(images, codes)
+        y = read_labels(y, len(images))
+        labels, codes = encode(y, None if first else self.classes_)
+        conflicting_labels(images, y)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(
                 sample_weight, np.empty((len(y), 1)), ensure_non_negative=True
@@ -484,6 +485,24 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
                 maps.append(batch.cpu().numpy())
         return maps if upsampled else np.concatenate(maps)
 
+    def source_image(self, prototype: int) -> np.ndarray:
+        """Return the training image (H, W, 3), uint8, that a prototype is a part of.
+
+        Where X held paths it is read again from its path.
+        """
+        row = self._fitted().prototypes_.iloc[prototype]
+        index = int(row["source_index"])
+        if index in self.source_images_:
+            return self.source_images_[index]
+        return np.asarray(Images([row["source"]]).open(0))
+
+    def shown_region(self, sizes: ArrayLike) -> np.ndarray:
+        """Return the part of each original that the model sees: boxes (n, 4), in its pixels.
+
+        `sizes` (n, 2) are widths and heights.
+        """
+        return self._preprocessing().region(sizes)
+
     def _logits(self, X: Any) -> np.ndarray:
         return self._outputs(X)[0].cpu().numpy()
 
@@ -492,7 +511,8 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         if not is_dataset(X):  # a data set comes from a callback, in the middle of a fit
             self._fitted()
         batches = self.forward_iter(X, training=False, device=self.device)
-        logits, distance, cell = map(torch.cat, zip(*batches, strict=True))
+        # the batches of a callback on training scores still have their gradients
+        logits, distance, cell = (torch.cat(b).detach() for b in zip(*batches, strict=True))
         return logits, distance, cell
 
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
@@ -501,12 +521,13 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         labels = np.atleast_1d(np.asarray(classes))
         index = {label: i for i, label in enumerate(self.classes_.tolist())}
         unknown = [label for label in labels.tolist() if label not in index]
-        if unknown:
+        if unknown or not len(labels):
             raise ValueError(
-                'classes must be "predicted", "top2", "all" or labels of y; got the unknown '
-                f"{unknown}. Known are {self.classes_.tolist()}."
+                'classes must be "predicted", "top2", "all" or labels of y; got '
+                f"{f'the unknown {unknown}' if unknown else 'none'}. Known are "
+                f"{self.classes_.tolist()}."
             )
-        return [index[label] for label in labels.tolist()]
+        return list(dict.fromkeys(index[label] for label in labels.tolist()))  # each once
 
     def _fitted(self) -> ProtoPNetClassifier:
         if not self._is_trained():
@@ -527,25 +548,11 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
         tags.input_tags.string = True
+        tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         return BaseEstimator.__repr__(self, N_CHAR_MAX)
-
-
-def _encode(y: np.ndarray, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the class labels and y as indices into them."""
-    labels, codes = np.unique(y, return_inverse=True)
-    if classes is None:
-        if len(labels) < 2:
-            raise ValueError(
-                f"y has one class only, {labels.tolist()[0]!r}; a classifier needs at least two."
-            )
-        return labels, codes
-    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
-    if unknown:
-        raise ValueError(f"y has classes that the first fit did not see: {unknown}.")
-    return classes, np.searchsorted(classes, labels)[codes]
 
 
 def _positions(dataset: Any) -> np.ndarray:

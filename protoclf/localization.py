@@ -14,6 +14,7 @@ from torch import Tensor
 from protoclf.network import ProtoPNet
 
 _BLOCK = 2**22  # pixels of upsampled maps at a time
+_ROUNDING = 1e-5  # of a map's range: closer pixels are equal, as are those of a patch's cells
 
 
 def pair_boxes(
@@ -78,9 +79,10 @@ def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> T
     Tensor of shape (k, 4)
         Pixels of the model input.
     """
+    maps = maps - maps.amin((1, 2), keepdim=True)  # so that a constant map stays so, to the bit
     size = max(1, _BLOCK // image_size**2)
     blocks = [_boxes(upsample(m, image_size, image_size), percentile) for m in maps.split(size)]
-    return torch.cat(blocks) if blocks else maps.new_zeros(0, 4)
+    return torch.cat(blocks)
 
 
 def _bicubic(n_in: int, n_out: int, like: Tensor) -> Tensor:
@@ -90,9 +92,10 @@ def _bicubic(n_in: int, n_out: int, like: Tensor) -> Tensor:
 
 
 def _boxes(maps: Tensor, percentile: float) -> Tensor:
-    n = maps[0].numel()
+    n = maps.shape[1:].numel()
     rank = int(np.ceil(round(percentile / 100 * (n - 1), 6)))  # the first at the percentile
-    threshold = maps.flatten(1).kthvalue(rank + 1, dim=1).values  # (k,)
+    flat = maps.flatten(1)  # (k, S S)
+    threshold = flat.kthvalue(rank + 1, dim=1).values - _ROUNDING * flat.amax(1)  # (k,)
     high = maps >= threshold[:, None, None]  # (k, S, S)
     (x0, x1), (y0, y1) = _extent(high.any(1)), _extent(high.any(2))
     return torch.stack([x0, y0, x1, y1], dim=1).to(maps.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,12 @@ class SkorchProtoPNet(NeuralNetClassifier):
         weight = None if weight is None else weight.to(self.device)
         return self.criterion_(y_pred, y_true.to(self.device), weight)
 
+    def latents(self, features: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield latent maps and classes of cached features, always in the same batches."""
+        for inputs, y in self.get_iterator(features, training=False):
+            with torch.no_grad():
+                yield self.module_.latents(inputs["features"].to(self.device)), y
+
     @property
     def _default_callbacks(self) -> list[tuple[str, Any]]:
         """Skorch's callbacks; the log keeps to the columns that every stage has."""
@@ -129,9 +135,15 @@ class SkorchProtoPNet(NeuralNetClassifier):
         return super().get_params(deep=deep, **kwargs) | {"device": vars(self)["device"]}
 
     def set_params(self, **params: Any):
-        """Set parameters, nested ones of skorch included."""
-        refuse_unknown([name for name in params if "__" in name], type(self))
-        return super().set_params(**params)
+        """Set parameters, nested ones of skorch included; what was learned stays.
+
+        For some of them skorch would build the network anew, or fail.
+        """
+        refuse_unknown(params, type(self), ValueError)
+        in_use = {n: v for n, v in params.items() if n.startswith(("callbacks", "optimizer__"))}
+        for name in params.keys() - in_use:
+            setattr(self, name, params[name])
+        return super().set_params(**in_use)
 
     def _get_param_names(self) -> list[str]:
         names = super()._get_param_names()

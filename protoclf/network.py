@@ -56,9 +56,9 @@ class ProtoPNet(nn.Module):
 
     Notes
     -----
-    With "cosine" similarity latent cells and prototype cells are scaled to unit length, and the
-    squared distance of two cells is 2 - 2 cos. Sizes of latents with prototypes of H1 x W1 cells:
-    see `unit_length`.
+    With "cosine" similarity the add-on layers end in a `Centre`, latent cells and prototype cells
+    are scaled to unit length, and the squared distance of two cells is 2 - 2 cos. For prototypes
+    of several cells see `unit_length`.
     """
 
     owner: Tensor
@@ -88,7 +88,8 @@ class ProtoPNet(nn.Module):
     @torch.no_grad()
     def reset_last_layer(self) -> None:
         """Set W to +1 for a class's own prototypes and to -0.5 for the others (section 2.2)."""
-        own = self.owner == torch.arange(self.last_layer.out_features)[:, None]  # (C, m)
+        classes = torch.arange(self.last_layer.out_features, device=self.owner.device)
+        own = self.owner == classes[:, None]  # (C, m)
         self.last_layer.weight.copy_(torch.where(own, 1.0, -0.5))
 
     def forward(self, images: Tensor | None = None, features: Tensor | None = None) -> Outputs:
@@ -104,7 +105,7 @@ class ProtoPNet(nn.Module):
 
     def latents(self, features: Tensor) -> Tensor:
         """Return the latent map z (N, D, H, W)."""
-        return self._scaled(self.add_on(features))
+        return self.scaled(self.add_on(features))
 
     def compare(self, z: Tensor) -> Outputs:
         """Return the outputs for latent maps z (N, D, H, W)."""
@@ -124,7 +125,7 @@ class ProtoPNet(nn.Module):
 
     def scaled_prototypes(self) -> Tensor:
         """Return the prototypes (m, D, H1, W1) as latents are compared with them."""
-        return self._scaled(self.prototypes)
+        return self.scaled(self.prototypes)
 
     def train_only(self, parts: Collection[str]) -> None:
         """Give gradients to these of `PARTS` and freeze the others."""
@@ -143,21 +144,39 @@ class ProtoPNet(nn.Module):
         """Rows and columns of cells of a prototype, H1 and W1."""
         return self.prototypes.shape[2], self.prototypes.shape[3]
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return latents or prototypes as they are compared: for cosines, of unit length."""
         if self.similarity != "cosine":
             return x
         rows, cols = self.prototype_size
         return unit_length(x, dim=1, area=rows * cols)
 
 
-def _add_on_layers(channels: int, latent_dim: int | None, similarity: str) -> nn.Module:
-    """Two 1 x 1 convolutions; the paper's sigmoid bounds what "cosine" scales anyway."""
+class Centre(nn.Module):
+    """Subtract a mean latent cell, so that a cosine tells apart cells that share a large mean.
+
+    Parameters
+    ----------
+    channels : int
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return centred maps (N, channels, H, W)."""
+        return z - self.mean
+
+
+def _add_on_layers(channels: int, latent_dim: int | None, similarity: str) -> nn.Sequential:
+    """Two 1 x 1 convolutions, and at the end the paper's sigmoid, or a `Centre` for cosines."""
+    last = nn.Sigmoid() if similarity == "log" else Centre(latent_dim or channels)
     if latent_dim is None:
-        return nn.Identity()
+        return nn.Sequential() if similarity == "log" else nn.Sequential(last)
     convolutions = [nn.Conv2d(n, latent_dim, 1) for n in (channels, latent_dim)]
     for convolution in convolutions:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         if convolution.bias is not None:
             nn.init.zeros_(convolution.bias)
-    last = [nn.Sigmoid()] if similarity == "log" else []
-    return nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], *last)
+    return nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], last)

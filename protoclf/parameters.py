@@ -6,11 +6,12 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from skorch import NeuralNet
 
+T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]
 Triple = tuple[float, float, float]  # red, green, blue
 
@@ -35,7 +36,7 @@ def _non_negative() -> Rule:
 
 def _one_of(*options: Any) -> Rule:
     names = ", ".join(map(repr, options))
-    return lambda value: any(value is o or value == o for o in options), f"one of {names}"
+    return lambda value: isinstance(value, str | None) and value in options, f"one of {names}"
 
 
 def _optional(rule: Rule) -> Rule:
@@ -43,8 +44,8 @@ def _optional(rule: Rule) -> Rule:
 
 
 def _is_size(value: Any) -> bool:
-    if value == "full":
-        return True
+    if isinstance(value, str):
+        return value == "full"
     holds = _integer(1)[0]
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(holds, value))
 
@@ -72,7 +73,7 @@ RULES: dict[str, Rule] = {
     "prototype_size": (_is_size, '"full" or (rows, columns), ints >= 1'),
     "latent_dim": _optional(_integer(1)),
     "similarity": _one_of("log", "cosine"),
-    "prototype_init": _one_of("kmeans", "random"),
+    "prototype_init": _one_of("selected", "kmeans", "random"),
     "distinct": _one_of(None, "patches", "images"),
     "lambda_clst": _non_negative(),
     "lambda_sep": _non_negative(),
@@ -161,14 +162,34 @@ def _triple(values: np.ndarray) -> Triple:
     return red, green, blue
 
 
-def refuse_unknown(names: Iterable[str], estimator: type) -> None:
-    """Raise TypeError for a name that is no parameter of the estimator, naming the nearest."""
-    inits = [inspect.signature(cls).parameters for cls in (estimator, NeuralNet)]
-    known = {name for init in inits for name in init} - {"self", "kwargs", *NOT_OURS}
+def with_skorch_parameters(cls: type[T]) -> type[T]:
+    """Name skorch's parameters in the signature of a class, in the place of its ``**`` one.
+
+    scikit-learn reads signatures: its repr leaves out what equals the default there.
+    """
+    init: Any = vars(cls)["__init__"]
+    own = [p for p in inspect.signature(init).parameters.values() if p.kind != p.VAR_KEYWORD]
+    hidden = {*NOT_OURS, *(p.name for p in own)}
+    theirs = [
+        p.replace(kind=p.KEYWORD_ONLY)
+        for p in inspect.signature(NeuralNet.__init__).parameters.values()
+        if p.name not in hidden and p.kind != p.VAR_KEYWORD
+    ]
+    init.__signature__ = inspect.Signature(own + theirs)
+    return cls
+
+
+def refuse_unknown(
+    names: Iterable[str], estimator: type, error: type[Exception] = TypeError
+) -> None:
+    """Raise an error for a name that is no parameter of the estimator, naming the nearest."""
+    inits = [inspect.signature(cls).parameters for cls in estimator.__mro__[:-1]]  # but object
+    known = {p.name for init in inits for p in init.values() if p.kind != p.VAR_KEYWORD}
+    known -= {"args", *NOT_OURS}
     for name in names:
         prefix, nested, _ = name.partition("__")
         if name in known or (nested and prefix in _NESTED):
             continue
-        near = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise TypeError(f"{estimator.__name__} has no parameter {name!r}.{hint}")
+        near = difflib.get_close_matches(prefix, sorted(_NESTED if nested else known), n=1)
+        hint = f" Did you mean {near[0] + name[len(prefix) :]!r}?" if near else ""
+        raise error(f"{estimator.__name__} has no parameter {name!r}.{hint}")

@@ -77,6 +77,27 @@ def find_sources(
     return _choose(arrays[0], arrays[1], arrays[2], owner.cpu().numpy(), distinct)
 
 
+@torch.no_grad()
+def read_patches(
+    latents: Iterable[tuple[Tensor, Tensor]], sources: Sources, size: tuple[int, int]
+) -> Tensor:
+    """Return the patches (m, D, H1, W1) at their sources.
+
+    `latents` are the batches of the search: then a prototype equals its patch bit for bit.
+    """
+    rows, cols = size
+    patches: dict[int, Tensor] = {}
+    start = 0
+    for z, y in latents:
+        row, col = np.divmod(sources.cell, z.shape[3] - cols + 1)
+        here = (sources.image >= start) & (sources.image < start + len(y))
+        for j in np.flatnonzero(here).tolist():
+            own = z[sources.image[j] - start]  # (D, H, W)
+            patches[j] = own[:, row[j] : row[j] + rows, col[j] : col[j] + cols].clone()
+        start += len(y)
+    return torch.stack([patches[j] for j in sorted(patches)])
+
+
 def _slots(owner: Tensor) -> Tensor:
     """Return the prototypes of each class (C, K); short rows repeat their first one."""
     groups = [torch.nonzero(owner == c).flatten() for c in range(int(owner.max()) + 1)]

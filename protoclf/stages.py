@@ -16,15 +16,16 @@ from warnings import warn
 
 import numpy as np
 import torch
+from skorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from protoclf.features import FeatureDataset, FitData
-from protoclf.initialization import kmeans_prototypes
+from protoclf.initialization import centre_latents, kmeans_prototypes, selected_prototypes
 from protoclf.last_layer import solve_last_layer
 from protoclf.localization import activation_boxes, covered_cells
 from protoclf.net import SkorchProtoPNet
-from protoclf.projection import Sources, find_sources
+from protoclf.projection import Sources, find_sources, read_patches
 
 
 class Stage(Protocol):
@@ -58,9 +59,12 @@ class Start:
     name: str = "start"
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
-        """Replace the module's random prototypes where another start is asked for."""
+        """Centre cosines, and replace the random prototypes where another start is asked for."""
+        centre_latents(net, data)
         if self.prototype_init == "kmeans":
             kmeans_prototypes(net, data)
+        elif self.prototype_init == "selected":
+            selected_prototypes(net, data)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Training:
         net.module_.train_only(self.learning_rates)
         net.module_.reset_last_layer()
         net.optimizer_.state.clear()
+        _forget_misses(net)
         on_images = "backbone" in self.learning_rates
         if on_images:
             data.forget_features()
@@ -132,7 +137,7 @@ class Projection:
         module.train_only(())
         with _history_row(net, data, self.name):
             sources = find_sources(
-                _latents(net, data.train_features),
+                net.latents(data.train_features),
                 module.scaled_prototypes(),
                 module.owner,
                 self.distinct,
@@ -207,6 +212,13 @@ def _history_row(net: SkorchProtoPNet, data: FitData, stage: str) -> Iterator[_R
         row.stopped = True
 
 
+def _forget_misses(net: SkorchProtoPNet) -> None:
+    """Let early stopping count anew: the losses of one stage say nothing of the next."""
+    for _, callback in net.callbacks_:
+        if isinstance(callback, EarlyStopping):
+            callback.on_train_begin(net)
+
+
 def _validate(net: SkorchProtoPNet, valid: Dataset | None) -> None:
     if valid is not None:
         batches = net.get_iterator(valid, training=False)
@@ -215,45 +227,35 @@ def _validate(net: SkorchProtoPNet, valid: Dataset | None) -> None:
 
 @torch.no_grad()
 def _record_train_loss(net: SkorchProtoPNet, data: FitData) -> None:
-    """Record the joint loss of all training images, from their distances to the prototypes."""
+    """Show skorch the training images as one batch, whose distances are known already."""
     module, features, distance = net.module_, data.train_features, data.train_distance
     outputs = module.last_layer(module.activations(distance)), distance, distance
-    inputs = {"sample_weight": features.sample_weight} if features.sample_weight is not None else {}
-    net.history.record("train_loss", net.get_loss(outputs, features.y, X=inputs).item())
+    inputs = {"features": features.features}
+    if features.sample_weight is not None:
+        inputs["sample_weight"] = features.sample_weight
+    step = {"loss": net.get_loss(outputs, features.y, X=inputs), "y_pred": outputs}
+    net.run_single_epoch([(inputs, features.y)], True, "train", lambda batch: step)
 
 
 @torch.no_grad()
 def _distances(net: SkorchProtoPNet, features: FeatureDataset) -> Tensor:
     """Squared distances (N, m) of the training images to all prototypes."""
-    return torch.cat([net.module_.compare(z)[1] for z, _ in _latents(net, features)])
+    return torch.cat([net.module_.compare(z)[1] for z, _ in net.latents(features)])
 
 
-def _latents(net: SkorchProtoPNet, features: FeatureDataset) -> Iterator[tuple[Tensor, Tensor]]:
-    """Latent maps and classes of the training images, always in the same batches."""
-    for inputs, y in net.get_iterator(features, training=False):
-        with torch.no_grad():
-            yield net.module_.latents(inputs["features"].to(net.device)), y
-
-
+@torch.no_grad()
 def _take_patches(
     net: SkorchProtoPNet, features: FeatureDataset, sources: Sources
 ) -> dict[str, np.ndarray]:
-    """Write the chosen patches into the prototypes; return where each was found.
-
-    The batches are those of the search, so that a prototype equals its patch bit for bit.
-    """
-    module, start = net.module_, 0
-    rows, cols = module.prototype_size
-    maps: dict[int, Tensor] = {}
-    for z, y in _latents(net, features):
-        row, col = np.divmod(sources.cell, z.shape[3] - cols + 1)
-        here = (sources.image >= start) & (sources.image < start + len(y))
-        for j in np.flatnonzero(here).tolist():
-            own = z[sources.image[j] - start]  # (D, H, W)
-            with torch.no_grad():
-                module.prototypes[j] = own[:, row[j] : row[j] + rows, col[j] : col[j] + cols]
-                maps[j] = module.similarity_maps(own[None], slice(j, j + 1))[0, 0]  # (H', W')
-        start += len(y)
-    cells = covered_cells(torch.stack([maps[j] for j in sorted(maps)]), (rows, cols))  # (m, H, W)
+    """Write the chosen patches into the prototypes; return where each was found."""
+    module = net.module_
+    module.prototypes.copy_(read_patches(net.latents(features), sources, module.prototype_size))
+    maps = []
+    for j, image in enumerate(sources.image):
+        inputs, _ = features.__getitems__([image])
+        z = module.latents(inputs["features"].to(net.device))  # (1, D, H, W)
+        maps.append(module.similarity_maps(z, slice(j, j + 1))[0])  # (1, H', W')
+    row, col = np.divmod(sources.cell, maps[0].shape[2])
+    cells = covered_cells(torch.cat(maps), module.prototype_size)  # (m, H, W)
     boxes = activation_boxes(cells, net.image_size).cpu().numpy()
     return {"image": sources.image, "row": row, "col": col, "box": boxes, "moved": sources.distance}

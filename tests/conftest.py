@@ -1,8 +1,10 @@
-"""Pictures that several test files read."""
+"""Pictures, and a classifier of some, that several test files read."""
 
 import numpy as np
 import PIL.Image
 import pytest
+
+from protoclf import ProtoPNetClassifier
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,32 @@ def paths(tmp_path, picture):
         picture.rotate(9 * k).save(path)
         made.append(path)
     return made
+
+
+@pytest.fixture(scope="session")
+def squares():
+    """24 noisy pictures of 60 x 40 pixels, each with a square in one of three colours; labels."""
+    rng = np.random.default_rng(0)
+    colours = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (230, 30, 30)}
+    y = np.array(list(colours) * 8)
+    X = rng.integers(60, 180, size=(len(y), 40, 60, 3), dtype=np.uint8)
+    for pixels, label in zip(X, y, strict=True):
+        top, left = rng.integers(0, 24), rng.integers(12, 32)
+        pixels[top : top + 16, left : left + 16] = colours[label]
+    return X, y
+
+
+@pytest.fixture(scope="session")
+def fitted(squares):
+    """A small classifier that went through all stages; to be read, not to be changed."""
+    clf = ProtoPNetClassifier(
+        "small_cnn",
+        image_size=48,
+        prototypes_per_class=2,
+        warmup_epochs=1,
+        joint_epochs=1,
+        batch_size=8,
+        random_state=0,
+        verbose=0,
+    )
+    return clf.fit(*squares)

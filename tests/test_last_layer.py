@@ -189,6 +189,13 @@ def test_same_input_same_bits():
     np.testing.assert_array_equal(first, second)
 
 
+def test_activations_beyond_what_can_be_squared_end_with_a_warning():
+    g, y, owner = similarities()
+    with pytest.warns(ConvergenceWarning):
+        result = solve_last_layer(1e200 * g, y, owner, 0.01)
+    assert np.isfinite(result.weight).all()
+
+
 def test_huge_penalty_leaves_nothing():
     result = solve_last_layer(*similarities(), 100.0)
     assert not result.weight.any()

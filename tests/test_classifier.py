@@ -1,0 +1,987 @@
+"""The estimator: what holds for every fitted model, what X and y may be, and what is refused."""
+
+import pickle
+import warnings
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import DataConversionWarning, NotFittedError
+from skorch.callbacks import Callback, EarlyStopping
+from skorch.dataset import ValidSplit
+from torch import nn
+from torch.utils.data import Subset
+
+from protoclf import ImageError, ProtoPNetClassifier
+from protoclf.network import ProtoPNet
+
+NAMES = np.array(["wren", "auk", "owl"])  # not sorted
+SHAPE = 40, 48  # height and width of the pictures
+
+
+def pictures(n_per_class=6, n_classes=3, seed=0):
+    """Noise with a square in the colour of the class, somewhere."""
+    rng = np.random.default_rng(seed)
+    codes = np.arange(n_per_class * n_classes) % n_classes
+    X = rng.integers(0, 60, (len(codes), *SHAPE, 3), dtype=np.uint8)
+    for image, c in zip(X, codes, strict=True):
+        row, col = rng.integers(2, 26), rng.integers(6, 30)
+        image[row : row + 12, col : col + 12, c] = 220
+    return X, codes
+
+
+def own_module():
+    """A user's backbone, with batch normalisation; cells of 8 x 8 pixels."""
+    torch.manual_seed(7)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 2, 2), nn.ReLU()
+    )
+
+
+def classifier(backbone="small_cnn", **parameters):
+    settings = {
+        "image_size": 32,
+        "prototypes_per_class": 2,
+        "warmup_epochs": 1,
+        "joint_epochs": 1,
+        "random_state": 0,
+        "verbose": 0,
+    }
+    return ProtoPNetClassifier(backbone, **{**settings, **parameters})
+
+
+SETTINGS = {
+    "small_cnn": {},
+    "own_module": {
+        "backbone": own_module(),
+        "similarity": "log",
+        "latent_dim": 8,
+        "prototype_size": (2, 2),
+        "lambda_l1": 1e-3,
+    },
+}
+X, CODES = pictures()
+Y = NAMES[CODES]
+NEW_X, NEW_CODES = pictures(n_per_class=3, seed=1)
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(settings):
+    """A model that tests read and never change."""
+    return classifier(**settings).fit(X, Y)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """The pictures of X as files; names hold spaces and Korean letters."""
+    folder = tmp_path_factory.mktemp("새 사진")
+    paths = [folder / f"까치 {i}.png" for i in range(len(X))]
+    for path, image in zip(paths, X, strict=True):
+        PIL.Image.fromarray(image).save(path)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture
+def backbone_images(monkeypatch):
+    """Sizes of the batches of images that pass a ProtoPNet's backbone."""
+    seen = []
+    features = ProtoPNet.features
+
+    def counted(self, images):
+        seen.append(len(images))
+        return features(self, images)
+
+    monkeypatch.setattr(ProtoPNet, "features", counted)
+    return seen
+
+
+def assert_same_model(one, other):
+    ours, theirs = one.module_.state_dict(), other.module_.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    pd.testing.assert_frame_equal(one.prototypes_, other.prototypes_)
+
+
+def assert_same_answers(one, other, X=NEW_X):
+    assert np.array_equal(one.predict(X), other.predict(X))
+    for method in ("predict_proba", "decision_function", "transform"):
+        assert np.array_equal(getattr(one, method)(X), getattr(other, method)(X))
+    sheets = one.explain(X, classes="all"), other.explain(X, classes="all")
+    pd.testing.assert_frame_equal(*sheets)
+
+
+def sums(sheet, clf, n):
+    """Contributions summed for each sample and class, (n, C); a class without rows sums to 0."""
+    table = sheet.pivot_table(values="contribution", index="sample", columns="class", aggfunc="sum")
+    return table.reindex(index=range(n), columns=clf.classes_, fill_value=0).fillna(0).to_numpy()
+
+
+# ---- what holds for every model ---------------------------------------------------------------
+
+
+def test_contributions_sum_to_the_logits(model):
+    logits = model.decision_function(NEW_X)
+    assert logits.shape == (9, 3)
+    sheet = model.explain(NEW_X, classes="all")
+    np.testing.assert_allclose(sums(sheet, model, 9), logits, rtol=1e-5, atol=1e-5)
+    product = sheet["similarity"] * sheet["weight"]
+    np.testing.assert_array_equal(product, sheet["contribution"])
+    named = logits[sheet["sample"], np.searchsorted(model.classes_, sheet["class"])]
+    np.testing.assert_allclose(sheet["logit"], named, rtol=1e-6)
+
+
+def test_probabilities_are_the_softmax_and_the_prediction_the_argmax(model):
+    logits, probability = model.decision_function(NEW_X), model.predict_proba(NEW_X)
+    power = np.exp(logits - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(probability, power / power.sum(1, keepdims=True), rtol=1e-5)
+    assert np.array_equal(model.predict(NEW_X), model.classes_[logits.argmax(1)])
+    assert len(set(model.predict(X))) == 3  # not one answer for all
+    sheet = model.explain(NEW_X)
+    assert sheet["is_predicted"].all()
+    chosen = sheet.groupby("sample")["class"].agg(["first", "nunique"])
+    assert chosen["first"].tolist() == model.predict(NEW_X).tolist()
+    assert (chosen["nunique"] == 1).all()
+
+
+def test_last_layer_keeps_its_signs_and_reports_its_optimality(model):
+    W = model.coef_
+    own = model.prototypes_["class"].to_numpy() == model.classes_[:, None]
+    assert (W[own] >= 0).all()
+    assert (W[~own] <= 0).all()
+    assert (W[own] > 0).any()
+    assert model.last_layer_result_.residual <= 1e-6
+    assert model.history[-1, "residual"] == model.last_layer_result_.residual
+    assert model.history[-1, "objective"] == model.last_layer_result_.objective
+
+
+def test_same_data_and_random_state_give_the_same_model(model, settings):
+    torch.manual_seed(99)  # the global generator has no say
+    before = torch.random.get_rng_state()
+    again = classifier(**settings).fit(X, Y)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert_same_model(model, again)
+    assert_same_answers(model, again)
+    assert model.history[:, "train_loss"] == again.history[:, "train_loss"]
+    other = classifier(**settings, random_state=1).fit(X, Y)
+    assert not np.array_equal(other.transform(NEW_X), model.transform(NEW_X))
+
+
+def test_a_clone_fits_to_the_same_model_and_starts_unfitted(model):
+    copy = clone(model)
+    with pytest.raises(NotFittedError):
+        copy.predict(NEW_X)
+    assert_same_model(model, copy.fit(X, Y))
+
+
+def test_pickle_and_joblib_keep_predictions_and_sheets(model, tmp_path):
+    assert_same_answers(model, pickle.loads(pickle.dumps(model)))
+    joblib.dump(model, tmp_path / "model.joblib")
+    loaded = joblib.load(tmp_path / "model.joblib")
+    assert_same_answers(model, loaded)
+    pd.testing.assert_frame_equal(model.prototypes_, loaded.prototypes_)
+    assert model.history == loaded.history
+    assert loaded.get_params(deep=False).keys() == model.get_params(deep=False).keys()
+
+
+def test_all_images_are_trained_on_and_pass_a_frozen_backbone_once(backbone_images, settings):
+    for count in (1, 5):
+        backbone_images.clear()
+        clf = classifier(**settings | {"prototypes_per_class": count}, train_backbone=False)
+        clf.fit(X, Y)
+        assert sum(backbone_images) == len(X)
+        assert clf.n_prototypes_ == 3 * count
+        assert clf.history[:, "stage"] == ["warm-up", "projection", "last layer"]
+        assert not any(key.startswith("valid") for row in clf.history for key in row)
+
+
+def test_projection_and_last_layer_cost_one_pass_after_joint_training(backbone_images):
+    classifier(cycles=2).fit(X, Y)
+    passes = 1 + 2 * (1 + 1)  # warm-up; in each cycle an epoch, and projection with last layer
+    assert sum(backbone_images) == passes * len(X)
+
+
+# ---- y ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "wrap"),
+    [
+        (["wren", "auk", "owl"], list),
+        (["wren", "auk", "owl"], np.array),
+        (["wren", "auk", "owl"], lambda y: np.array(y, dtype=object)),
+        (["wren", "auk", "owl"], pd.Series),
+        (["wren", "auk", "owl"], lambda y: pd.Series(y, dtype="str")),
+        (["wren", "auk", "owl"], lambda y: pd.Series(y, dtype="string")),
+        (["wren", "auk", "owl"], lambda y: pd.Series(y, dtype="category")),
+        (["wren", "auk", "owl"], lambda y: pd.Series(y, index=range(50, 50 + len(y)))),
+        (["새 3", "새 1", "새 2"], list),
+        ([40, -2, 7], list),
+        ([40, -2, 7], np.array),
+        ([40, 2, 7], lambda y: np.array(y, dtype=np.uint8)),
+        ([40, -2, 7], pd.Series),
+        ([40, -2, 7], lambda y: pd.Series(y, dtype="category")),
+        ([2.0, 0.0, 1.0], np.array),
+    ],
+)
+def test_labels_come_back_as_they_were_given(names, wrap):
+    y = wrap([names[c] for c in CODES])
+    clf = classifier(own_module()).fit(X, y)
+    assert clf.classes_.tolist() == sorted(names)
+    predicted = clf.predict(X)
+    assert predicted.dtype == clf.classes_.dtype == np.asarray(y).dtype
+    assert set(predicted.tolist()) <= set(names)
+    assert clf.score(X, y) == np.mean(predicted == np.asarray(y))
+    sheet = clf.explain(X[:3], classes=[names[0]])
+    assert sheet["class"].unique().tolist() == [names[0]]
+    codes = classifier(own_module()).fit(X, np.searchsorted(sorted(names), np.asarray(y)))
+    assert np.array_equal(codes.decision_function(X), clf.decision_function(X))
+
+
+@pytest.mark.parametrize("names", [[True, False], ["b", "a"], [5, 3]])
+def test_two_classes_have_one_decision_value(names):
+    few = CODES < 2
+    y = np.array(names)[CODES[few]]
+    clf = classifier(own_module()).fit(X[few], y)
+    assert clf.classes_.dtype == y.dtype
+    assert clf.classes_.tolist() == sorted(names)
+    margin, probability = clf.decision_function(NEW_X), clf.predict_proba(NEW_X)
+    assert margin.shape == (9,)
+    assert probability.shape == (9, 2)
+    assert np.array_equal(clf.predict(NEW_X), clf.classes_[(margin > 0).astype(int)])
+    np.testing.assert_allclose(1 / (1 + np.exp(-margin)), probability[:, 1], rtol=1e-4, atol=1e-6)
+    total = sums(clf.explain(NEW_X, classes="all"), clf, 9)
+    np.testing.assert_allclose(total[:, 1] - total[:, 0], margin, rtol=1e-4, atol=1e-5)
+
+
+def test_a_column_of_labels_warns_and_is_read():
+    with pytest.warns(DataConversionWarning):
+        clf = classifier(own_module()).fit(X, Y[:, None])
+    assert_same_model(clf, classifier(own_module()).fit(X, Y))
+
+
+@pytest.mark.parametrize(
+    ("y", "words"),
+    [
+        (None, ["requires y to be passed", "None"]),
+        (Y[:-1], ["18 images", "17 labels"]),
+        (np.full(18, "wren"), ["one class only", "'wren'", "at least two"]),
+        (np.linspace(0.1, 5, 18), ["continuous"]),
+        (np.where(CODES == 1, np.nan, CODES), ["NaN"]),
+        (pd.Series(Y).where(CODES > 0), ["position 0"]),
+        ([None, *Y[1:]], ["position 0", "None"]),
+        (np.column_stack([CODES, CODES]), ["(18, 2)"]),
+        (np.array([*Y[:-1], 3.5], dtype=object), ["mixes", "'float'", "'str_'"]),
+    ],
+)
+def test_wrong_labels_are_refused_before_training(y, words, backbone_images):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        classifier().fit(X, y)
+    for word in words:
+        assert word in str(caught.value)
+    assert not backbone_images
+
+
+def test_too_few_images_of_a_class_say_which_and_how_many(backbone_images):
+    keep = np.r_[0:18][(CODES != 1) | (np.arange(18) < 2)]
+    with pytest.raises(ValueError, match=r"'auk' has 1 for 2 prototypes.*Lower prototypes_per"):
+        classifier().fit(X[keep], Y[keep])
+    assert not backbone_images
+
+
+def test_images_of_the_validation_part_do_not_count_for_prototypes(backbone_images):
+    clf = classifier(prototypes_per_class=6, train_split=ValidSplit(3, stratified=True))
+    with pytest.raises(ValueError, match="'auk' has 4 for 6 prototypes"):
+        clf.fit(X, Y)
+    assert not backbone_images
+
+
+def test_one_path_with_two_labels_is_refused(photos, backbone_images):
+    twice = [*photos, photos[4]]
+    with pytest.raises(ImageError) as caught:
+        classifier().fit(twice, [*Y, "wren"])
+    for word in ("까치 4.png", "'auk' at position 4", "'wren' at position 18"):
+        assert word in str(caught.value)
+    assert not backbone_images
+    classifier(own_module()).fit(twice, [*Y, Y[4]])
+
+
+def test_wrong_sample_weights_are_refused(backbone_images):
+    for weight in (np.ones(17), -np.ones(18), np.full(18, np.nan), np.ones((18, 2))):
+        with pytest.raises(ValueError, match=r"(?i)sample.weight"):
+            classifier().fit(X, Y, sample_weight=weight)
+    assert not backbone_images
+
+
+def test_a_weight_of_zero_leaves_an_image_out_of_the_last_layer():
+    weight = np.ones(18)
+    weight[CODES == 0] = 0
+    clf = classifier(own_module(), train_backbone=False, lambda_l1=1e-4)
+    plain = clone(clf).fit(X, Y)
+    weighted = clf.fit(X, Y, sample_weight=weight)
+    assert plain.coef_[2].max() > 0
+    assert weighted.coef_[2].max() == 0  # nothing is left to say for the wren
+
+
+# ---- X ----------------------------------------------------------------------------------------
+
+PATHS = {
+    "list": list,
+    "tuple": tuple,
+    "pathlib": lambda p: [Path(q) for q in p],
+    "array": np.array,
+    "column": lambda p: np.array(p, dtype=object)[:, None],
+    "series": lambda p: pd.Series(p, index=range(7, 7 + len(p))),
+    "string series": lambda p: pd.Series(p, dtype="string"),
+    "category": lambda p: pd.Series(p, dtype="category"),
+    "frame": lambda p: pd.DataFrame({"file": p}),
+}
+PIXELS = {
+    "uint8": lambda a: a,
+    "float64": lambda a: a / 255,
+    "float32": lambda a: (a / 255).astype(np.float32),
+    "arrays": list,
+    "pil": lambda a: [PIL.Image.fromarray(image) for image in a],
+    "tensor": torch.from_numpy,
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A model of a user's module, and its answers on the training images."""
+    clf = classifier(own_module(), batch_size=5).fit(X, Y)
+    return clf, clf.predict_proba(X), clf.explain(X)
+
+
+@pytest.mark.parametrize("form", PATHS)
+def test_every_form_of_paths_is_the_same_to_fit_predict_and_explain(form, photos, reference):
+    given = PATHS[form](photos)
+    clf = classifier(own_module(), batch_size=5).fit(given, Y)
+    assert np.array_equal(clf.predict_proba(given), reference[1])
+    sheet = clf.explain(given)
+    assert sheet["path"].tolist() == [photos[i] for i in sheet["sample"]]
+    assert sheet["source"].tolist() == [photos[i] for i in sheet["source_index"]]
+    told = ["path", "source"]
+    pd.testing.assert_frame_equal(sheet.drop(columns=told), reference[2].drop(columns=told))
+    assert np.array_equal(clf.transform(given), reference[0].transform(X))
+
+
+@pytest.mark.parametrize("form", PIXELS)
+def test_every_form_of_pixels_is_the_same_to_fit_predict_and_explain(form, reference):
+    given = PIXELS[form](X)
+    clf = classifier(own_module(), batch_size=5).fit(given, Y)
+    assert np.array_equal(clf.predict_proba(given), reference[1])
+    sheet = clf.explain(given)
+    assert sheet["path"].isna().all()
+    assert sheet["source"].tolist() == sheet["source_index"].astype(str).tolist()
+    pd.testing.assert_frame_equal(sheet, reference[2])
+    for i, pixels in clf.source_images_.items():
+        assert np.array_equal(pixels, X[i])
+
+
+def test_grey_pictures_are_the_same_as_three_equal_channels():
+    grey = X[..., 0]
+    colour = np.repeat(grey[..., None], 3, axis=-1)
+    clf = classifier(own_module()).fit(grey, Y)
+    assert_same_model(clf, classifier(own_module()).fit(colour, Y))
+    assert np.array_equal(clf.predict_proba(grey), clf.predict_proba(colour))
+
+
+def test_pictures_of_unequal_sizes_have_boxes_in_their_own_pixels():
+    images = [np.asarray(PIL.Image.fromarray(x).resize((40 + 9 * i, 50))) for i, x in enumerate(X)]
+    clf = classifier(own_module()).fit(images, Y)
+    sheet = clf.explain(images, classes="all")
+    for box, index in (("", "sample"), ("source_", "source_index")):
+        width = np.array([images[i].shape[1] for i in sheet[index]])
+        assert (sheet[f"{box}x0"] >= 0).all()
+        assert (sheet[f"{box}x0"] < sheet[f"{box}x1"]).all()
+        assert (sheet[f"{box}x1"] <= width).all()
+        assert (sheet[f"{box}y0"] >= 0).all()
+        assert (sheet[f"{box}y0"] < sheet[f"{box}y1"]).all()
+        assert (sheet[f"{box}y1"] <= 50).all()
+
+
+def test_a_list_of_paths_is_one_input_and_not_several(photos, reference):
+    for k in (1, 2, 3):
+        assert reference[0].predict(photos[:k]).shape == (k,)
+        assert reference[0].predict(tuple(photos[:k])).shape == (k,)
+
+
+def test_answers_do_not_depend_on_the_batches(reference):
+    clf = pickle.loads(pickle.dumps(reference[0])).set_params(batch_size=18)
+    np.testing.assert_allclose(clf.predict_proba(X), reference[1], rtol=1e-5)
+    one_by_one = np.concatenate([clf.transform(X[i : i + 1]) for i in range(4)])
+    np.testing.assert_allclose(one_by_one, reference[0].transform(X)[:4], rtol=1e-5, atol=1e-6)
+
+
+def spoil(kind, folder):
+    """Return the path of a file that is no readable image."""
+    path = folder / f"못 쓰는 {kind}.jpg"
+    if kind == "empty":
+        path.touch()
+    elif kind == "truncated":
+        PIL.Image.fromarray(X[0]).save(path, quality=95)
+        path.write_bytes(path.read_bytes()[:-400])
+    elif kind == "text":
+        path.write_text("This is no picture. " * 20)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "bomb":
+        PIL.Image.new("RGB", (SHAPE[1] + 1, SHAPE[0])).save(path)
+    return str(path)
+
+
+BAD_FILES = [
+    ("missing", "no such file"),
+    ("empty", "the file is empty"),
+    ("truncated", "truncated or damaged"),
+    ("text", "not an image"),
+    ("directory", "is a directory"),
+    ("bomb", "too large"),
+]
+
+
+@pytest.mark.parametrize(("kind", "reason"), BAD_FILES)
+def test_a_bad_file_is_named_with_its_position_before_training(
+    kind, reason, photos, tmp_path, monkeypatch, backbone_images
+):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", SHAPE[0] * SHAPE[1])
+    bad = spoil(kind, tmp_path)
+    given = [*photos[:7], bad, *photos[8:]]
+    with pytest.raises(ImageError) as caught:
+        classifier().fit(given, Y)
+    for word in ("position 7", repr(bad), reason, "Replace"):
+        assert word in str(caught.value)
+    assert [failure[:2] for failure in caught.value.failures] == [(7, bad)]
+    assert not backbone_images
+
+
+@pytest.mark.parametrize(("kind", "reason"), BAD_FILES)
+@pytest.mark.parametrize("method", ["predict", "explain", "similarity_maps"])
+def test_a_bad_file_is_named_with_its_position_when_predicting(
+    method, kind, reason, photos, tmp_path, monkeypatch, reference
+):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", SHAPE[0] * SHAPE[1])
+    bad = spoil(kind, tmp_path)
+    with pytest.raises(ImageError) as caught:  # in the second batch of five
+        getattr(reference[0], method)([*photos[:7], bad, *photos[8:]])
+    for word in ("position 7", repr(bad), reason):
+        assert word in str(caught.value)
+
+
+def wrong_pixels():
+    nan = X / 255
+    nan[3, 0, 0, 0] = np.nan
+    return [
+        (nan, ["position 3", "NaN"]),
+        (X.astype(float), ["position 0", "[0, 1]", "divide by 255"]),
+        (X.astype(int), ["int64", "uint8"]),
+        (X.transpose(0, 3, 1, 2), ["(18, 3, 40, 48)", "Channels come last"]),
+        (X.reshape(18, -1), ["(18, 5760)", "Reshape your data"]),
+        (X[:0], ["0 sample(s)"]),
+        ([], ["0 sample(s)"]),
+        ([*X[:17], None], ["position 17", "None"]),
+        ([*X[:17], "a.png"], ["mixes", "position 17"]),
+        ("a.png", ["single path", "list"]),
+        (pd.DataFrame({"file": ["a"] * 18, "label": Y}), ["file", "label", "Select the one"]),
+    ]
+
+
+@pytest.mark.parametrize(("given", "words"), wrong_pixels())
+def test_wrong_X_is_refused_before_training_and_when_predicting(
+    given, words, reference, backbone_images
+):
+    for use in (lambda: classifier().fit(given, Y), lambda: reference[0].predict(given)):
+        with pytest.raises(ImageError) as caught:
+            use()
+        for word in words:
+            assert word in str(caught.value)
+    assert not backbone_images
+
+
+# ---- parameters -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "allowed"),
+    [
+        ("train_backbone", "yes", "True or False"),
+        ("image_size", 0, "an int >= 1"),
+        ("image_size", 32.0, "an int >= 1"),
+        ("resize", "pad", "one of 'crop', 'squash'"),
+        ("prototypes_per_class", 0, "an int >= 1, or a dict"),
+        ("prototypes_per_class", 2.5, "an int >= 1, or a dict"),
+        ("prototypes_per_class", {"wren": 0, "auk": 1, "owl": 1}, "an int >= 1, or a dict"),
+        ("prototype_size", 3, '"full" or (rows, columns)'),
+        ("prototype_size", (0, 1), '"full" or (rows, columns)'),
+        ("prototype_size", np.array([1, 1]), '"full" or (rows, columns)'),
+        ("latent_dim", 0, "an int >= 1, or None"),
+        ("similarity", "l2", "one of 'log', 'cosine'"),
+        ("similarity", np.zeros(2), "one of 'log', 'cosine'"),
+        ("prototype_init", None, "one of 'selected', 'kmeans', 'random'"),
+        ("distinct", True, "one of None, 'patches', 'images'"),
+        ("lambda_clst", -0.8, "a finite number >= 0"),
+        ("lambda_sep", np.inf, "a finite number >= 0"),
+        ("lambda_l1", "small", "a finite number >= 0"),
+        ("lambda_l1", np.nan, "a finite number >= 0"),
+        ("warmup_epochs", -1, "an int >= 0"),
+        ("joint_epochs", 1.5, "an int >= 0"),
+        ("cycles", 0, "an int >= 1"),
+        ("cycles", True, "an int >= 1"),
+        ("lr", -1e-3, "a finite number >= 0"),
+        ("backbone_lr", None, "a finite number >= 0"),
+        ("lr_schedule", "linear", "one of 'cosine', 'step', None"),
+        ("batch_size", -1, "an int >= 1"),
+        ("augmentation", "strong", "None, 'default', or a callable"),
+        ("normalization", "cifar", "'imagenet' or (mean, std)"),
+    ],
+)
+def test_a_wrong_parameter_is_named_with_what_is_allowed(name, wrong, allowed, backbone_images):
+    clf = classifier(**{name: wrong})  # stored as it is
+    assert clf.get_params()[name] is wrong
+    with pytest.raises((ValueError, TypeError)) as caught:
+        clf.fit(X, Y)
+    for word in (f"{name} must be {allowed}", f"got {wrong!r}"):
+        assert word in str(caught.value)
+    assert not backbone_images
+
+
+def test_unknown_backbones_and_weights_are_named(backbone_images):
+    with pytest.raises(ValueError, match="resnet18"):
+        classifier("resnet81").fit(X, Y)
+    with pytest.raises(TypeError, match="backbone must be"):
+        classifier(18).fit(X, Y)
+    with pytest.raises(ValueError, match=r"no\.pt"):
+        classifier(weights="no.pt").fit(X, Y)
+    assert not backbone_images
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("protoypes_per_class", "prototypes_per_class"),
+        ("lamda_clst", "lambda_clst"),
+        ("max_epochs", "warmup_epochs"),
+        ("optimiser__weight_decay", "optimizer__weight_decay"),
+        ("iterator_trian__num_workers", "iterator_train__num_workers"),
+    ],
+)
+def test_an_unknown_parameter_is_refused_with_the_nearest_name(name, nearest):
+    with pytest.raises(TypeError, match=f"no parameter '{name}'.*{nearest}"):
+        classifier(**{name: 3})
+    with pytest.raises(ValueError, match=f"no parameter '{name}'.*{nearest}"):
+        classifier().set_params(**{name: 3})
+
+
+def test_an_unlike_name_is_refused_without_a_guess():
+    with pytest.raises(TypeError, match=r"no parameter 'xyz'\.$"):
+        classifier(xyz=3)
+
+
+def test_prototypes_per_class_may_differ_between_classes():
+    clf = classifier(own_module(), prototypes_per_class={"wren": 3, "auk": 1, "owl": 2}).fit(X, Y)
+    assert clf.prototypes_["class"].tolist() == ["auk", "owl", "owl", "wren", "wren", "wren"]
+    assert clf.n_prototypes_ == 6
+
+
+def test_prototypes_per_class_must_name_every_class_of_y(backbone_images):
+    counts = {"wren": 3, "auk": 1, "kiwi": 2}
+    with pytest.raises(ValueError, match=r"missing: \['owl'\], not in y: \['kiwi'\]"):
+        classifier(prototypes_per_class=counts).fit(X, Y)
+    assert not backbone_images
+
+
+def test_a_prototype_larger_than_the_latent_map_is_refused(backbone_images):
+    with pytest.raises(ValueError, match=r"prototype_size \(5, 1\) is larger .* 4 x 4 cells"):
+        classifier(prototype_size=(5, 1)).fit(X, Y)
+    assert not backbone_images
+
+
+def test_whole_image_prototypes():
+    clf = classifier(own_module(), prototype_size="full").fit(X, Y)
+    assert clf.module_.prototypes.shape == (6, 12, 4, 4)
+    assert clf.similarity_maps(NEW_X).shape == (9, 6, 1, 1)
+    assert (clf.prototypes_[["row", "col"]] == 0).all(axis=None)
+
+
+class Rates(Callback):
+    """Learning rate of every part, epoch by epoch."""
+
+    def on_train_begin(self, net, X=None, y=None, **kwargs):
+        self.seen = []
+
+    def on_epoch_end(self, net, **kwargs):
+        rates = {group["part"]: group["lr"] for group in net.optimizer_.param_groups}
+        self.seen.append((net.history[-1, "stage"], rates))
+
+
+def test_paper_has_the_settings_of_the_paper():
+    params = ProtoPNetClassifier.paper().get_params()
+    expected = {
+        "image_size": 224,
+        "latent_dim": 128,
+        "prototypes_per_class": 10,
+        "prototype_size": (1, 1),
+        "similarity": "log",
+        "prototype_init": "random",
+        "optimizer": torch.optim.Adam,
+        "optimizer__weight_decay": 1e-3,
+        "lr": 3e-3,
+        "backbone_lr": 1e-4,
+        "lr_schedule": "step",
+        "warmup_epochs": 5,
+        "joint_epochs": 10,
+        "lambda_clst": 0.8,
+        "lambda_sep": 0.08,
+        "lambda_l1": 1e-4,
+        "train_backbone": True,
+    }
+    assert {name: params[name] for name in expected} == expected
+    assert ProtoPNetClassifier.paper(backbone="vgg16", cycles=1).get_params()["cycles"] == 1
+
+
+def test_paper_trains_as_the_paper_says():
+    clf = ProtoPNetClassifier.paper(
+        backbone=own_module(),
+        image_size=32,
+        latent_dim=8,
+        prototypes_per_class=2,
+        cycles=2,
+        joint_epochs=3,
+        callbacks=[("rates", Rates())],
+        random_state=0,
+        verbose=0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random prototypes may well collapse on so few images
+        clf.fit(X, Y)
+    assert type(clf.module_.add_on[-1]) is nn.Sigmoid
+    decay = {group["part"]: group["weight_decay"] for group in clf.optimizer_.param_groups}
+    assert decay == {"backbone": 1e-3, "add_on": 1e-3, "prototypes": 0}
+    seen = dict(clf.callbacks_)["rates"].seen
+    cycle = ["joint"] * 3 + ["projection", "last layer"]
+    assert [stage for stage, _ in seen] == ["warm-up"] * 5 + cycle * 2
+    assert all(r == {"backbone": 0, "add_on": 3e-3, "prototypes": 3e-3} for _, r in seen[:5])
+    joint = [rates for stage, rates in seen if stage == "joint"]
+    for epoch, rates in enumerate(joint):  # a tenth from the sixth joint epoch on
+        factor = 0.1 ** (epoch // 5)
+        expected = {"backbone": 1e-4, "add_on": 3e-3, "prototypes": 3e-3}
+        assert rates == pytest.approx({part: lr * factor for part, lr in expected.items()})
+
+
+def test_a_module_given_by_the_user_is_never_changed():
+    module = own_module().train()
+    module[0].weight.requires_grad_(False)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    flags = [(p.requires_grad, p.grad) for p in module.parameters()]
+    clf = classifier(module, backbone_lr=0.1).fit(X, Y)
+    clf.predict(X)
+    assert clf.backbone is module
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert [(p.requires_grad, p.grad) for p in module.parameters()] == flags
+    assert all(part.training for part in module.modules())
+    trained = clf.module_.backbone.state_dict()
+    assert not torch.equal(trained["3.weight"], state["3.weight"])
+
+
+def test_parameters_and_data_are_left_as_they_were():
+    counts, images, y = {"wren": 2, "auk": 2, "owl": 2}, X.copy(), Y.copy()
+    clf = classifier(own_module(), prototypes_per_class=counts)
+    before = clf.get_params(deep=False)
+    clf.fit(images, y)
+    after = clf.get_params(deep=False)
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    assert counts == {"wren": 2, "auk": 2, "owl": 2}
+    assert np.array_equal(images, X)
+    assert np.array_equal(y, Y)
+
+
+# ---- fitting again ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_proba", "decision_function", "transform"])
+def test_nothing_is_answered_before_fit(method):
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        getattr(classifier(), method)(X)
+
+
+def test_nothing_is_explained_before_fit():
+    clf = classifier()
+    for use in (
+        lambda: clf.explain(X),
+        lambda: clf.similarity_maps(X),
+        lambda: clf.score(X, Y),
+        lambda: clf.get_feature_names_out(),
+        lambda: clf.n_prototypes_,
+    ):
+        with pytest.raises(NotFittedError, match="not fitted yet"):
+            use()
+    assert not any(hasattr(clf, name) for name in ("coef_", "prototypes_", "n_prototypes_"))
+
+
+def test_a_second_fit_replaces_the_first():
+    clf = classifier(own_module()).fit(NEW_X, NEW_CODES * 10)
+    clf.set_params(prototypes_per_class=3, image_size=40, similarity="log").fit(X, Y)
+    fresh = classifier(own_module(), prototypes_per_class=3, image_size=40, similarity="log")
+    fresh.fit(X, Y)
+    assert_same_model(clf, fresh)
+    assert_same_answers(clf, fresh)
+    assert len(clf.history) == len(fresh.history)
+    assert clf.source_images_.keys() == fresh.source_images_.keys()
+
+
+def test_a_fit_that_is_refused_leaves_the_earlier_model():
+    clf = classifier(own_module()).fit(X, Y)
+    kept = pickle.loads(pickle.dumps(clf))
+    with pytest.raises(ValueError, match="labels"):
+        clf.fit(X, Y[:-1])
+    assert_same_answers(clf, kept)
+
+
+class Failing:
+    """An augmentation that breaks down."""
+
+    def __call__(self, image):
+        raise RuntimeError("out of luck")
+
+
+def test_a_fit_that_breaks_down_leaves_no_model_and_the_next_is_whole():
+    clf = classifier(own_module()).fit(NEW_X, NEW_CODES)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        clf.set_params(augmentation=Failing()).fit(X, Y)
+    with pytest.raises(NotFittedError):
+        clf.predict(X)
+    clf.set_params(augmentation="default").fit(X, Y)
+    fresh = classifier(own_module()).fit(X, Y)
+    assert_same_model(clf, fresh)
+    assert clf.history[:, "stage"] == fresh.history[:, "stage"]
+
+
+FIRST = ["warm-up", "joint", "projection", "last layer"]
+
+
+@pytest.mark.parametrize("how", ["partial_fit", "warm_start"])
+def test_training_goes_on_without_a_second_warm_up(how):
+    clf = classifier(own_module(), warm_start=how == "warm_start").fit(X, Y)
+    go_on = clf.partial_fit if how == "partial_fit" else clf.fit
+    weight = clf.module_.backbone[3].weight.clone()
+    go_on(NEW_X[:6], NAMES[NEW_CODES[:6]])
+    assert clf.history[:, "stage"] == FIRST + FIRST[1:]
+    assert not torch.equal(clf.module_.backbone[3].weight, weight)
+    assert clf.classes_.tolist() == sorted(NAMES)
+    assert (clf.prototypes_["source_index"] < 6).all()  # parts of the images of the last call
+    assert sums(clf.explain(X, "all"), clf, 18) == pytest.approx(
+        clf.decision_function(X), rel=1e-4, abs=1e-5
+    )
+    kept = clf.predict_proba(X)
+    with pytest.raises(ValueError, match=r"did not see: \['kiwi'\]"):
+        go_on(X, np.where(Y == "owl", "kiwi", Y))
+    assert np.array_equal(clf.predict_proba(X), kept)
+
+
+def test_the_first_partial_fit_is_a_fit():
+    clf = classifier(own_module()).partial_fit(X, Y)
+    assert_same_model(clf, classifier(own_module()).fit(X, Y))
+
+
+# ---- splits, and prototypes that collapse -----------------------------------------------------
+
+
+class Remembered(ValidSplit):
+    """A validation split that tells what it chose."""
+
+    def __call__(self, dataset, y=None, groups=None):
+        self.parts = super().__call__(dataset, y, groups)
+        return self.parts
+
+
+def test_validation_scores_are_those_of_the_validation_part():
+    split = Remembered(3, stratified=True)
+    clf = classifier(own_module(), train_split=split).fit(X, Y)
+    train, valid = (np.asarray(part.indices) for part in split.parts)
+    assert sorted([*train, *valid]) == list(range(18))
+    assert "valid_acc" in clf.history[0]
+    assert clf.history[-1, "valid_acc"] == np.mean(clf.predict(X[valid]) == Y[valid])
+    codes = torch.from_numpy(np.searchsorted(clf.classes_, Y[valid]))
+    inputs, _ = clf.get_dataset(X[valid]).__getitems__(range(6))
+    with torch.no_grad():
+        loss = clf.criterion_(clf.infer(inputs), codes)
+    assert clf.history[-1, "valid_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_nothing_sees_the_validation_part():
+    valid = np.arange(12, 18)
+
+    def split(dataset, y=None, groups=None):
+        return Subset(dataset, np.arange(12)), Subset(dataset, valid)
+
+    other = X.copy()
+    other[valid] = np.random.default_rng(5).integers(0, 256, other[valid].shape)
+    one = classifier(own_module(), train_split=split).fit(X, Y)
+    two = classifier(own_module(), train_split=split).fit(other, Y)
+    assert_same_model(one, two)
+    assert one.history[:, "train_loss"] == two.history[:, "train_loss"]
+    assert one.history[:, "valid_loss"] != two.history[:, "valid_loss"]
+    assert (one.prototypes_["source_index"] < 12).all()
+    assert one.last_layer_result_.objective == two.last_layer_result_.objective
+
+
+def test_early_stopping_ends_a_stage_and_not_the_fit():
+    stop = EarlyStopping(monitor="train_loss", patience=2, threshold=1e9)
+    clf = classifier(own_module(), warmup_epochs=1, joint_epochs=9, callbacks=[stop]).fit(X, Y)
+    stages = clf.history[:, "stage"]
+    assert 1 <= stages.count("joint") < 9
+    assert stages[-2:] == ["projection", "last layer"]
+    assert clf.predict(X).shape == (18,)
+
+
+def test_collapsed_prototypes_warn_and_are_counted():
+    black, y = np.zeros((12, 40, 40), np.uint8), np.repeat(NAMES, 4)
+    clf = classifier(own_module(), prototype_init="random", prototypes_per_class=4)
+    with pytest.warns(UserWarning, match=r'12 prototypes .* distinct patches only.*"patches"'):
+        clf.fit(black, y)
+    assert clf.history[-2, "stage"] == "projection"
+    assert clf.history[-2, "distinct_patches"] == 3
+    assert clf.history[-2, "distinct_images"] == 3
+
+
+@pytest.mark.parametrize("distinct", ["patches", "images"])
+def test_distinct_prototypes_are_distinct_within_a_class(distinct):
+    black, y = np.zeros((12, 40, 40), np.uint8), np.repeat(NAMES, 4)
+    clf = classifier(own_module(), prototype_init="random", prototypes_per_class=4)
+    clf.set_params(distinct=distinct).fit(black, y)
+    cell = ["source_index"] if distinct == "images" else ["source_index", "row", "col"]
+    assert not clf.prototypes_.duplicated(["class", *cell]).any()
+    assert clf.history[-2, f"distinct_{distinct}"] == 12
+
+
+# ---- reading a fitted model -------------------------------------------------------------------
+
+
+def test_prototypes_table_tells_of_every_prototype(model):
+    table = model.prototypes_
+    assert table.columns.tolist() == [
+        *("prototype", "class", "source", "source_index", "row", "col"),
+        *("x0", "y0", "x1", "y1", "moved", "weight", "strongest_share"),
+    ]
+    assert model.n_prototypes_ == len(table) == 6
+    assert table["prototype"].tolist() == list(range(6))
+    assert table["class"].tolist() == np.repeat(model.classes_, 2).tolist()
+    assert np.array_equal(Y[table["source_index"]], table["class"])
+    assert table["source"].tolist() == table["source_index"].astype(str).tolist()
+    height, width = SHAPE
+    assert (table["x0"] >= 0).all()
+    assert (table["x0"] < table["x1"]).all()
+    assert (table["x1"] <= width).all()
+    assert (table["y0"] >= 0).all()
+    assert (table["y0"] < table["y1"]).all()
+    assert (table["y1"] <= height).all()
+    assert (table["moved"] >= 0).all()
+    assert table["strongest_share"].sum() == pytest.approx(1)
+    strongest = model.transform(X).argmax(1)
+    share = np.bincount(strongest, minlength=6) / 18
+    np.testing.assert_allclose(table["strongest_share"], share, atol=1e-9)
+
+
+def test_weight_of_a_prototype_is_its_last_layer_entry(model):
+    assert model.coef_.shape == (3, 6)
+    own = np.searchsorted(model.classes_, model.prototypes_["class"])
+    assert np.array_equal(model.prototypes_["weight"], model.coef_[own, np.arange(6)])
+    np.testing.assert_allclose(
+        model.decision_function(X), model.transform(X) @ model.coef_.T, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_prototype_is_most_similar_to_its_source_at_its_cell(model):
+    table = model.prototypes_
+    maps = model.similarity_maps(X)
+    m, width = np.arange(6), maps.shape[3]
+    flat = maps.reshape(18, 6, -1)
+    at_source = flat[table["source_index"], m, table["row"] * width + table["col"]]
+    np.testing.assert_allclose(at_source, flat.max((0, 2)), rtol=1e-3)
+
+
+def test_similarity_maps_have_the_activations_as_their_maxima(model):
+    maps = model.similarity_maps(NEW_X)
+    side = 4 - model.prototype_size[0] + 1
+    assert maps.shape == (9, 6, side, side)
+    np.testing.assert_allclose(maps.max((2, 3)), model.transform(NEW_X), rtol=1e-4, atol=1e-5)
+    sheet = model.explain(NEW_X, classes="all")
+    there = maps[sheet["sample"], sheet["prototype"], sheet["row"], sheet["col"]]
+    np.testing.assert_allclose(there, sheet["similarity"], rtol=1e-4, atol=1e-5)
+
+
+def test_upsampled_similarity_maps_have_the_size_of_what_the_model_sees(model):
+    height, width = SHAPE
+    maps = model.similarity_maps(NEW_X, upsampled=True)
+    assert len(maps) == 9
+    assert all(one.shape == (6, min(height, width), min(height, width)) for one in maps)
+    squashed = classifier(own_module(), resize="squash").fit(X, Y)
+    images = [NEW_X[0], NEW_X[1][:30], NEW_X[2][:, :20]]
+    maps = squashed.similarity_maps(images, upsampled=True)
+    assert [one.shape[1:] for one in maps] == [(40, 48), (30, 48), (40, 20)]
+
+
+def test_transform_names_its_columns(model):
+    names = model.get_feature_names_out()
+    assert names.tolist() == [
+        *("prototype0 (auk)", "prototype1 (auk)", "prototype2 (owl)"),
+        *("prototype3 (owl)", "prototype4 (wren)", "prototype5 (wren)"),
+    ]
+    assert model.transform(NEW_X).shape == (9, 6)
+
+
+def test_set_output_gives_a_frame_with_the_index_of_X(photos, reference):
+    clf = pickle.loads(pickle.dumps(reference[0])).set_output(transform="pandas")
+    frame = clf.transform(pd.Series(photos[:4], index=list("abcd")))
+    assert frame.columns.tolist() == clf.get_feature_names_out().tolist()
+    assert frame.index.tolist() == list("abcd")
+    np.testing.assert_array_equal(frame, reference[0].transform(X[:4]))
+
+
+def test_a_sheet_can_speak_for_any_classes(model):
+    logits = model.decision_function(NEW_X)
+    top2 = model.explain(NEW_X, classes="top2")
+    for i, part in top2.groupby("sample"):
+        best = model.classes_[np.argsort(-logits[i])[:2]]
+        assert set(part["class"]) <= set(best)
+        assert (part["is_predicted"] == (part["class"] == best[0])).all()
+    everything = model.explain(NEW_X, classes="all")
+    for labels in (["owl"], ["wren", "auk"], np.array(["owl", "auk"]), "owl"):
+        sheet = model.explain(NEW_X, classes=labels)
+        wanted = everything[everything["class"].isin(np.atleast_1d(labels))]
+        pd.testing.assert_frame_equal(sheet, wanted.reset_index(drop=True))
+
+
+def test_a_truncated_sheet_still_sums_to_the_logits(model):
+    full = model.explain(NEW_X, classes="all")
+    sheet = model.explain(NEW_X, classes="all", top=1)
+    np.testing.assert_allclose(sums(sheet, model, 9), sums(full, model, 9), rtol=1e-9, atol=1e-12)
+    assert sheet["rank"].max() == 2
+    rest = sheet[sheet["rank"] == 2]
+    assert (rest["source"] == "(rest)").all()
+    assert rest["prototype"].isna().all()
+    ranks = full.groupby(["sample", "class"])["contribution"]
+    assert ranks.apply(lambda c: c.is_monotonic_decreasing).all()
+
+
+def test_wrong_requests_to_explain_are_refused(model):
+    with pytest.raises(ValueError, match=r"unknown \['kiwi'\]\. Known are \['auk', 'owl', 'wren"):
+        model.explain(NEW_X, classes=["owl", "kiwi"])
+    with pytest.raises(ValueError, match=r"unknown \['predictd'\]"):
+        model.explain(NEW_X, classes="predictd")
+    with pytest.raises(ValueError, match="classes must"):
+        model.explain(NEW_X, classes=[])
+    for top in (0, -1, 2.5, "all"):
+        with pytest.raises(ValueError, match=f"top must be an int >= 1, or None; got {top!r}"):
+            model.explain(NEW_X, top=top)

@@ -1,0 +1,237 @@
+"""Every stage on a device that is not the CPU, where a tensor left behind is an error.
+
+On machines without a GPU a fake one stands in: its tensors have shapes and a device, no values.
+What only values can decide, which patch is nearest or how many rows a sheet has, is stood in for.
+The backward pass runs on the "meta" device.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from protoclf import ProtoPNetClassifier, explanation, localization, projection, stages
+from protoclf.backbones import SmallCNN
+from protoclf.explanation import explain_batch
+from protoclf.features import FitData
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
+from protoclf.localization import pair_boxes, upsample
+from protoclf.losses import ProtoPNetLoss
+from protoclf.network import ProtoPNet, PrototypeSpec
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIMILARITIES = ["log", "cosine"]
+SIZES = [(1, 1), (2, 3), (4, 4)]  # of a prototype, on a map of 4 x 4
+PAIRS = 5  # rows of a sheet
+
+
+def make(device, size=(1, 1), similarity="log", latent_dim=6):
+    """A network and a batch, on a device."""
+    spec = PrototypeSpec([0, 0, 1, 2], 3, size, similarity)
+    with torch.device(device):
+        net = ProtoPNet(SmallCNN(8), 8, spec, latent_dim, IMAGENET)
+        images = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+        y = torch.zeros(5, dtype=torch.int64)
+    return net, images, y
+
+
+@pytest.fixture
+def gpu():
+    """A fake GPU: whatever meets a tensor of another device, or needs a value, raises."""
+    with FakeTensorMode():
+        yield "cuda"
+
+
+@pytest.fixture
+def values(monkeypatch):
+    """Stand in for values on the fake GPU where shapes depend on them or the host reads them."""
+
+    def nonzero(mask, as_tuple):
+        return tuple(mask.new_zeros(PAIRS, dtype=torch.int64) for _ in range(mask.ndim))
+
+    def unique(x, return_inverse):
+        return x, torch.arange(len(x), device=x.device)
+
+    monkeypatch.setattr(torch, "nonzero", nonzero)
+    monkeypatch.setattr(torch, "unique", unique)
+    monkeypatch.setattr(torch, "bincount", lambda x, minlength: x.new_zeros(minlength))
+    monkeypatch.setattr(FakeTensor, "tolist", lambda counts: [PAIRS] + [0] * (len(counts) - 1))
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tuple(tensor.shape), int))
+
+
+def on_gpu(tensors):
+    return all(tensor.device.type == "cuda" for tensor in tensors)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("latent_dim", [6, None])
+def test_forward_loss_and_similarity_maps_stay_on_the_device(gpu, size, similarity, latent_dim):
+    net, images, y = make(gpu, size, similarity, latent_dim)
+    features = net.features(images)
+    outputs = net(images)
+    losses = ProtoPNetLoss(net.owner, 0.8, 0.08)(outputs, y, torch.ones(5, device=gpu))
+    maps = net.similarity_maps(net.latents(features), torch.zeros(2, dtype=int, device=gpu))
+    assert maps.shape == (5, 2, 5 - size[0], 5 - size[1])
+    assert on_gpu([*outputs, *net(features=features), losses, maps])
+    net.reset_last_layer()
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("distinct", projection.DISTINCT)
+def test_the_search_of_the_projection_stays_on_the_device(
+    gpu, monkeypatch, size, similarity, distinct
+):
+    """All that it hands over to the host are the candidates, once."""
+    net, images, y = make(gpu, size, similarity)
+    taken = []
+
+    def cpu(tensor):
+        taken.append(tensor)
+        return torch.empty(tensor.shape, device="cpu")
+
+    monkeypatch.setattr(projection, "_slots", lambda owner: owner.new_zeros(3, 2))
+    monkeypatch.setattr(projection, "_choose", lambda *args: args)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)
+    z = net.latents(net.features(images))
+    batches = [(z, y.to("cpu")), (z[:2], y[:2].to("cpu"))]
+    distance, cell, target, owner, _ = projection.find_sources(
+        batches, net.scaled_prototypes(), net.owner, distinct
+    )
+    assert on_gpu(taken)
+    assert len(taken) == 4
+    assert distance.shape == cell.shape
+    assert distance.shape[:2] == (7, 2)
+    assert target.shape == (7,)
+    assert owner.shape == (4,)
+
+
+@pytest.mark.usefixtures("values")
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("classes", ["predicted", "top2", "all", [1]])
+def test_explanation_stays_on_the_device(gpu, size, similarity, classes):
+    net, images, _ = make(gpu, size, similarity)
+    batch = explain_batch(net.eval(), images, classes, 32)
+    assert batch.box.shape == (PAIRS, 4)
+    assert all(len(values) == PAIRS for values in batch)
+
+
+@pytest.mark.usefixtures("values")
+@pytest.mark.parametrize("size", SIZES)
+def test_boxes_and_upsampling_stay_on_the_device(gpu, size):
+    net, images, _ = make(gpu, size)
+    z = net.latents(net.features(images))
+    index = torch.zeros(PAIRS, dtype=torch.int64, device=gpu)
+    assert on_gpu([pair_boxes(net, z, index, index, 32)])
+    assert on_gpu([upsample(net.similarity_maps(z)[0], 20, 30)])
+
+
+def test_a_tensor_left_behind_on_the_cpu_is_found(gpu, monkeypatch):
+    """The tests above can fail: here is what they are there for."""
+    net, images, _ = make(gpu)
+    net.mean = net.mean.to("cpu")
+    with pytest.raises(RuntimeError, match="device"):
+        net(images)
+    net, images, _ = make(gpu)
+    net.owner = net.owner.to("cpu")
+    with pytest.raises(RuntimeError, match="device"):
+        ProtoPNetLoss(net.owner, 0.8, 0.08)(net(images), torch.zeros(5, dtype=int, device=gpu))
+    matrix = localization._bicubic
+    monkeypatch.setattr(localization, "_bicubic", lambda *args: matrix(*args).to("cpu"))
+    with pytest.raises(RuntimeError, match="device"):
+        upsample(torch.zeros(2, 4, 4, device=gpu), 20, 30)
+
+
+@pytest.mark.usefixtures("values")
+def test_a_tensor_left_behind_by_the_explanation_is_found(gpu, monkeypatch):
+    net, images, _ = make(gpu)
+    monkeypatch.setattr(explanation, "_chosen_classes", lambda *args: torch.zeros(5, 1, dtype=int))
+    with pytest.raises(RuntimeError, match="device"):
+        explain_batch(net.eval(), images, "all", 32)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("size", SIZES)
+def test_stages_of_projection_and_last_layer_stay_on_the_device(
+    squares, monkeypatch, size, similarity
+):
+    """The choice of patches and the solver of the last layer, which need values, are left out."""
+    clf = ProtoPNetClassifier("small_cnn", image_size=32, batch_size=7, verbose=0, device="cpu")
+    clf.classes_inferred_, y = np.unique(squares[1], return_inverse=True)
+    images = Images(squares[0])
+    dataset = ImageDataset(images, clf._preprocessing(), y, np.ones(len(y)), keep=True)
+    clf.initialize().device = "cuda"
+
+    def sources(latents, prototypes, owner, distinct):
+        assert on_gpu([z for z, _ in latents] + [prototypes, owner])
+        return projection.Sources(np.arange(4), np.zeros(4, int), np.zeros(4))
+
+    def solved(g, y, owner, *args, **kwargs):
+        assert on_gpu([g, y, owner])
+        return SimpleNamespace(weight=g.new_zeros(3, 4), objective=0.0, residual=0.0)
+
+    monkeypatch.setattr(stages, "find_sources", sources)
+    monkeypatch.setattr(stages, "solve_last_layer", solved)
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tuple(tensor.shape), int))
+    monkeypatch.setattr(torch.Tensor, "bincount", lambda x, minlength: x.new_zeros(minlength))
+    monkeypatch.setattr(FakeTensor, "item", lambda tensor: 0.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # images come from the host
+        module, *_ = make("cuda", size, similarity)
+        vars(clf)["module_"] = module
+        vars(clf)["criterion_"] = ProtoPNetLoss(module.owner, 0.8, 0.08)
+        data = FitData(clf, dataset, None)
+        stages.Projection(None).run(clf, data)
+        stages.LastLayer(0.1).run(clf, data)
+        assert on_gpu([data.train_features.features, data.train_distance, module.prototypes])
+    assert clf.history[:, "stage"] == ["projection", "last layer"]
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_training_step_on_the_meta_device(size, similarity, weighted):
+    net, images, y = make("meta", size, similarity)
+    loss = ProtoPNetLoss(net.owner, 0.8, 0.08)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-3)
+    weight = torch.ones(5, device="meta") if weighted else None
+    net.train()
+    value = loss(net(images), y, weight)
+    value.backward()
+    optimizer.step()
+    assert value.device.type == "meta"
+    for parameter in net.parameters():
+        assert parameter.grad.device.type == "meta"
+        assert optimizer.state[parameter]["exp_avg"].device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_a_fit_on_a_real_gpu(squares, similarity, train_backbone):
+    clf = ProtoPNetClassifier(
+        "small_cnn",
+        image_size=48,
+        similarity=similarity,
+        train_backbone=train_backbone,
+        prototypes_per_class=2,
+        warmup_epochs=1,
+        joint_epochs=1,
+        random_state=0,
+        verbose=0,
+        device="cuda",
+    )
+    X, y = squares
+    clf.fit(X, y, sample_weight=np.ones(len(y)))
+    assert on_gpu(clf.module_.state_dict().values())
+    sheet = clf.explain(X, "all")
+    logits = clf.decision_function(X)
+    for (i, label), rows in sheet.groupby(["sample", "class"]):
+        c = clf.classes_.tolist().index(label)
+        assert rows["contribution"].sum() == pytest.approx(logits[i, c], rel=1e-4, abs=1e-3)
+    assert np.isfinite(clf.similarity_maps(X)).all()

@@ -1,0 +1,113 @@
+"""Features in place of images: the same batches, wherever they are kept."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Subset
+
+from protoclf import ProtoPNetClassifier, storage
+from protoclf.features import FeatureDataset, FitData, extract_features
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Leave room for nothing, and list the shapes that are mapped to files."""
+    shapes, memmap = [], np.memmap
+
+    def noting(*args, **kwargs):
+        shapes.append(kwargs["shape"])
+        return memmap(*args, **kwargs)
+
+    monkeypatch.setattr(storage, "MEMORY_BUDGET", 0)
+    monkeypatch.setattr(np, "memmap", noting)
+    return shapes
+
+
+def dataset_of(net, squares, sample_weight=None):
+    y = np.unique(squares[1], return_inverse=True)[1]
+    return ImageDataset(Images(squares[0]), net._preprocessing(), y, sample_weight, keep=True)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batches_are_the_rows_asked_for(weighted):
+    features, y = torch.rand(6, 3, 2, 2), torch.arange(6)
+    weight = torch.rand(6) if weighted else None
+    dataset = FeatureDataset(features, y, weight)
+    assert len(dataset) == 6
+    assert dataset.in_memory
+    for index in ([4, 0, 4], np.array([4, 0, 4]), torch.tensor([4, 0, 4])):
+        inputs, target = dataset.__getitems__(index)
+        assert torch.equal(inputs["features"], features[[4, 0, 4]])
+        assert target.tolist() == [4, 0, 4]
+        assert set(inputs) == ({"features", "sample_weight"} if weighted else {"features"})
+        if weighted:
+            assert torch.equal(inputs["sample_weight"], weight[[4, 0, 4]])
+
+
+@torch.no_grad()
+def test_extracted_features_are_those_of_the_backbone_in_order(fitted, squares):
+    weight = np.linspace(0, 1, 24)
+    dataset = dataset_of(fitted, squares, weight)
+    features = extract_features(fitted, dataset)
+    expected = fitted.module_.eval().features(dataset.pixels)
+    torch.testing.assert_close(features.features, expected)
+    assert torch.equal(features.y, dataset.y)
+    torch.testing.assert_close(features.sample_weight, torch.tensor(weight, dtype=torch.float32))
+    part = extract_features(fitted, Subset(dataset, [5, 3, 20]))
+    torch.testing.assert_close(part.features, expected[[5, 3, 20]])
+    assert part.y.tolist() == dataset.y[[5, 3, 20]].tolist()
+    assert extract_features(fitted, dataset_of(fitted, squares)).sample_weight is None
+
+
+def test_features_need_no_gradients_and_leave_batch_norm_alone(fitted, squares):
+    before = fitted.module_.backbone[0][1].running_mean.clone()
+    fitted.module_.train()
+    features = extract_features(fitted, dataset_of(fitted, squares))
+    assert not features.features.requires_grad
+    assert torch.equal(fitted.module_.backbone[0][1].running_mean, before)
+
+
+def test_features_are_computed_once_until_they_are_forgotten(fitted, squares):
+    data = FitData(fitted, dataset_of(fitted, squares), None)
+    once = data.train_features
+    assert data.train_features is once
+    assert data.valid_features is None
+    data.forget_features()
+    again = data.train_features
+    assert again is not once
+    assert torch.equal(again.features, once.features)
+
+
+def test_features_beyond_the_budget_are_mapped_to_a_file(fitted, squares, mapped, monkeypatch):
+    features = extract_features(fitted, dataset_of(fitted, squares)).features
+    assert mapped == [(24, 3, 48, 48), (24, 128, 6, 6)]  # the images, and their features
+    monkeypatch.undo()
+    kept = extract_features(fitted, dataset_of(fitted, squares)).features
+    assert len(mapped) == 2
+    assert torch.equal(kept, features)
+
+
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_a_fit_beyond_the_budget_is_the_same_fit(squares, monkeypatch, train_backbone):
+    def fit():
+        clf = ProtoPNetClassifier(
+            "small_cnn",
+            image_size=32,
+            prototypes_per_class=2,
+            train_backbone=train_backbone,
+            warmup_epochs=2,
+            joint_epochs=1,
+            batch_size=7,
+            random_state=0,
+            verbose=0,
+        )
+        return clf.fit(*squares)
+
+    expected = fit()
+    monkeypatch.setattr(storage, "MEMORY_BUDGET", 0)
+    mapped = fit()
+    assert np.array_equal(mapped.coef_, expected.coef_)
+    assert mapped.prototypes_.equals(expected.prototypes_)
+    assert np.array_equal(mapped.predict_proba(squares[0]), expected.predict_proba(squares[0]))

@@ -1,0 +1,123 @@
+"""Where training starts, against means and bounds of the class's patches computed by loops."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from protoclf import ProtoPNetClassifier
+from protoclf.features import FitData
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
+from protoclf.initialization import centre_latents, kmeans_prototypes, selected_prototypes
+
+STARTS = [kmeans_prototypes, selected_prototypes]
+SIZES = [(1, 1), (2, 2), (1, 3), (4, 4)]  # of a prototype, on a map of 4 x 4
+
+
+@pytest.fixture
+def initialized(squares):
+    """Make a net, initialised as a fit does it, with its training data."""
+
+    def make(seed=0, **parameters):
+        settings = {"image_size": 32, "prototypes_per_class": 2, "latent_dim": None}
+        settings |= {"similarity": "log", "batch_size": 7, "verbose": 0, "device": "cpu"}
+        torch.manual_seed(0)
+        net = ProtoPNetClassifier(nn.Conv2d(3, 5, 8, 8), **(settings | parameters))
+        net.classes_inferred_, y = np.unique(squares[1], return_inverse=True)
+        net.seed_ = seed
+        dataset = ImageDataset(Images(squares[0]), net._preprocessing(), y, keep=True)
+        return net.initialize(), FitData(net, dataset, None)
+
+    return make
+
+
+@torch.no_grad()
+def class_patches(net, data, c):
+    """All latent patches of the training images of a class (n, D, H1, W1), by loops."""
+    rows, cols = net.module_.prototype_size
+    z = net.module_.latents(data.train_features.features)
+    found = []
+    for i in np.flatnonzero(data.train_features.y == c):
+        for top in range(z.shape[2] - rows + 1):
+            for left in range(z.shape[3] - cols + 1):
+                found.append(z[i, :, top : top + rows, left : left + cols])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_centre_of_one_cluster_is_the_mean_patch_of_the_class(initialized, size):
+    net, data = initialized(prototype_size=size, prototypes_per_class=1)
+    kmeans_prototypes(net, data)
+    for c, prototype in enumerate(net.module_.prototypes):
+        expected = class_patches(net, data, c).mean(0)
+        torch.testing.assert_close(prototype, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_prototypes_start_among_the_patches_of_their_class(initialized, start, size):
+    net, data = initialized(prototype_size=size)
+    start(net, data)
+    prototypes = net.module_.prototypes.detach()
+    assert prototypes.shape == (6, 5, *size)
+    assert len(prototypes.flatten(1).unique(dim=0)) == 6
+    for c, prototype in zip(net.module_.owner.tolist(), prototypes, strict=True):
+        patches = class_patches(net, data, c)
+        assert (prototype >= patches.amin(0) - 1e-5).all()
+        assert (prototype <= patches.amax(0) + 1e-5).all()
+
+
+def test_kmeans_centres_are_the_means_of_the_patches_nearest_to_them(initialized):
+    net, data = initialized()
+    kmeans_prototypes(net, data)
+    for c in range(3):
+        centres = net.module_.prototypes[net.module_.owner == c].detach().flatten(1)
+        patches = class_patches(net, data, c).flatten(1)
+        nearest = torch.cdist(patches, centres).argmin(1)
+        for k, centre in enumerate(centres):
+            spread = patches.std(0)
+            assert ((patches[nearest == k].mean(0) - centre).abs() < 0.1 * spread).all()
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_start_depends_on_the_seed_and_on_nothing_else(initialized, start):
+    prototypes = []
+    for seed in (0, 0, 1):
+        net, data = initialized(seed)
+        torch.manual_seed(len(prototypes))
+        np.random.seed(len(prototypes))  # noqa: NPY002 (the global state must not matter)
+        start(net, data)
+        prototypes.append(net.module_.prototypes.detach().clone())
+    assert torch.equal(prototypes[0], prototypes[1])
+    assert not torch.equal(prototypes[0], prototypes[2])
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_classes_may_have_unequal_numbers_of_prototypes(initialized, start):
+    counts = {"blue": 3, "green": 1, "red": 2}
+    net, data = initialized(prototypes_per_class=counts)
+    start(net, data)
+    assert net.module_.prototypes.shape[0] == 6
+    for c, prototype in zip(net.module_.owner.tolist(), net.module_.prototypes, strict=True):
+        patches = class_patches(net, data, c)
+        assert ((prototype >= patches.amin(0) - 1e-5) & (prototype <= patches.amax(0) + 1e-5)).all()
+
+
+@pytest.mark.parametrize("latent_dim", [None, 6])
+@torch.no_grad()
+def test_cosines_start_from_latents_that_are_centred(initialized, latent_dim):
+    net, data = initialized(similarity="cosine", latent_dim=latent_dim)
+    before = net.module_.add_on(data.train_features.features)
+    centre_latents(net, data)
+    after = net.module_.add_on(data.train_features.features)
+    mean = before.mean((0, 2, 3))
+    torch.testing.assert_close(after, before - mean[:, None, None], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_papers_similarity_has_no_centre(initialized):
+    net, data = initialized()
+    before = net.module_.latents(data.train_features.features)
+    centre_latents(net, data)
+    assert torch.equal(net.module_.latents(data.train_features.features), before)
