@@ -46,6 +46,7 @@ def main() -> None:
         warmup_epochs=0,  # the backbone starts from scratch: there is nothing to keep frozen
         joint_epochs=args.epochs,
         backbone_lr=SETTINGS["lr"],
+        lambda_l1=1e-3,
         random_state=0,
         **SETTINGS,
     )
@@ -62,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", help="folder with a folder of images for each class")
     parser.add_argument("--output", default="quickstart_output", help="where to write")
-    parser.add_argument("--epochs", type=int, default=30, help="epochs of joint training")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of joint training")
     parser.add_argument("--prototypes", type=int, default=5, help="prototypes per class")
     parser.add_argument("--per-class", type=int, default=40, help="birds of a class to train on")
     return parser.parse_args()

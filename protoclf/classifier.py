@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Subset
 
 from protoclf.explanation import explain_batch, prototype_table, sheet_rows
 from protoclf.features import FitData
+from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, augmentation_of
 from protoclf.images import Images, conflicting_labels
 from protoclf.labels import encode, read_labels
@@ -82,7 +83,11 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         distinct images.
     lambda_clst, lambda_sep : float, default=0.8, 0.08
         Weights of the cluster and the separation cost in the joint loss.
-    lambda_l1 : float, default=3e-4
+    self_matches : {"keep", "median"}, default="keep"
+        A prototype matches the training image that it is a part of perfectly, as no new image
+        will: "median" shows the last layer the median activation of the class's other images
+        there, "keep" the activation as it is (the paper's). It pays with "log" similarity.
+    lambda_l1 : float, default=5e-4
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes per class.
     warmup_epochs : int, default=0
         Epochs with the backbone frozen, once. Fresh add-on layers and random prototypes need some
@@ -161,9 +166,10 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         similarity: str = "cosine",
         prototype_init: str = "selected",
         distinct: str | None = None,
+        self_matches: str = "keep",
         lambda_clst: float = 0.8,
         lambda_sep: float = 0.08,
-        lambda_l1: float = 3e-4,
+        lambda_l1: float = 5e-4,
         warmup_epochs: int = 0,
         joint_epochs: int = 10,
         cycles: int = 1,
@@ -205,6 +211,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         self.similarity = similarity
         self.prototype_init = prototype_init
         self.distinct = distinct
+        self.self_matches = self_matches
         self.lambda_clst = lambda_clst
         self.lambda_sep = lambda_sep
         self.lambda_l1 = lambda_l1
@@ -289,6 +296,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         if first:
             self._forget()
             self.classes_inferred_ = labels
+        self.preprocessing_ = dataset.preprocessing
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         data: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
         with torch.random.fork_rng(devices=_cuda_devices(self.device)):
@@ -297,7 +305,6 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
                 self.initialize()
             self.notify("on_train_begin", **data)
             self.fit_loop(**data, first=first)
-            self.notify("on_train_end", **data)
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
         self.module_.eval()
         return self
@@ -323,7 +330,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
                 sample_weight, np.empty((len(y), 1)), ensure_non_negative=True
             )
         show = None if self.verbose else False
-        preprocessing = self._preprocessing()
+        preprocessing = Preprocessing(self.image_size, self.resize)
         dataset = ImageDataset(
             images, preprocessing, codes, sample_weight, keep=True, progress=show
         )
@@ -335,10 +342,21 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
         check_enough_images(counts, y[_positions(train)], self.classes_)
         data = FitData(self, train, valid)
-        for stage in schedule(self, first):
+        stages = schedule(self, first)
+        for stage in stages:
             stage.run(self, data)
+        settled = [p.clone() for p in (self.module_.prototypes, self.module_.last_layer.weight)]
+        self.notify("on_train_end", X=X, y=y)
+        if not self._is_settled(settled):  # a callback with load_best went back to an earlier epoch
+            data.forget_features()
+            for stage in stages[-2:]:
+                stage.run(self, data)
         self._keep_sources(train)
         return self
+
+    def _is_settled(self, settled: list[torch.Tensor]) -> bool:
+        now = (self.module_.prototypes, self.module_.last_layer.weight)
+        return all(torch.equal(a, b) for a, b in zip(now, settled, strict=True))
 
     def _keep_sources(self, train: Any) -> None:
         """Write the table of prototypes, with positions and pixels of the images that fit saw."""
@@ -438,11 +456,14 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         chosen = self._class_indices(classes)
         if top is not None and (not isinstance(top, (int, np.integer)) or top < 1):
             raise ValueError(f"top must be an int >= 1, or None; got {top!r}.")
-        dataset = ImageDataset(Images(X), self._preprocessing())
+        dataset = ImageDataset(Images(X), self.preprocessing_)
         sheets, first = [], 0
         for inputs, y in self.get_iterator(dataset, training=False):
             batch = explain_batch(
-                self.module_.eval(), inputs["images"].to(self.device), chosen, self.image_size
+                self.module_.eval(),
+                inputs["images"].to(self.device),
+                chosen,
+                self.preprocessing_.image_size,
             )
             paths = dataset.images.paths
             paths = None if paths is None else paths[first : first + len(y)]
@@ -471,7 +492,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         """
         self._fitted()
         maps: list[Any] = []
-        dataset = ImageDataset(Images(X), self._preprocessing())
+        dataset = ImageDataset(Images(X), self.preprocessing_)
         for inputs, _ in self.get_iterator(dataset, training=False):
             with torch.no_grad():
                 module = self.module_.eval()
@@ -501,7 +522,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
         `sizes` (n, 2) are widths and heights.
         """
-        return self._preprocessing().region(sizes)
+        return self._fitted().preprocessing_.region(sizes)
 
     def _logits(self, X: Any) -> np.ndarray:
         return self._outputs(X)[0].cpu().numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn.functional import unfold
 
@@ -16,11 +17,11 @@ from protoclf.features import FitData
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Centre
-from protoclf.projection import find_sources, read_patches
 from protoclf.prototype_layer import min_distances
 
 _MAX_IMAGES = 256  # of a class, drawn at random where it has more
 _MAX_PATCHES = 16_384
+_CLUSTER_DIMENSIONS = 64
 _CANDIDATES = 4  # for each prototype that is selected
 _SELECTION_L1 = 3e-3  # for activations of at most 1
 _SELECTION_TOL = 1e-4
@@ -51,16 +52,14 @@ def kmeans_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
 def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     """Set the prototypes to those k-means centres that a sparse last layer makes use of.
 
-    Each class gets several times as many centres as it is to have prototypes. They are projected,
-    the last layer is solved with a strong penalty, and the centres of largest weight for their
-    class stay; among those without weight, the ones that tell the class best from the others.
+    Each class gets several times as many centres as it is to have prototypes. The last layer is
+    solved for them with a strong penalty, and the centres of largest weight for their class stay;
+    among those without weight, the ones that tell the class best from the others.
     """
     module, train = net.module_, data.train_features
     centres, owner = _cluster_centres(net, data, _CANDIDATES)  # (M, D, H1, W1), (M,)
     y = train.y.to(owner.device)
-    sources = find_sources(net.latents(train), centres, owner)
-    patches = read_patches(net.latents(train), sources, module.prototype_size)
-    distance = torch.cat([min_distances(z, patches)[0] for z, _ in net.latents(train)])
+    distance = torch.cat([min_distances(z, centres)[0] for z, _ in net.latents(train)])
     g = module.activations(distance)  # (N, M)
     penalty = _SELECTION_L1 * float(g.amax().clamp_min(1e-6))
     weight = solve_last_layer(
@@ -101,11 +100,22 @@ def _cluster_centres(net: SkorchProtoPNet, data: FitData, times: int) -> tuple[T
         wanted = int((module.owner == c).sum())
         k = max(wanted, min(times * wanted, len(patches) // 4))
         seed = int(rng.integers(2**31))
-        centres.append(KMeans(k, n_init=1, random_state=seed).fit(patches).cluster_centers_)
+        centres.append(_kmeans(patches, k, seed))
         owner += [c] * k
     stacked = torch.from_numpy(np.concatenate(centres)).to(module.prototypes)  # (M, D H1 W1)
     prototypes = module.scaled(stacked.view(-1, *module.prototypes.shape[1:]))
     return prototypes, torch.tensor(owner, device=net.device)
+
+
+def _kmeans(patches: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Return k centres; in many dimensions, clusters are found in the principal ones."""
+    reduced = patches
+    if min(patches.shape) > _CLUSTER_DIMENSIONS:
+        pca = PCA(_CLUSTER_DIMENSIONS, svd_solver="randomized", random_state=seed)
+        reduced = pca.fit_transform(patches)
+    label = KMeans(k, n_init=1, random_state=seed).fit_predict(reduced)
+    member = (label == np.arange(k)[:, None]).astype(patches.dtype)  # (k, n)
+    return member @ patches / member.sum(1, keepdims=True).clip(1)
 
 
 def _class_patches(

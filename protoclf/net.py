@@ -34,6 +34,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     criterion_: ProtoPNetLoss
     optimizer_: torch.optim.Optimizer
     seed_: int
+    preprocessing_: Preprocessing
     sources_: dict[str, np.ndarray]
     strongest_share_: np.ndarray
     last_layer_result_: LastLayerResult
@@ -75,7 +76,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def get_dataset(self, X: Any, y: Any = None) -> Dataset:
         """Return batches of images for X (called by skorch)."""
-        return X if is_dataset(X) else ImageDataset(Images(X), self._preprocessing(), y)
+        return X if is_dataset(X) else ImageDataset(Images(X), self.preprocessing_, y)
 
     def get_iterator(self, dataset: Dataset, training: bool = False):
         """Return a loader of batches (called by skorch)."""
@@ -108,9 +109,6 @@ class SkorchProtoPNet(NeuralNetClassifier):
         """Skorch's callbacks; the log keeps to the columns that every stage has."""
         callbacks = dict(super()._default_callbacks)
         return list((callbacks | {"print_log": PrintLog(keys_ignored=_STAGE_KEYS)}).items())
-
-    def _preprocessing(self) -> Preprocessing:
-        return Preprocessing(self.image_size, self.resize)
 
     @property
     def device(self) -> str | torch.device:

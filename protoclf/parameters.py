@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
     "similarity": _one_of("log", "cosine"),
     "prototype_init": _one_of("selected", "kmeans", "random"),
     "distinct": _one_of(None, "patches", "images"),
+    "self_matches": _one_of("median", "keep"),
     "lambda_clst": _non_negative(),
     "lambda_sep": _non_negative(),
     "lambda_l1": _non_negative(),

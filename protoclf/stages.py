@@ -26,6 +26,7 @@ from protoclf.last_layer import solve_last_layer
 from protoclf.localization import activation_boxes, covered_cells
 from protoclf.net import SkorchProtoPNet
 from protoclf.projection import Sources, find_sources, read_patches
+from protoclf.self_matches import replace_self_matches
 
 
 class Stage(Protocol):
@@ -47,7 +48,7 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
         if net.train_backbone:
             before = net.joint_epochs * cycle
             stages.append(Training("joint", net.joint_epochs, joint, net.lr_schedule, before))
-        stages += [Projection(net.distinct), LastLayer(net.lambda_l1)]
+        stages += [Projection(net.distinct), LastLayer(net.lambda_l1, net.self_matches)]
     return stages
 
 
@@ -165,9 +166,17 @@ class Projection:
 
 @dataclass(frozen=True)
 class LastLayer:
-    """Solve the convex problem of the last layer on the activations of all training images."""
+    """Solve the convex problem of the last layer on the activations of all training images.
+
+    Attributes
+    ----------
+    lambda_l1 : float
+    self_matches : {"median", "keep"}
+        What becomes of a prototype's activation on its own source image.
+    """
 
     lambda_l1: float
+    self_matches: str = "keep"
     name: str = "last layer"
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
@@ -175,9 +184,10 @@ class LastLayer:
         module, train = net.module_, data.train_features
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
+            y = train.y.to(g.device)
             result = solve_last_layer(
-                g,
-                train.y.to(g.device),
+                self._activations(net, g, y),
+                y,
                 module.owner,
                 self.lambda_l1,
                 sample_weight=train.sample_weight,
@@ -190,6 +200,12 @@ class LastLayer:
             net.history.record("residual", result.residual)
             _record_train_loss(net, data)
             _validate(net, data.valid_features)
+
+    def _activations(self, net: SkorchProtoPNet, g: Tensor, y: Tensor) -> Tensor:
+        if self.self_matches == "keep":
+            return g
+        source = torch.from_numpy(net.sources_["image"]).to(g.device)
+        return replace_self_matches(g, y, net.module_.owner, source)
 
 
 class _Row:

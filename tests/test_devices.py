@@ -16,6 +16,7 @@ from protoclf import ProtoPNetClassifier, explanation, localization, projection,
 from protoclf.backbones import SmallCNN
 from protoclf.explanation import explain_batch
 from protoclf.features import FitData
+from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.localization import pair_boxes, upsample
@@ -165,7 +166,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
     clf = ProtoPNetClassifier("small_cnn", image_size=32, batch_size=7, verbose=0, device="cpu")
     clf.classes_inferred_, y = np.unique(squares[1], return_inverse=True)
     images = Images(squares[0])
-    dataset = ImageDataset(images, clf._preprocessing(), y, np.ones(len(y)), keep=True)
+    dataset = ImageDataset(images, Preprocessing(32), y, np.ones(len(y)), keep=True)
     clf.initialize().device = "cuda"
 
     def sources(latents, prototypes, owner, distinct):

@@ -93,7 +93,7 @@ def high_activation_box(clf, patch_map):
 def loop_sheet(clf, X, names, classes):
     """Every row that the sheet should have, as dicts, in order."""
     module, labels, table = clf.module_.eval(), clf.classes_.tolist(), clf.prototypes_
-    dataset, rows = ImageDataset(Images(X), clf._preprocessing()), []
+    dataset, rows = ImageDataset(Images(X), clf.preprocessing_), []
     for i in range(len(X)):
         z = module.latents(module.features(dataset.__getitems__([i])[0]["images"]))
         maps, logits = module.similarity_maps(z)[0], module.compare(z)[0][0]
@@ -250,7 +250,7 @@ def test_prototype_table_names_sources_by_path_or_by_position(
 @torch.no_grad()
 def test_prototype_table_is_that_of_loops(fitted, fitted_on_paths, squares):
     for clf in (fitted, fitted_on_paths):
-        dataset = ImageDataset(Images(squares[0]), clf._preprocessing())
+        dataset = ImageDataset(Images(squares[0]), clf.preprocessing_)
         module, g = clf.module_, clf.transform(squares[0])
         strongest = [max(range(6), key=list(values).__getitem__) for values in g]
         for row in clf.prototypes_.to_dict("records"):

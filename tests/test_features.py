@@ -27,7 +27,7 @@ def mapped(monkeypatch):
 
 def dataset_of(net, squares, sample_weight=None):
     y = np.unique(squares[1], return_inverse=True)[1]
-    return ImageDataset(Images(squares[0]), net._preprocessing(), y, sample_weight, keep=True)
+    return ImageDataset(Images(squares[0]), net.preprocessing_, y, sample_weight, keep=True)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -7,6 +7,7 @@ from torch import nn
 
 from protoclf import ProtoPNetClassifier
 from protoclf.features import FitData
+from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import centre_latents, kmeans_prototypes, selected_prototypes
@@ -26,7 +27,7 @@ def initialized(squares):
         net = ProtoPNetClassifier(nn.Conv2d(3, 5, 8, 8), **(settings | parameters))
         net.classes_inferred_, y = np.unique(squares[1], return_inverse=True)
         net.seed_ = seed
-        dataset = ImageDataset(Images(squares[0]), net._preprocessing(), y, keep=True)
+        dataset = ImageDataset(Images(squares[0]), Preprocessing(net.image_size), y, keep=True)
         return net.initialize(), FitData(net, dataset, None)
 
     return make

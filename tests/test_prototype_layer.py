@@ -1,9 +1,6 @@
 """The prototype layer against plain loops, its gradients, and what it may not allocate."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -386,8 +383,3 @@ def test_wrong_shapes(z_shape, p_shape, message):
     for function in (min_distances, distance_maps):
         with pytest.raises(ValueError, match=message):
             function(torch.rand(z_shape), torch.rand(p_shape))
-
-
-def test_benchmark_runs():
-    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "layer.py"
-    subprocess.run([sys.executable, script, "--quick"], check=True, capture_output=True)

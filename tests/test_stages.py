@@ -85,13 +85,13 @@ def same(one, other):
 
 def dataset_of(clf, squares, sample_weight=None, index=slice(None)):
     X, y = squares[0][index], np.unique(squares[1], return_inverse=True)[1][index]
-    return ImageDataset(Images(X), clf._preprocessing(), y, sample_weight, keep=True)
+    return ImageDataset(Images(X), clf.preprocessing_, y, sample_weight, keep=True)
 
 
 @torch.no_grad()
 def latents_in_batches(clf, X):
     """Latent maps of images, computed in the batches of the fit."""
-    dataset, module = ImageDataset(Images(X), clf._preprocessing()), clf.module_.eval()
+    dataset, module = ImageDataset(Images(X), clf.preprocessing_), clf.module_.eval()
     batches = [inputs["images"] for inputs, _ in clf.get_iterator(dataset)]
     return torch.cat([module.latents(module.features(images)) for images in batches])
 

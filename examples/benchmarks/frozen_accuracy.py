@@ -3,7 +3,8 @@
     python examples/benchmarks/frozen_accuracy.py --train photos/train --test photos/test
 
 Without --test, 4-fold cross-validation on the training folder: the way to choose settings.
-The black box is scikit-learn's LogisticRegression on the pooled features of the same backbone.
+The black box is scikit-learn's logistic regression, its C cross-validated, on the standardised
+and pooled features of the same backbone; its time is that of one pass over the training images.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from efficientnet_lite import NORMALIZATION, EfficientNetLite0
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -33,7 +34,9 @@ def main() -> None:
     rows = []
     for seed in range(args.seeds):
         for train, held_out in splits(paths, y, test, seed):
-            rows.append(black_box(backbone, train, held_out))
+            if test is None or seed == 0:  # nothing random in it
+                rows.append(black_box(backbone, train, held_out))
+                print(rows[-1], flush=True)
             for k in args.prototypes:
                 rows.append(protopnet(backbone, train, held_out, k, seed, args))
                 print(rows[-1], flush=True)
@@ -63,14 +66,18 @@ def splits(paths, y, test, seed):
 
 def black_box(backbone, train, held_out):
     start = time.perf_counter()
-    features = [pooled(backbone, part[0]) for part in (train, held_out)]
+    features = pooled(backbone, train[0])
     seconds = time.perf_counter() - start
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
-    accuracy = model.fit(features[0], train[1]).score(features[1], held_out[1])
-    plain = LogisticRegression(max_iter=5000).fit(features[0], train[1])
-    best = max(accuracy, plain.score(features[1], held_out[1]))
-    share = len(train[0]) / (len(train[0]) + len(held_out[0]))
-    return {"model": "logistic regression", "accuracy": best, "fit_s": seconds * share}
+    search = LogisticRegressionCV(
+        Cs=[1e-3, 3e-3, 1e-2, 3e-2],
+        cv=4,
+        max_iter=1000,
+        l1_ratios=(0,),
+        use_legacy_attributes=False,
+    )
+    model = make_pipeline(StandardScaler(), search).fit(features, train[1])
+    accuracy = model.score(pooled(backbone, held_out[0]), held_out[1])
+    return {"model": "logistic regression", "accuracy": accuracy, "fit_s": seconds}
 
 
 def pooled(backbone, paths):

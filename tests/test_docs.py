@@ -1,0 +1,52 @@
+"""The code blocks of README and docs run as they stand, and so do the docstrings' examples."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+import protoclf
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = [m.name for m in pkgutil.iter_modules(protoclf.__path__, "protoclf.")]
+
+
+def code_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")
+@pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p)], ids=lambda p: p.name)
+def test_code_blocks_run_in_their_order(page, tmp_path, monkeypatch, capsys):
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in code_blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+    assert capsys.readouterr().out
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("nav:")[1]
+    missing = [p.name for p in (ROOT / "docs").glob("*.md") if p.name not in navigation]
+    assert missing == []
+
+
+@pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_hold(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+def test_readme_names_its_two_commands_for_ci():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python3 -m venv \.venv .*$", readme, re.M)
+    assert len(commands) == 2
+    assert "examples/quickstart.py" in commands[0]
+    assert "pytest" in commands[1]

@@ -1,0 +1,81 @@
+"""The examples and benchmarks run, and the quickstart keeps what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from protoclf import ProtoPNetClassifier
+from protoclf.datasets import make_birds
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STRIDE = 8  # pixels of small_cnn's input per latent cell
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_prints_accuracies_and_a_sheet_and_saves_it(tmp_path):
+    arguments = ("--epochs", 1, "--per-class", 6, "--prototypes", 2)
+    printed = run("quickstart.py", *arguments, "--output", tmp_path / "결과 폴더")
+    assert "test accuracy, ProtoPNet" in printed
+    assert "black box on the same backbone" in printed
+    sheet = pd.read_csv(tmp_path / "결과 폴더" / "sheet.csv")
+    assert sheet["class"].nunique() == 2
+    assert (tmp_path / "결과 폴더" / "explanation.png").stat().st_size > 10_000
+
+
+def test_quickstart_takes_a_folder_of_classes(tmp_path):
+    make_birds(tmp_path / "birds", 8, 64)
+    arguments = ("--images", tmp_path / "birds", "--epochs", 1, "--prototypes", 2)
+    assert "48 training images, 16 test" in run("quickstart.py", *arguments, "--output", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    root = tmp_path_factory.mktemp("birds")
+    X, y, _ = make_birds(root / "train", 40, 128)
+    X_test, y_test, parts = make_birds(root / "test", 20, 128, start=40)
+    clf = ProtoPNetClassifier(
+        "small_cnn",
+        image_size=128,
+        prototypes_per_class=5,
+        joint_epochs=40,
+        batch_size=16,
+        lr=5e-3,
+        backbone_lr=5e-3,
+        lambda_l1=1e-3,
+        random_state=0,
+        verbose=0,
+    )
+    return clf.fit(X, y), X_test, y_test, parts[parts["distinguishing"]].set_index("path")
+
+
+@pytest.mark.slow
+def test_quickstart_settings_reach_95_percent_on_new_birds(birds):
+    clf, X, y, _ = birds
+    assert clf.score(X, y) >= 0.95
+
+
+@pytest.mark.slow
+def test_highest_contributions_are_on_the_part_that_tells_twins_apart(birds):
+    clf, X, _, parts = birds
+    sheet = clf.explain(X)
+    best = sheet[sheet["rank"] == 1]
+    part = parts.loc[best["path"]]
+    x, y = (STRIDE * (best[name].to_numpy() + 0.5) for name in ("col", "row"))
+    margin = STRIDE / 2
+    inside = (part["x0"].to_numpy() - margin <= x) & (x < part["x1"].to_numpy() + margin)
+    inside &= (part["y0"].to_numpy() - margin <= y) & (y < part["y1"].to_numpy() + margin)
+    assert inside.mean() >= 0.7
+
+
+@pytest.mark.parametrize("script", ["layer.py", "last_layer.py"])
+def test_benchmark_runs_in_its_quick_form(script):
+    assert run(f"benchmarks/{script}", "--quick")
