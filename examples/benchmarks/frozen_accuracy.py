@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from efficientnet_lite import NORMALIZATION, EfficientNetLite0
-from sklearn.linear_model import LogisticRegressionCV
-from sklearn.model_selection import StratifiedKFold
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -68,13 +68,8 @@ def black_box(backbone, train, held_out):
     start = time.perf_counter()
     features = pooled(backbone, train[0])
     seconds = time.perf_counter() - start
-    search = LogisticRegressionCV(
-        Cs=[1e-3, 3e-3, 1e-2, 3e-2],
-        cv=4,
-        max_iter=1000,
-        l1_ratios=(0,),
-        use_legacy_attributes=False,
-    )
+    rates = {"C": [1e-3, 3e-3, 1e-2, 3e-2]}
+    search = GridSearchCV(LogisticRegression(max_iter=1000), rates, cv=4)
     model = make_pipeline(StandardScaler(), search).fit(features, train[1])
     accuracy = model.score(pooled(backbone, held_out[0]), held_out[1])
     return {"model": "logistic regression", "accuracy": accuracy, "fit_s": seconds}
