@@ -153,7 +153,9 @@ class ProtoPNet(nn.Module):
 
 
 class Centre(nn.Module):
-    """Subtract a mean latent cell, so that a cosine tells apart cells that share a large mean.
+    """Scale cells to unit length and subtract a mean cell, so that cosines tell cells apart.
+
+    Behind a ReLU all cells share a large mean, which makes all their cosines alike.
 
     Parameters
     ----------
@@ -166,7 +168,7 @@ class Centre(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return centred maps (N, channels, H, W)."""
-        return z - self.mean
+        return unit_length(z) - self.mean
 
 
 def _add_on_layers(channels: int, latent_dim: int | None, similarity: str) -> nn.Sequential:
