@@ -17,7 +17,7 @@ from protoclf.features import FitData
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Centre
-from protoclf.prototype_layer import min_distances, unit_length
+from protoclf.prototype_layer import min_distances
 
 _MAX_IMAGES = 256  # of a class, drawn at random where it has more
 _MAX_PATCHES = 16_384
@@ -29,14 +29,13 @@ _SELECTION_TOL = 1e-4
 
 @torch.no_grad()
 def centre_latents(net: SkorchProtoPNet, data: FitData) -> None:
-    """Set the `Centre` of the add-on layers to the mean unit-length cell of the training images."""
+    """Set the `Centre` of the add-on layers to the mean latent cell of the training images."""
     add_on = net.module_.eval().add_on
     if not (len(add_on) and isinstance(add_on[-1], Centre)):
         return
     means, counts = [], []
     for inputs, y in net.get_iterator(data.train_features, training=False):
-        z = add_on[:-1](inputs["features"].to(net.device))  # (n, D, H, W)
-        means.append(unit_length(z).mean((0, 2, 3)))  # (D,)
+        means.append(add_on[:-1](inputs["features"].to(net.device)).mean((0, 2, 3)))  # (D,)
         counts.append(len(y))
     share = torch.tensor(counts, device=net.device) / sum(counts)  # (batches,)
     add_on[-1].mean.copy_((share @ torch.stack(means))[:, None, None])

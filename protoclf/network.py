@@ -153,9 +153,7 @@ class ProtoPNet(nn.Module):
 
 
 class Centre(nn.Module):
-    """Scale cells to unit length and subtract a mean cell, so that cosines tell cells apart.
-
-    Behind a ReLU all cells share a large mean, which makes all their cosines alike.
+    """Subtract a mean latent cell, so that a cosine tells apart cells that share a large mean.
 
     Parameters
     ----------
@@ -168,7 +166,7 @@ class Centre(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return centred maps (N, channels, H, W)."""
-        return unit_length(z) - self.mean
+        return z - self.mean
 
 
 def _add_on_layers(channels: int, latent_dim: int | None, similarity: str) -> nn.Sequential:
