@@ -202,10 +202,11 @@ class LastLayer:
             _validate(net, data.valid_features)
 
     def _activations(self, net: SkorchProtoPNet, g: Tensor, y: Tensor) -> Tensor:
-        if self.self_matches == "keep":
-            return g
-        source = torch.from_numpy(net.sources_["image"]).to(g.device)
-        return replace_self_matches(g, y, net.module_.owner, source)
+        """Return what the solver is shown: in float64, where rounding W costs no optimality."""
+        if self.self_matches == "median":
+            source = torch.from_numpy(net.sources_["image"]).to(g.device)
+            g = replace_self_matches(g, y, net.module_.owner, source)
+        return g if g.device.type == "mps" else g.double()
 
 
 class _Row:

@@ -319,7 +319,7 @@ def test_signs_of_the_last_layer_hold_and_its_residual_is_small(squares, paramet
     assert (clf.coef_[own] >= 0).all()
     assert (clf.coef_[~own] <= 0).all()
     assert clf.last_layer_result_.residual <= 1e-6
-    assert np.array_equal(clf.coef_, clf.last_layer_result_.weight.cpu().numpy())
+    np.testing.assert_array_equal(clf.coef_, clf.last_layer_result_.weight.float().numpy())
 
 
 # What each stage sees ---------------------------------------------------------------------------
@@ -447,3 +447,21 @@ def test_last_layer_takes_weight_zero_as_left_out_and_weight_two_as_twice(square
     np.testing.assert_allclose(solved[0].coef_, solved[1].coef_, atol=1e-3)
     objectives = [clf.last_layer_result_.objective for clf in solved]
     assert objectives[0] == pytest.approx(objectives[1], rel=1e-5)
+
+
+def test_a_callback_that_goes_back_to_earlier_weights_leaves_a_projected_net(squares):
+    class ForgetTheEnd(Callback):
+        """Restore the weights of the first epoch when training ends, as load_best does."""
+
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) == 1:
+                self.first = copy.deepcopy(net.module_.state_dict())
+
+        def on_train_end(self, net, **kwargs):
+            net.module_.load_state_dict(self.first)
+
+    clf = make(joint_epochs=2, callbacks=[ForgetTheEnd()]).fit(*squares)
+    stages = [row["stage"] for row in clf.history]
+    assert stages[-4:] == ["projection", "last layer"] * 2
+    np.testing.assert_array_equal(clf.coef_, clf.last_layer_result_.weight.float().numpy())
+    assert_prototypes_are_patches(clf, squares[0])
