@@ -95,7 +95,7 @@ def _boxes(maps: Tensor, percentile: float) -> Tensor:
     n = maps.shape[1:].numel()
     rank = int(np.ceil(round(percentile / 100 * (n - 1), 6)))  # the first at the percentile
     flat = maps.flatten(1)  # (k, S S)
-    threshold = flat.kthvalue(rank + 1, dim=1).values - _ROUNDING * flat.amax(1)  # (k,)
+    threshold = flat.kthvalue(rank + 1, dim=1).values - _ROUNDING * flat.abs().amax(1)
     high = maps >= threshold[:, None, None]  # (k, S, S)
     (x0, x1), (y0, y1) = _extent(high.any(1)), _extent(high.any(2))
     return torch.stack([x0, y0, x1, y1], dim=1).to(maps.dtype)

@@ -1,10 +1,17 @@
 """Pictures, and a classifier of some, that several test files read."""
 
+import os
+
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import settings
 
 from protoclf import ProtoPNetClassifier
+
+settings.register_profile("ci", derandomize=True)  # the same examples in every run
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
