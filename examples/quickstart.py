@@ -19,10 +19,11 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 
 from protoclf import ProtoPNetClassifier
+from protoclf.augmentation import AugmentedDataset, augmentation_of
 from protoclf.backbones import SmallCNN
 from protoclf.datasets import load_folder, make_birds
 from protoclf.geometry import Preprocessing
-from protoclf.image_dataset import AugmentedDataset, ImageDataset, augmentation_of
+from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.parameters import normalization
 from protoclf.plotting import plot_explanation
@@ -89,7 +90,7 @@ def accuracy_of_black_box(train, test, epochs: int) -> float:
     torch.manual_seed(0)
     classes, targets = np.unique(train[1], return_inverse=True)
     preprocessing = Preprocessing(IMAGE_SIZE)
-    images = ImageDataset(Images(train[0]), preprocessing, targets, keep=True)
+    images = ImageDataset(Images(train[0]), preprocessing, targets).keep()
     net = NeuralNetClassifier(
         BlackBox,
         module__n_classes=len(classes),
@@ -103,7 +104,7 @@ def accuracy_of_black_box(train, test, epochs: int) -> float:
         verbose=0,
         **SETTINGS,
     )
-    net.fit(AugmentedDataset(images, augmentation_of("default", IMAGE_SIZE)), None)
+    net.fit(AugmentedDataset(images, augmentation_of("default")), None)
     predicted = net.predict(ImageDataset(Images(test[0]), preprocessing))
     return float(np.mean(classes[predicted] == test[1]))
 

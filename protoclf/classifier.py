@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ from skorch.utils import is_dataset
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from protoclf.acceleration import return_freed_memory
+from protoclf.augmentation import augmentation_of
+from protoclf.decoding import check_files
 from protoclf.explanation import explain_batch, prototype_table, sheet_rows
-from protoclf.features import FitData
+from protoclf.features import FitData, feature_batches
 from protoclf.geometry import Preprocessing
-from protoclf.image_dataset import ImageDataset, augmentation_of
+from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images, conflicting_labels
 from protoclf.labels import encode, read_labels
 from protoclf.localization import upsample
@@ -34,9 +37,13 @@ from protoclf.parameters import (
     refuse_unknown,
     with_skorch_parameters,
 )
+from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.stages import schedule
 
-_FITTED = ("prototypes_", "source_images_", "last_layer_result_", "classes_inferred_")
+_FITTED = (
+    *("prototypes_", "source_images_", "last_layer_result_", "last_layer_path_", "lambda_l1_"),
+    "classes_inferred_",
+)
 
 
 @with_skorch_parameters
@@ -64,8 +71,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         The centred square on the shorter side, or the whole image squashed to a square.
     normalization : "imagenet" or (mean, std), default="imagenet"
         What the backbone expects, for pixels in [0, 1]: three numbers each.
-    prototypes_per_class : int or dict, default=10
-        A dict gives each class label its number.
+    prototypes_per_class : int, dict or "auto", default=10
+        A dict gives each class label its number. "auto" keeps what a sparse last layer makes use
+        of, up to 20 for a class.
     prototype_size : (int, int) or "full", default=(1, 1)
         Rows and columns of latent cells; "full" is the whole map.
     latent_dim : int or None, default=None
@@ -76,8 +84,8 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         1 - d / 2 of latents of unit length.
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
-        those of four times as many centres that a sparse last layer makes use of, "random" at
-        random (the paper's).
+        those patches, of eight times as many candidates, that a sparse last layer makes use of,
+        "random" at random (the paper's).
     distinct : {None, "patches", "images"}, default=None
         Whether the prototypes of a class must be projected onto distinct patches, or even onto
         distinct images.
@@ -87,8 +95,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         A prototype matches the training image that it is a part of perfectly, as no new image
         will: "median" shows the last layer the median activation of the class's other images
         there, "keep" the activation as it is (the paper's). It pays with "log" similarity.
-    lambda_l1 : float, default=5e-4
-        Weight of sum |W| in the last layer's objective; larger means fewer prototypes per class.
+    lambda_l1 : float or "cv", default=5e-4
+        Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
+        "cv" chooses by cross-validation on the activations: see `last_layer_path_`.
     warmup_epochs : int, default=0
         Epochs with the backbone frozen, once. Fresh add-on layers and random prototypes need some
         (5 in the paper).
@@ -99,6 +108,11 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
     augmentation : None, "default" or callable, default="default"
         Random transform of uint8 images (3, S, S) in the joint stage, such as one of
         torchvision.transforms.v2. Stages with the backbone frozen see images as they are.
+    memory : None, path or joblib.Memory, default=None
+        Folder in which the features of the backbone as given are kept, for other fits and for
+        `predict`, in this process or another: a search then runs it once for each image. They are
+        looked up by the contents of image and backbone, never by a name. Nothing is ever removed
+        from the folder; delete it when done.
     optimizer : class, default=torch.optim.Adam
     lr : float, default=3e-3
         Learning rate of add-on layers and prototypes.
@@ -113,6 +127,14 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         scores each epoch. Nothing is trained on, or projected onto, its validation part.
     callbacks : None, "disable" or list of skorch callbacks, default=None
         Early stopping ends the stage in which it strikes, not the fit.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        What the backbone computes in; all that follows it is in float32. "auto" is bfloat16 on
+        processors that are faster at it: GPUs since compute capability 8, x86 CPUs with
+        AVX512-BF16 or AMX.
+    tune_allocator : bool, default=True
+        On a CPU, and with glibc, let the process keep the memory that it frees, which makes
+        convolutions several times as fast. It is given back at the end of `fit`; `predict`
+        leaves the process at the peak of what a batch takes.
     device : str or torch.device, default="auto"
         "auto" is the GPU where there is one.
     random_state : int, RandomState instance or None, default=None
@@ -133,6 +155,10 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         The last layer W.
     last_layer_result_ : LastLayerResult
         Objective, optimality residual and iterations of the last layer.
+    lambda_l1_ : float
+        The penalty that the last layer was solved for.
+    last_layer_path_ : DataFrame
+        With ``lambda_l1="cv"`` only: see `last_layer_path`.
     history : skorch.history.History
         One row an epoch, with its stage, and one for each projection and last layer.
     module_ : ProtoPNet
@@ -160,7 +186,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         image_size: int = 224,
         resize: str = "crop",
         normalization: Any = "imagenet",
-        prototypes_per_class: int | Mapping[Any, int] = 10,
+        prototypes_per_class: str | int | Mapping[Any, int] = 10,
         prototype_size: tuple[int, int] | str = (1, 1),
         latent_dim: int | None = None,
         similarity: str = "cosine",
@@ -169,11 +195,12 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         self_matches: str = "keep",
         lambda_clst: float = 0.8,
         lambda_sep: float = 0.08,
-        lambda_l1: float = 5e-4,
+        lambda_l1: float | str = 5e-4,
         warmup_epochs: int = 0,
         joint_epochs: int = 10,
         cycles: int = 1,
         augmentation: Any = "default",
+        memory: Any = None,
         optimizer: Any = torch.optim.Adam,
         lr: float = 3e-3,
         backbone_lr: float = 1e-4,
@@ -181,6 +208,8 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         batch_size: int = 32,
         train_split: Any = None,
         callbacks: Any = None,
+        precision: str = "auto",
+        tune_allocator: bool = True,
         device: Any = "auto",
         random_state: Any = None,
         verbose: int = 1,
@@ -219,8 +248,11 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         self.joint_epochs = joint_epochs
         self.cycles = cycles
         self.augmentation = augmentation
+        self.memory = memory
         self.backbone_lr = backbone_lr
         self.lr_schedule = lr_schedule
+        self.precision = precision
+        self.tune_allocator = tune_allocator
         self.random_state = random_state
 
     @classmethod
@@ -291,7 +323,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, first: bool):
         check_parameters(vars(self))
-        augmentation_of(self.augmentation, self.image_size)  # a wrong one is refused now
+        augmentation_of(self.augmentation)  # a wrong one is refused now
         dataset, labels = self._training_data(X, y, sample_weight, first)
         if first:
             self._forget()
@@ -299,12 +331,16 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         self.preprocessing_ = dataset.preprocessing
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         data: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
-        with torch.random.fork_rng(devices=_cuda_devices(self.device)):
-            torch.manual_seed(self.seed_)
-            if first:
-                self.initialize()
-            self.notify("on_train_begin", **data)
-            self.fit_loop(**data, first=first)
+        try:
+            with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+                torch.manual_seed(self.seed_)
+                if first:
+                    self.initialize()
+                self.prepare_processor()
+                self.notify("on_train_begin", **data)
+                self.fit_loop(**data, first=first)
+        finally:
+            return_freed_memory()
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
         self.module_.eval()
         return self
@@ -329,18 +365,21 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             sample_weight = _check_sample_weight(
                 sample_weight, np.empty((len(y), 1)), ensure_non_negative=True
             )
-        show = None if self.verbose else False
         preprocessing = Preprocessing(self.image_size, self.resize)
-        dataset = ImageDataset(
-            images, preprocessing, codes, sample_weight, keep=True, progress=show
-        )
+        dataset = ImageDataset(images, preprocessing, codes, sample_weight)
+        show = None if self.verbose else False
+        if self.memory is None or (self.train_backbone and self.joint_epochs):
+            dataset.keep(show, self.memory_folder)
+        else:
+            check_files(images, progress=show)
         return dataset, labels
 
     def fit_loop(self, X: Dataset, y: Any = None, epochs: None = None, *, first: bool = True):
         """Walk the stages over a data set of images (called by `fit`)."""
         train, valid = self.get_split_datasets(X, y)
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
-        check_enough_images(counts, y[_positions(train)], self.classes_)
+        if self.prototypes_per_class != "auto":
+            check_enough_images(counts, y[_positions(train)], self.classes_)
         data = FitData(self, train, valid)
         stages = schedule(self, first)
         for stage in stages:
@@ -363,7 +402,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         dataset: Any = train.dataset if isinstance(train, Subset) else train
         sources = dict(self.sources_)
         sources["image"] = _positions(train)[sources["image"]]
-        sizes = dataset.sizes[sources["image"]]
+        sizes = dataset.sizes(sources["image"])
         sources["box"] = dataset.preprocessing.to_original_pixels(sources["box"], sizes)
         self.prototypes_ = prototype_table(
             self.module_.owner.cpu().numpy(),
@@ -413,8 +452,8 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the activations g: the similarity of each image to each prototype, (n, m)."""
-        _, distance, _ = self._outputs(X)
-        return self.module_.activations(distance).cpu().numpy()
+        distances = torch.cat([distance for _, distance, _ in self._outputs(X)])
+        return self.module_.activations(distances).cpu().numpy()
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the names of the columns of `transform`, (m,)."""
@@ -457,17 +496,15 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         if top is not None and (not isinstance(top, (int, np.integer)) or top < 1):
             raise ValueError(f"top must be an int >= 1, or None; got {top!r}.")
         dataset = ImageDataset(Images(X), self.preprocessing_)
+        self.prepare_processor()
         sheets, first = [], 0
-        for inputs, y in self.get_iterator(dataset, training=False):
+        for inputs, y in feature_batches(self, dataset):
             batch = explain_batch(
-                self.module_.eval(),
-                inputs["images"].to(self.device),
-                chosen,
-                self.preprocessing_.image_size,
+                self.module_, inputs["features"], chosen, self.preprocessing_.image_size
             )
             paths = dataset.images.paths
             paths = None if paths is None else paths[first : first + len(y)]
-            sizes = inputs["size"].numpy()
+            sizes = dataset.sizes(range(first, first + len(y)))
             sheets.append(
                 sheet_rows(
                     batch, first, paths, sizes, dataset.preprocessing, self.classes_, table, top
@@ -475,6 +512,53 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             )
             first += len(y)
         return pd.concat(sheets, ignore_index=True)
+
+    def last_layer_path(
+        self,
+        X: Any,
+        y: ArrayLike,
+        penalties: Sequence[float] = PENALTIES,
+        folds: int = 4,
+        sample_weight: ArrayLike | None = None,
+    ) -> pd.DataFrame:
+        """Return the last layers for many penalties: accuracy against sparsity.
+
+        The network stays as it is; `clf.set_params(lambda_l1=...)` and another fit, or
+        ``lambda_l1="cv"``, make use of the answer.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            Images as in `fit`, with labels that it saw. On the training images, prototypes match
+            the images that they are parts of perfectly, so that held-out scores are a little too
+            good; with ``lambda_l1="cv"``, `fit` itself sees to that.
+        penalties : sequence of float
+            Values of lambda_l1.
+        folds : int, default=4
+            Stratified folds for the held-out columns; 0 leaves them out.
+
+        Returns
+        -------
+        DataFrame
+            One row a penalty, the largest first:
+
+            - lambda_l1 : the penalty
+            - n_nonzero, n_prototypes : weights other than 0, and prototypes that have one
+            - objective, train_accuracy : of the solution for all images
+            - accuracy, accuracy_std, cross_entropy, cross_entropy_std : of images left out, mean
+              and standard deviation over the folds
+            - weight : the solution for all images, an array (C, m)
+        """
+        transformed = torch.from_numpy(self.transform(X)).double()
+        labels, codes = encode(read_labels(y, len(transformed)), self.classes_)
+        activations = Activations(
+            transformed,
+            torch.from_numpy(codes),
+            self.module_.owner.cpu(),
+            len(labels),
+            None if sample_weight is None else torch.as_tensor(sample_weight),
+        )
+        return penalty_path(activations, penalties, folds, self.seed_)
 
     def similarity_maps(self, X: Any, upsampled: bool = False) -> np.ndarray | list[np.ndarray]:
         """Return the similarity of each prototype to each patch of each image.
@@ -493,13 +577,14 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         self._fitted()
         maps: list[Any] = []
         dataset = ImageDataset(Images(X), self.preprocessing_)
-        for inputs, _ in self.get_iterator(dataset, training=False):
+        self.prepare_processor()
+        for inputs, y in feature_batches(self, dataset):
             with torch.no_grad():
-                module = self.module_.eval()
-                z = module.latents(module.features(inputs["images"].to(self.device)))
-                batch = module.similarity_maps(z)  # (n, m, H', W')
+                z = self.module_.latents(inputs["features"])
+                batch = self.module_.similarity_maps(z)  # (n, m, H', W')
             if upsampled:
-                regions = dataset.preprocessing.region(inputs["size"].numpy())
+                done = range(len(maps), len(maps) + len(y))
+                regions = dataset.preprocessing.region(dataset.sizes(done))
                 for one, (x0, y0, x1, y1) in zip(batch, regions, strict=True):
                     maps.append(upsample(one, round(y1 - y0), round(x1 - x0)).cpu().numpy())
             else:
@@ -525,16 +610,19 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         return self._fitted().preprocessing_.region(sizes)
 
     def _logits(self, X: Any) -> np.ndarray:
-        return self._outputs(X)[0].cpu().numpy()
+        return torch.cat([logits for logits, _, _ in self._outputs(X)]).cpu().numpy()
 
-    def _outputs(self, X: Any) -> Outputs:
-        """Return the outputs for all of X, on the device: no batch waits for a copy."""
-        if not is_dataset(X):  # a data set comes from a callback, in the middle of a fit
-            self._fitted()
-        batches = self.forward_iter(X, training=False, device=self.device)
-        # the batches of a callback on training scores still have their gradients
-        logits, distance, cell = (torch.cat(b).detach() for b in zip(*batches, strict=True))
-        return logits, distance, cell
+    @torch.no_grad()
+    def _outputs(self, X: Any) -> Iterator[Outputs]:
+        """Yield the outputs for each batch of X, on the device: no batch waits for a copy."""
+        if is_dataset(X):  # from a callback in the middle of a fit, which may know the outputs
+            for outputs in self.forward_iter(X, training=False, device=self.device):
+                yield tuple(output.detach() for output in outputs)
+            return
+        self._fitted()
+        self.prepare_processor()
+        for inputs, _ in feature_batches(self, self.get_dataset(X)):
+            yield self.module_.compare(self.module_.latents(inputs["features"]))
 
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
         if isinstance(classes, str) and classes in ("predicted", "top2", "all"):

@@ -45,13 +45,13 @@ class BatchExplanation(NamedTuple):
 
 @torch.no_grad()
 def explain_batch(
-    module: ProtoPNet, images: Tensor, classes: str | list[int], image_size: int
+    module: ProtoPNet, features: Tensor, classes: str | list[int], image_size: int
 ) -> BatchExplanation:
-    """Explain uint8 images (n, 3, S, S); boxes are in pixels of the model input.
+    """Explain images by their features (n, C, H, W); boxes are in pixels of the model input.
 
     `classes` is "predicted", "top2", "all" or class indices.
     """
-    z = module.latents(module.features(images))  # (n, D, H, W)
+    z = module.latents(features)  # (n, D, H, W)
     logits, distance, cell = module.compare(z)  # (n, C), (n, m), (n, m)
     g, weight = module.activations(distance), module.last_layer.weight  # (n, m), (C, m)
     chosen = _chosen_classes(logits, classes)  # (n, c)

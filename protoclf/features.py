@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from numpy.typing import ArrayLike
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from protoclf.image_dataset import AugmentedDataset, Batch, ImageDataset, augmentation_of
+from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_of
+from protoclf.feature_cache import CachedImages, FeatureCache
+from protoclf.image_dataset import Batch, ImageDataset
 from protoclf.net import SkorchProtoPNet
 from protoclf.storage import allocate
 
@@ -42,7 +44,8 @@ class FeatureDataset(Dataset):
     def __getitems__(self, indices: ArrayLike) -> Batch:
         """Return a whole batch: {"features": (n, C, H, W)[, "sample_weight": (n,)]}, y (n,)."""
         index = torch.as_tensor(indices)
-        inputs = {"features": self.features[index.to(self.features.device)]}
+        rows = self.features.permute(0, 2, 3, 1)[index.to(self.features.device)]  # (n, H, W, C)
+        inputs = {"features": rows.permute(0, 3, 1, 2)}
         if self.sample_weight is not None:
             inputs["sample_weight"] = self.sample_weight[index]
         return inputs, self.y[index]
@@ -50,24 +53,64 @@ class FeatureDataset(Dataset):
 
 def extract_features(net: SkorchProtoPNet, dataset: ImagePart) -> FeatureDataset:
     """Run the backbone once over all images, in evaluation mode and without gradients."""
-    module = net.module_.eval()
-    features, targets, weights, start = None, [], [], 0
-    for inputs, y in _with_progress(net, dataset):
-        with torch.no_grad():
-            batch = module.features(inputs["images"].to(net.device))  # (n, C, H, W)
-        if features is None:
-            features = allocate((len(dataset), *batch.shape[1:]), batch.dtype, net.device)
-        features[start : start + len(y)] = batch
+    rows, targets, weights, start = None, [], [], 0
+    show = bool(net.verbose)
+    for inputs, y in feature_batches(net, dataset, progress=show):
+        batch = inputs["features"].permute(0, 2, 3, 1)  # (n, H, W, C), as it lies in memory
+        if rows is None:
+            shape = (len(dataset), *batch.shape[1:])
+            rows = allocate(shape, batch.dtype, net.device, net.memory_folder)
+        rows[start : start + len(y)] = batch
         start += len(y)
         targets.append(y)
         weights.extend([inputs["sample_weight"]] if "sample_weight" in inputs else [])
-    assert features is not None, "a data set has at least one image"
-    return FeatureDataset(features, torch.cat(targets), torch.cat(weights) if weights else None)
+    assert rows is not None, "a data set has at least one image"
+    weight = torch.cat(weights) if weights else None
+    return FeatureDataset(rows.permute(0, 3, 1, 2), torch.cat(targets), weight)
 
 
-def _with_progress(net: SkorchProtoPNet, dataset: ImagePart) -> Iterable[Batch]:
+def feature_batches(
+    net: SkorchProtoPNet, dataset: Dataset, progress: bool = False
+) -> Iterator[Batch]:
+    """Yield batches with the backbone's features in place of the images, on the net's device.
+
+    Under `memory`, and while the backbone is as it was given, features are computed for those
+    images only that no fit has seen before, in whatever process.
+    """
+    module, cache = net.module_.eval(), None
+    folder = None if net.backbone_trained_ else net.memory_folder
+    if folder is not None and isinstance(dataset, ImagePart):
+        cache = FeatureCache(folder, module, net.preprocessing_)
+        dataset = CachedImages(dataset, cache)
+    for inputs, y in _with_progress(net, dataset, progress):
+        with torch.no_grad():
+            if cache is not None:
+                inputs["features"] = _completed(net, cache, inputs, len(y))
+            elif "images" in inputs:
+                inputs["features"] = module.features(inputs["images"].to(net.device))
+        yield {n: v for n, v in inputs.items() if n in ("features", "sample_weight")}, y
+
+
+def _completed(net: SkorchProtoPNet, cache: FeatureCache, inputs: dict, n: int) -> Tensor:
+    """Compute the features that a batch of `CachedImages` lacks, and keep them."""
+    missing, cached = inputs["missing"], inputs["cached"]
+    parts = list(cached)
+    if len(missing):
+        computed = net.module_.features(inputs["images"].to(net.device))  # (k, C, h, w)
+        cache.write(inputs["keys"], computed)
+        if not cached:
+            return computed
+        parts += list(computed.cpu())
+    found = torch.ones(n, dtype=torch.bool)
+    found[missing] = False
+    order = torch.cat([found.nonzero()[:, 0], missing]).argsort()
+    rows = torch.stack([part.permute(1, 2, 0) for part in parts])[order]  # (n, h, w, C)
+    return rows.to(net.device).permute(0, 3, 1, 2)
+
+
+def _with_progress(net: SkorchProtoPNet, dataset: Dataset, progress: bool) -> Iterable[Batch]:
     batches = net.get_iterator(dataset, training=False)
-    return tqdm(batches, "features", delay=2, leave=False, disable=not net.verbose)
+    return tqdm(batches, "features", delay=2, leave=False, disable=not progress)
 
 
 class FitData:
@@ -91,10 +134,11 @@ class FitData:
     @property
     def augmented_train_images(self) -> ImagePart | AugmentedDataset:
         """The training images, transformed at random where the net is set to do so."""
-        augmentation = augmentation_of(self.net.augmentation, self.net.image_size)
+        augmentation = augmentation_of(self.net.augmentation)
         if augmentation is None:
             return self.train_images
-        return AugmentedDataset(self.train_images, augmentation)
+        device = "cpu" if isinstance(augmentation, ForEachImage) else self.net.device
+        return AugmentedDataset(self.train_images, augmentation, device)
 
     @property
     def train_features(self) -> FeatureDataset:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,12 +16,16 @@ from scipy import sparse
 
 from protoclf.picture import (
     Stored,
+    digest,
     float_problem,
     orientation_of,
     read_picture,
     reason_for,
     upright,
+    upright_size,
 )
+
+T = TypeVar("T")
 
 _SHOWN = 5  # failures spelled out in one error
 
@@ -97,9 +102,20 @@ class Images:
 
     def read(self, i: int, side: int | None = None) -> Stored:
         """Decode image i; a `side` allows a JPEG's shorter side to shrink to twice of that."""
+        return self._tell(i, partial(read_picture, side=side))
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Return width and height of image i, upright, without decoding it."""
+        return self._tell(i, upright_size)
+
+    def digest(self, i: int) -> str:
+        """Return a digest of what image i is: its file's bytes, or its pixels."""
+        return self._tell(i, digest)
+
+    def _tell(self, i: int, question: Callable[[Any], T]) -> T:
         position = int(self.positions[i])
         try:
-            return read_picture(self._items[position], side)
+            return question(self._items[position])
         except MemoryError:
             raise
         except Exception as error:  # a damaged file can raise nearly anything in a decoder

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from skorch import NeuralNetClassifier
 from skorch.callbacks import PrintLog
@@ -13,6 +15,8 @@ from skorch.utils import is_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory, takes_channels_last
+from protoclf.array_store import folder_of
 from protoclf.backbones import build_backbone
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
@@ -35,9 +39,13 @@ class SkorchProtoPNet(NeuralNetClassifier):
     optimizer_: torch.optim.Optimizer
     seed_: int
     preprocessing_: Preprocessing
+    backbone_trained_: bool
+    channels_last_: bool
     sources_: dict[str, np.ndarray]
     strongest_share_: np.ndarray
     last_layer_result_: LastLayerResult
+    last_layer_path_: pd.DataFrame
+    lambda_l1_: float
 
     def initialize_module(self):
         """Build the network (called by skorch)."""
@@ -54,7 +62,28 @@ class SkorchProtoPNet(NeuralNetClassifier):
         self.module_ = ProtoPNet(
             backbone, geometry.channels, spec, self.latent_dim, normalization(self.normalization)
         )
+        self.backbone_trained_ = False
+        self.channels_last_ = takes_channels_last(backbone, self.image_size)
         return self
+
+    def replace_prototypes(self, prototypes: Tensor, owner: Tensor, weight: Tensor) -> None:
+        """Go on with other prototypes of the network, which criterion and optimizer hold too."""
+        self.module_.replace_prototypes(prototypes, owner, weight)
+        self.criterion_.owner = owner
+        for group in self.optimizer_.param_groups:
+            if group["part"] == "prototypes":
+                group["params"] = [self.module_.prototypes]
+
+    def prepare_processor(self) -> None:
+        """Set the network up for the processor that it runs on now, as the parameters allow."""
+        device = torch.device(self.device)
+        if self.tune_allocator and device.type == "cpu":
+            keep_freed_memory()
+        fast = self.precision == "auto" and has_fast_bfloat16(device)
+        self.module_.half_precision = fast or self.precision == "bfloat16"
+        if self.channels_last_ and (device.type == "cpu" or self.module_.half_precision):
+            self.module_.memory_format = torch.channels_last
+            self.module_.backbone.to(memory_format=torch.channels_last)
 
     def initialize_criterion(self):
         """Build the joint loss (called by skorch)."""
@@ -85,6 +114,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
         kwargs |= {"shuffle": training} | self.get_params_for(name)
         if getattr(dataset, "in_memory", False):
             kwargs["num_workers"] = 0  # workers would only copy
+        elif torch.device(self.device).type == "cuda":
+            kwargs.setdefault("pin_memory", True)
         return getattr(self, name)(dataset, **kwargs)
 
     def infer(self, x: Mapping[str, Tensor], **fit_params: Any) -> Outputs:
@@ -103,6 +134,11 @@ class SkorchProtoPNet(NeuralNetClassifier):
         for inputs, y in self.get_iterator(features, training=False):
             with torch.no_grad():
                 yield self.module_.latents(inputs["features"].to(self.device)), y
+
+    @property
+    def memory_folder(self) -> Path | None:
+        """Where what several fits can share is kept."""
+        return folder_of(self.memory)
 
     @property
     def _default_callbacks(self) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ m prototypes, D latent channels, H x W cells.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,13 @@ class ProtoPNet(nn.Module):
     normalization : (mean, std)
         Three numbers each, for pixels in [0, 1].
 
+    Attributes
+    ----------
+    half_precision : bool, default=False
+        Whether the backbone computes in bfloat16, by autocast. What follows it never does.
+    memory_format : torch.memory_format
+        How images come to the backbone.
+
     Notes
     -----
     With "cosine" similarity the add-on layers end in a `Centre`, latent cells and prototype cells
@@ -61,6 +69,8 @@ class ProtoPNet(nn.Module):
     of several cells see `unit_length`.
     """
 
+    half_precision: bool
+    memory_format: torch.memory_format
     owner: Tensor
     mean: Tensor
     std: Tensor
@@ -74,6 +84,8 @@ class ProtoPNet(nn.Module):
         normalization: tuple[Sequence[float], Sequence[float]],
     ) -> None:
         super().__init__()
+        self.half_precision = False
+        self.memory_format = torch.contiguous_format
         self.backbone = backbone
         self.add_on = _add_on_layers(channels, latent_dim, spec.similarity)
         shape = (len(spec.owner), latent_dim or channels, *spec.size)
@@ -84,6 +96,18 @@ class ProtoPNet(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
         self.register_buffer("owner", torch.as_tensor(spec.owner))
         self.reset_last_layer()
+
+    @torch.no_grad()
+    def replace_prototypes(self, prototypes: Tensor, owner: Tensor, weight: Tensor) -> None:
+        """Go on with other prototypes (m, D, H1, W1) of the classes `owner` (m,), any number.
+
+        `weight` (C, m) becomes the last layer.
+        """
+        self.prototypes = nn.Parameter(prototypes, self.prototypes.requires_grad)
+        self.owner = owner
+        last_layer = nn.Linear(len(owner), self.last_layer.out_features, bias=False)
+        last_layer.weight = nn.Parameter(weight, self.last_layer.weight.requires_grad)
+        self.last_layer = last_layer
 
     @torch.no_grad()
     def reset_last_layer(self) -> None:
@@ -100,12 +124,22 @@ class ProtoPNet(nn.Module):
         return self.compare(self.latents(features))
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the backbone's feature map (N, channels, H, W) of uint8 images (N, 3, S, S)."""
-        return self.backbone((images.float() / 255 - self.mean) / self.std)
+        """Return the backbone's feature map (N, channels, H, W) of images (N, 3, S, S) in 0..255.
+
+        In bfloat16 where the backbone computes so; channels come last in memory.
+        """
+        scale, shift = 1 / (255 * self.std), self.mean / self.std
+        pixels = images.to(memory_format=self.memory_format) * scale - shift
+        with self._precision(images.device):
+            features = self.backbone(pixels)
+        return features.contiguous(memory_format=torch.channels_last)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16) if self.half_precision else nullcontext()
 
     def latents(self, features: Tensor) -> Tensor:
         """Return the latent map z (N, D, H, W)."""
-        return self.scaled(self.add_on(features))
+        return self.scaled(self.add_on(features.float()))
 
     def compare(self, z: Tensor) -> Outputs:
         """Return the outputs for latent maps z (N, D, H, W)."""

@@ -15,6 +15,8 @@ T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]
 Triple = tuple[float, float, float]  # red, green, blue
 
+_MOST_AUTO = 20  # prototypes of a class
+
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
 
 
@@ -39,6 +41,13 @@ def _one_of(*options: Any) -> Rule:
     return lambda value: isinstance(value, str | None) and value in options, f"one of {names}"
 
 
+def _either(word: str, rule: Rule) -> Rule:
+    def holds(value: Any) -> bool:
+        return value == word if isinstance(value, str) else rule[0](value)
+
+    return holds, f'"{word}" or {rule[1]}'
+
+
 def _optional(rule: Rule) -> Rule:
     return lambda value: value is None or rule[0](value), f"{rule[1]}, or None"
 
@@ -51,6 +60,8 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "auto"
     holds = _integer(1)[0]
     counts = value.values() if isinstance(value, Mapping) else [value]
     return all(map(holds, counts))
@@ -69,7 +80,7 @@ RULES: dict[str, Rule] = {
     "train_backbone": (_is_flag, "True or False"),
     "image_size": _integer(1),
     "resize": _one_of("crop", "squash"),
-    "prototypes_per_class": (_is_count, "an int >= 1, or a dict of one for each class"),
+    "prototypes_per_class": (_is_count, '"auto", an int >= 1, or a dict of one for each class'),
     "prototype_size": (_is_size, '"full" or (rows, columns), ints >= 1'),
     "latent_dim": _optional(_integer(1)),
     "similarity": _one_of("log", "cosine"),
@@ -78,7 +89,7 @@ RULES: dict[str, Rule] = {
     "self_matches": _one_of("median", "keep"),
     "lambda_clst": _non_negative(),
     "lambda_sep": _non_negative(),
-    "lambda_l1": _non_negative(),
+    "lambda_l1": _either("cv", _non_negative()),
     "warmup_epochs": _integer(0),
     "joint_epochs": _integer(0),
     "cycles": _integer(1),
@@ -86,6 +97,8 @@ RULES: dict[str, Rule] = {
     "backbone_lr": _non_negative(),
     "lr_schedule": _one_of("cosine", "step", None),
     "batch_size": _integer(1),
+    "precision": _one_of("auto", "float32", "bfloat16"),
+    "tune_allocator": (_is_flag, "True or False"),
 }
 
 
@@ -94,19 +107,25 @@ def check_parameters(params: Mapping[str, Any]) -> None:
     for name, (holds, allowed) in RULES.items():
         if not holds(params[name]):
             raise ValueError(f"{name} must be {allowed}; got {params[name]!r}.")
+    auto, start = params["prototypes_per_class"] == "auto", params["prototype_init"]
+    if auto and start != "selected":
+        raise ValueError(
+            'prototypes_per_class="auto" chooses among the candidates of '
+            f'prototype_init="selected"; got prototype_init={start!r}.'
+        )
 
 
-def prototype_counts(spec: int | Mapping[Any, int], classes: np.ndarray) -> list[int]:
-    """Return the number of prototypes of each class.
+def prototype_counts(spec: str | int | Mapping[Any, int], classes: np.ndarray) -> list[int]:
+    """Return the number of prototypes of each class; with "auto", the most it can be.
 
     Parameters
     ----------
-    spec : int or mapping of class label to int
+    spec : "auto", int or mapping of class label to int
     classes : ndarray of shape (C,)
         The class labels of y.
     """
     if not isinstance(spec, Mapping):
-        return [int(spec)] * len(classes)
+        return [_MOST_AUTO if spec == "auto" else int(spec)] * len(classes)
     labels = classes.tolist()
     missing = [label for label in labels if label not in spec]
     unknown = [label for label in spec if label not in labels]

@@ -6,8 +6,10 @@ JPEGs may be decoded at a reduced scale; pixels are turned upright last, where t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ import PIL.Image
 from PIL import ExifTags
 
 _FLOAT_DUST = 1e-6  # of intensities
+_JPEG = ("JPEG", "MPO")
 
 _T = PIL.Image.Transpose
 _UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
@@ -69,6 +72,31 @@ def open_file(path: str) -> PIL.Image.Image:
     return image
 
 
+def upright_size(item: Any) -> tuple[int, int]:
+    """Return width and height of a path, PIL image or array, upright; a JPEG is not decoded."""
+    if isinstance(item, str):
+        with open_file(item) as image:
+            if image.format not in _JPEG:
+                image.load()  # before its orientation, as in `_stored`
+            return upright_size(image)
+    if not isinstance(item, PIL.Image.Image):
+        return item.shape[1], item.shape[0]
+    width, height = item.size
+    return (height, width) if orientation_of(item) in SIDEWAYS else (width, height)
+
+
+def digest(item: Any) -> str:
+    """Return a digest of a path's file, or of the pixels of a PIL image or an array."""
+    if isinstance(item, str):
+        return hashlib.blake2b(Path(item).read_bytes(), digest_size=20).hexdigest()
+    kind: tuple = ()
+    if isinstance(item, PIL.Image.Image):
+        kind = (item.mode, orientation_of(item), item.getpalette(), item.info.get("transparency"))
+        item = np.asarray(item)
+    described = repr((kind, item.shape, str(item.dtype))).encode()
+    return hashlib.blake2b(described + item.tobytes(), digest_size=20).hexdigest()
+
+
 def _draft(image: PIL.Image.Image, side: int | None) -> tuple[tuple[int, int] | None, float]:
     """Let a JPEG decode at 1/2, 1/4 or 1/8, its shorter side still at least 2 * side.
 
@@ -76,7 +104,7 @@ def _draft(image: PIL.Image.Image, side: int | None) -> tuple[tuple[int, int] | 
     of the file, so that boxes are scaled exactly.
     """
     shrink = 0 if side is None else min(image.size) // (2 * side)
-    if shrink < 2 or image.format not in ("JPEG", "MPO"):
+    if shrink < 2 or image.format not in _JPEG:
         return None, 1.0
     factor = min(8, 1 << (shrink.bit_length() - 1))
     width, height = image.size

@@ -6,7 +6,7 @@ training images of its own class. N images, m prototypes, D channels, H x W cell
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -80,22 +80,40 @@ def find_sources(
 @torch.no_grad()
 def read_patches(
     latents: Iterable[tuple[Tensor, Tensor]], sources: Sources, size: tuple[int, int]
-) -> Tensor:
-    """Return the patches (m, D, H1, W1) at their sources.
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor, np.ndarray]]:
+    """Yield the patches at their sources, for each batch that holds some.
 
-    `latents` are the batches of the search: then a prototype equals its patch bit for bit.
+    Parameters
+    ----------
+    latents : iterable of (z, y)
+        The batches of the search: then a prototype equals its patch bit for bit.
+    sources : Sources
+    size : (int, int)
+        Rows and columns of cells of a patch, H1 and W1.
+
+    Yields
+    ------
+    index : ndarray of shape (k,)
+        The prototypes whose sources are in this batch.
+    patches : Tensor of shape (k, D, H1, W1)
+    z : Tensor of shape (n, D, H, W)
+        The batch.
+    sample : ndarray of shape (k,), int64
+        Where in the batch the source of each is.
     """
     rows, cols = size
-    patches: dict[int, Tensor] = {}
     start = 0
     for z, y in latents:
-        row, col = np.divmod(sources.cell, z.shape[3] - cols + 1)
-        here = (sources.image >= start) & (sources.image < start + len(y))
-        for j in np.flatnonzero(here).tolist():
-            own = z[sources.image[j] - start]  # (D, H, W)
-            patches[j] = own[:, row[j] : row[j] + rows, col[j] : col[j] + cols].clone()
+        index = np.flatnonzero((sources.image >= start) & (sources.image < start + len(y)))
+        if len(index):
+            row, col = np.divmod(sources.cell[index], z.shape[3] - cols + 1)
+            sample = sources.image[index] - start
+            patches = [
+                z[i, :, r : r + rows, c : c + cols]
+                for i, r, c in zip(sample.tolist(), row.tolist(), col.tolist(), strict=True)
+            ]
+            yield index, torch.stack(patches), z, sample
         start += len(y)
-    return torch.stack([patches[j] for j in sorted(patches)])
 
 
 def _slots(owner: Tensor) -> Tensor:

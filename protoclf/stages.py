@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 from warnings import warn
 
@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 
 from protoclf.features import FeatureDataset, FitData
 from protoclf.initialization import centre_latents, kmeans_prototypes, selected_prototypes
-from protoclf.last_layer import solve_last_layer
 from protoclf.localization import activation_boxes, covered_cells
 from protoclf.net import SkorchProtoPNet
+from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.projection import Sources, find_sources, read_patches
 from protoclf.self_matches import replace_self_matches
 
@@ -48,7 +48,9 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
         if net.train_backbone:
             before = net.joint_epochs * cycle
             stages.append(Training("joint", net.joint_epochs, joint, net.lr_schedule, before))
-        stages += [Projection(net.distinct), LastLayer(net.lambda_l1, net.self_matches)]
+        drop_unused = net.prototypes_per_class == "auto" and cycle == net.cycles - 1
+        last_layer = LastLayer(net.lambda_l1, net.self_matches, drop_unused)
+        stages += [Projection(net.distinct), last_layer]
     return stages
 
 
@@ -101,6 +103,7 @@ class Training:
         _forget_misses(net)
         on_images = "backbone" in self.learning_rates
         if on_images:
+            net.backbone_trained_ = True
             data.forget_features()
         train = data.augmented_train_images if on_images else data.train_features
         valid = data.valid_images if on_images else data.valid_features
@@ -170,13 +173,17 @@ class LastLayer:
 
     Attributes
     ----------
-    lambda_l1 : float
+    lambda_l1 : float or "cv"
+        "cv" chooses the penalty of the lowest cross-entropy on images left out.
     self_matches : {"median", "keep"}
         What becomes of a prototype's activation on its own source image.
+    drop_unused : bool
+        Whether prototypes go that have no weight for any class: no logit changes.
     """
 
-    lambda_l1: float
+    lambda_l1: float | str
     self_matches: str = "keep"
+    drop_unused: bool = False
     name: str = "last layer"
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
@@ -184,29 +191,53 @@ class LastLayer:
         module, train = net.module_, data.train_features
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
-            y = train.y.to(g.device)
-            result = solve_last_layer(
-                self._activations(net, g, y),
-                y,
-                module.owner,
-                self.lambda_l1,
-                sample_weight=train.sample_weight,
-                n_classes=module.last_layer.out_features,
-            )
+            shown = self._shown(net, g, train)
+            net.lambda_l1_ = self._penalty(net, g, train)
+            (result,) = shown.solve([net.lambda_l1_])
             module.last_layer.weight.copy_(result.weight)
-            net.last_layer_result_ = result
+            if self.drop_unused:
+                g = self._drop_unused(net, data, g)
+            net.last_layer_result_ = replace(result, weight=module.last_layer.weight.clone())
             net.strongest_share_ = g.argmax(1).bincount(minlength=g.shape[1]).cpu().numpy() / len(g)
             net.history.record("objective", result.objective)
             net.history.record("residual", result.residual)
             _record_train_loss(net, data)
             _validate(net, data.valid_features)
 
-    def _activations(self, net: SkorchProtoPNet, g: Tensor, y: Tensor) -> Tensor:
+    def _shown(
+        self, net: SkorchProtoPNet, g: Tensor, train: FeatureDataset, median: bool = False
+    ) -> Activations:
         """Return what the solver is shown: in float64, where rounding W costs no optimality."""
-        if self.self_matches == "median":
+        owner, y = net.module_.owner, train.y.to(g.device)
+        if median or self.self_matches == "median":
             source = torch.from_numpy(net.sources_["image"]).to(g.device)
-            g = replace_self_matches(g, y, net.module_.owner, source)
-        return g if g.device.type == "mps" else g.double()
+            g = replace_self_matches(g, y, owner, source)
+        g = g if g.device.type == "mps" else g.double()
+        return Activations(g, y, owner, len(net.module_.last_layer.weight), train.sample_weight)
+
+    def _penalty(self, net: SkorchProtoPNet, g: Tensor, train: FeatureDataset) -> float:
+        """Return the penalty; where it is to be chosen, no image left out may be a source."""
+        if not isinstance(self.lambda_l1, str):
+            return self.lambda_l1
+        penalties = [p * float(g.amax().clamp_min(1e-6)) for p in PENALTIES]
+        path = penalty_path(self._shown(net, g, train, median=True), penalties, 4, net.seed_)
+        net.last_layer_path_ = path
+        return float(path["lambda_l1"][path["cross_entropy"].argmin()])
+
+    def _drop_unused(self, net: SkorchProtoPNet, data: FitData, g: Tensor) -> Tensor:
+        """Keep the prototypes with weight, and one of each class; return their activations."""
+        module = net.module_
+        used = (module.last_layer.weight != 0).any(0)  # (m,)
+        for c in range(len(module.last_layer.weight)):
+            own = (module.owner == c).nonzero()[:, 0]
+            used[own[:1]] |= not used[own].any()
+        net.replace_prototypes(
+            module.prototypes[used], module.owner[used], module.last_layer.weight[:, used]
+        )
+        kept = used.cpu().numpy()
+        net.sources_ = {name: values[kept] for name, values in net.sources_.items()}
+        data.train_distance = data.train_distance[:, used]
+        return g[:, used]
 
 
 class _Row:
@@ -266,13 +297,17 @@ def _take_patches(
 ) -> dict[str, np.ndarray]:
     """Write the chosen patches into the prototypes; return where each was found."""
     module = net.module_
-    module.prototypes.copy_(read_patches(net.latents(features), sources, module.prototype_size))
-    maps = []
-    for j, image in enumerate(sources.image):
-        inputs, _ = features.__getitems__([image])
-        z = module.latents(inputs["features"].to(net.device))  # (1, D, H, W)
-        maps.append(module.similarity_maps(z, slice(j, j + 1))[0])  # (1, H', W')
-    row, col = np.divmod(sources.cell, maps[0].shape[2])
-    cells = covered_cells(torch.cat(maps), module.prototype_size)  # (m, H, W)
-    boxes = activation_boxes(cells, net.image_size).cpu().numpy()
-    return {"image": sources.image, "row": row, "col": col, "box": boxes, "moved": sources.distance}
+    box = np.zeros((len(sources.image), 4))
+    for index, patches, z, sample in read_patches(
+        net.latents(features), sources, module.prototype_size
+    ):
+        module.prototypes[torch.from_numpy(index)] = patches
+        maps = [
+            module.similarity_maps(z[i : i + 1], slice(j, j + 1))[0]  # (1, H', W')
+            for i, j in zip(sample.tolist(), index.tolist(), strict=True)
+        ]
+        cells = covered_cells(torch.cat(maps), module.prototype_size)  # (k, H, W)
+        box[index] = activation_boxes(cells, net.image_size).cpu().numpy()
+        width = z.shape[3] - module.prototype_size[1] + 1
+    row, col = np.divmod(sources.cell, width)
+    return {"image": sources.image, "row": row, "col": col, "box": box, "moved": sources.distance}

@@ -5,20 +5,28 @@ What only values can decide, which patch is nearest or how many rows a sheet has
 The backward pass runs on the "meta" device.
 """
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from protoclf import ProtoPNetClassifier, explanation, localization, projection, stages
+from protoclf import (
+    ProtoPNetClassifier,
+    augmentation,
+    explanation,
+    localization,
+    penalty,
+    projection,
+    stages,
+)
+from protoclf.augmentation import AugmentedDataset, augment_mildly
 from protoclf.backbones import SmallCNN
 from protoclf.explanation import explain_batch
 from protoclf.features import FitData
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
+from protoclf.last_layer import LastLayerResult
 from protoclf.localization import pair_boxes, upsample
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import ProtoPNet, PrototypeSpec
@@ -118,7 +126,7 @@ def test_the_search_of_the_projection_stays_on_the_device(
 @pytest.mark.parametrize("classes", ["predicted", "top2", "all", [1]])
 def test_explanation_stays_on_the_device(gpu, size, similarity, classes):
     net, images, _ = make(gpu, size, similarity)
-    batch = explain_batch(net.eval(), images, classes, 32)
+    batch = explain_batch(net.eval(), net.features(images), classes, 32)
     assert batch.box.shape == (PAIRS, 4)
     assert all(len(values) == PAIRS for values in batch)
 
@@ -154,7 +162,7 @@ def test_a_tensor_left_behind_by_the_explanation_is_found(gpu, monkeypatch):
     net, images, _ = make(gpu)
     monkeypatch.setattr(explanation, "_chosen_classes", lambda *args: torch.zeros(5, 1, dtype=int))
     with pytest.raises(RuntimeError, match="device"):
-        explain_batch(net.eval(), images, "all", 32)
+        explain_batch(net.eval(), net.features(images), "all", 32)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -166,7 +174,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
     clf = ProtoPNetClassifier("small_cnn", image_size=32, batch_size=7, verbose=0, device="cpu")
     clf.classes_inferred_, y = np.unique(squares[1], return_inverse=True)
     images = Images(squares[0])
-    dataset = ImageDataset(images, Preprocessing(32), y, np.ones(len(y)), keep=True)
+    dataset = ImageDataset(images, Preprocessing(32), y, np.ones(len(y))).keep()
     clf.initialize().device = "cuda"
 
     def sources(latents, prototypes, owner, distinct):
@@ -175,10 +183,10 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
 
     def solved(g, y, owner, *args, **kwargs):
         assert on_gpu([g, y, owner])
-        return SimpleNamespace(weight=g.new_zeros(3, 4), objective=0.0, residual=0.0)
+        return [LastLayerResult(g.new_zeros(3, 4), 0.0, 0.0, 1, True, 1, 1, 0.1)]
 
     monkeypatch.setattr(stages, "find_sources", sources)
-    monkeypatch.setattr(stages, "solve_last_layer", solved)
+    monkeypatch.setattr(penalty, "last_layer_path", solved)
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tuple(tensor.shape), int))
     monkeypatch.setattr(torch.Tensor, "bincount", lambda x, minlength: x.new_zeros(minlength))
     monkeypatch.setattr(FakeTensor, "item", lambda tensor: 0.0)
@@ -236,3 +244,13 @@ def test_a_fit_on_a_real_gpu(squares, similarity, train_backbone):
         c = clf.classes_.tolist().index(label)
         assert rows["contribution"].sum() == pytest.approx(logits[i, c], rel=1e-4, abs=1e-3)
     assert np.isfinite(clf.similarity_maps(X)).all()
+
+
+def test_images_are_augmented_on_the_device(monkeypatch):
+    crops = [[0, 1, 6, 7], [1, 0, 7, 6]]  # drawn on the host: values
+    monkeypatch.setattr(augmentation, "_crops", lambda n, side: crops)
+    dataset = ImageDataset(Images(np.zeros((4, 8, 8, 3), np.uint8)), Preprocessing(8)).keep()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs, _ = AugmentedDataset(dataset, augment_mildly, "cuda").__getitems__([2, 0])
+        assert on_gpu([inputs["images"]])
+        assert inputs["images"].shape == (2, 3, 8, 8)

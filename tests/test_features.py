@@ -27,7 +27,7 @@ def mapped(monkeypatch):
 
 def dataset_of(net, squares, sample_weight=None):
     y = np.unique(squares[1], return_inverse=True)[1]
-    return ImageDataset(Images(squares[0]), net.preprocessing_, y, sample_weight, keep=True)
+    return ImageDataset(Images(squares[0]), net.preprocessing_, y, sample_weight).keep()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -82,7 +82,7 @@ def test_features_are_computed_once_until_they_are_forgotten(fitted, squares):
 
 def test_features_beyond_the_budget_are_mapped_to_a_file(fitted, squares, mapped, monkeypatch):
     features = extract_features(fitted, dataset_of(fitted, squares)).features
-    assert mapped == [(24, 3, 48, 48), (24, 128, 6, 6)]  # the images, and their features
+    assert mapped == [(24, 3, 48, 48), (24, 6, 6, 512)]  # the images, and their features, in bytes
     monkeypatch.undo()
     kept = extract_features(fitted, dataset_of(fitted, squares)).features
     assert len(mapped) == 2

@@ -27,7 +27,7 @@ def initialized(squares):
         net = ProtoPNetClassifier(nn.Conv2d(3, 5, 8, 8), **(settings | parameters))
         net.classes_inferred_, y = np.unique(squares[1], return_inverse=True)
         net.seed_ = seed
-        dataset = ImageDataset(Images(squares[0]), Preprocessing(net.image_size), y, keep=True)
+        dataset = ImageDataset(Images(squares[0]), Preprocessing(net.image_size), y).keep()
         return net.initialize(), FitData(net, dataset, None)
 
     return make

@@ -155,12 +155,18 @@ def test_one_pass_over_the_images():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_patches_are_read_at_their_sources_in_the_order_of_prototypes(size):
+def test_patches_are_read_at_their_sources_batch_by_batch(size):
     z, p, y, owner = make(size)
     sources = search(z, p, y, owner)
-    patches = read_patches(zip(z.split(4), y.split(4), strict=True), sources, size)
-    assert patches.shape == p.shape
-    for j, (image, cell) in enumerate(zip(sources.image, sources.cell, strict=True)):
-        top, left = divmod(int(cell), 4 - size[1] + 1)
-        expected = z[image, :, top : top + size[0], left : left + size[1]]
-        assert torch.equal(patches[j], expected)
+    seen = []
+    for index, patches, batch, sample in read_patches(
+        zip(z.split(4), y.split(4), strict=True), sources, size
+    ):
+        assert patches.shape == (len(index), *p.shape[1:])
+        for j, patch, i in zip(index, patches, sample.tolist(), strict=True):
+            top, left = divmod(int(sources.cell[j]), 4 - size[1] + 1)
+            expected = z[sources.image[j], :, top : top + size[0], left : left + size[1]]
+            assert torch.equal(patch, expected)
+            assert torch.equal(batch[i], z[sources.image[j]])
+        seen += index.tolist()
+    assert sorted(seen) == list(range(len(p)))

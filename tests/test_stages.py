@@ -85,7 +85,7 @@ def same(one, other):
 
 def dataset_of(clf, squares, sample_weight=None, index=slice(None)):
     X, y = squares[0][index], np.unique(squares[1], return_inverse=True)[1][index]
-    return ImageDataset(Images(X), clf.preprocessing_, y, sample_weight, keep=True)
+    return ImageDataset(Images(X), clf.preprocessing_, y, sample_weight).keep()
 
 
 @torch.no_grad()

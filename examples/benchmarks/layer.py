@@ -14,15 +14,11 @@ where threads must wait for a processor, each of many short operations waits ane
 """
 
 import argparse
-import re
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from measuring import alternate, extra_memory, in_fresh_process
 
 from protoclf.prototype_layer import min_distances
 
@@ -33,7 +29,7 @@ MEMORY_GOAL = 1 / 8
 def main():
     arguments = parse_arguments()
     if arguments.memory_of:
-        print(extra_memory(FORMS[arguments.memory_of], arguments, arguments.sides[0]))
+        print(memory_here(FORMS[arguments.memory_of], arguments, arguments.sides[0]))
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -46,9 +42,11 @@ def main():
 
 
 def compare(side, arguments):
-    memory = {name: memory_in_fresh_process(name, side, arguments) for name in FORMS}
+    memory = {name: memory_of(name, side, arguments) for name in FORMS}
     assert_equal(*make_inputs(arguments, side))
-    seconds = alternate(make_inputs(arguments, side), arguments.rounds)
+    inputs = make_inputs(arguments, side)
+    work = {name: partial(step, form, *inputs) for name, form in FORMS.items()}
+    seconds = alternate(work, arguments.rounds)
     speed_up = seconds["textbook"] / seconds["ours"]
     memory_ratio = memory["ours"] / memory["textbook"]
     print(
@@ -98,37 +96,19 @@ def assert_equal(z, p):
     torch.testing.assert_close(ours(z[:8], p), textbook(z[:8], p), rtol=1e-4, atol=1e-4)
 
 
-def alternate(inputs, rounds):
-    seconds = {name: [] for name in FORMS}
-    for _ in range(rounds + 1):
-        for name, form in FORMS.items():
-            start = time.perf_counter()
-            step(form, *inputs)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-def memory_in_fresh_process(name, side, arguments):
-    command = [sys.executable, __file__, "--memory-of", name, "--sides", str(side)]
+def memory_of(name, side, arguments):
+    """Extra memory of one step, in a process of its own, in MB."""
+    options = ["--memory-of", name, "--sides", side]
     for option in ("prototypes", "channels", "batch"):
-        command += [f"--{option}", str(getattr(arguments, option))]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        options += [f"--{option}", getattr(arguments, option)]
+    return in_fresh_process(__file__, *options)
 
 
-def extra_memory(form, arguments, side):
+def memory_here(form, arguments, side):
     """Peak of one step beyond inputs and the code that a small step before it loads, in MB."""
     z, p = inputs = make_inputs(arguments, side)
     step(form, z[:2, :, :7, :7].detach().requires_grad_(), p)
-    before = resident_memory("VmRSS")
-    step(form, *inputs)
-    return resident_memory("VmHWM") - before
-
-
-def resident_memory(key):
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    return int(re.search(rf"{key}:\s+(\d+) kB", status.read_text()).group(1)) / 1024
+    return extra_memory(lambda: step(form, *inputs))
 
 
 def parse_arguments():

@@ -1,0 +1,26 @@
+"""The photos of a benchmark: a folder of class folders, or drawn birds."""
+
+import tempfile
+
+import numpy as np
+
+from protoclf.datasets import load_folder, make_birds
+
+
+def photos(folder, quick=False, n_per_class=20):
+    """Return paths and labels of `folder`, or of birds where it is None, as arrays."""
+    if folder is None:
+        target = tempfile.mkdtemp(prefix="birds-")
+        paths, labels, _ = make_birds(target, n_per_class=4 if quick else n_per_class)
+    else:
+        paths, labels = load_folder(folder)
+    return np.asarray(paths, dtype=object), np.asarray(labels)
+
+
+def backbone_of(name):
+    """Return (backbone, normalization): "efficientnet_lite0" with weights, or another, random."""
+    if name != "efficientnet_lite0":
+        return name, "imagenet"
+    from efficientnet_lite import NORMALIZATION, EfficientNetLite0
+
+    return EfficientNetLite0(), NORMALIZATION

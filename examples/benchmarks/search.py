@@ -1,0 +1,74 @@
+"""A grid search over a frozen backbone with `memory=`, against one cold fit.
+
+12 candidates x 3 folds, and the refit; each run of either starts with an empty cache.
+
+    python examples/benchmarks/search.py --images photos/train --backbone efficientnet_lite0
+"""
+
+import argparse
+import tempfile
+from functools import partial
+
+from measuring import alternate
+from photos import backbone_of, photos
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+from protoclf import ProtoPNetClassifier
+
+
+def main():
+    args = arguments()
+    paths, y = photos(args.images, args.quick)
+    grid = {"prototypes_per_class": [3, 5, 8, 10], "lambda_l1": [2e-4, 5e-4, 1e-3]}
+    if args.quick:
+        grid = {"prototypes_per_class": [1, 2], "lambda_l1": [5e-4]}
+    forms = {"fit": partial(fit, args, paths, y), "search": partial(search, args, paths, y, grid)}
+    seconds = alternate(forms, args.rounds)
+    ratio = seconds["search"] / seconds["fit"]
+    print(f"{args.backbone} at {args.image_size}, {len(paths)} images, {args.jobs} job(s)")
+    print(f"cold fit {seconds['fit']:.1f} s, search {seconds['search']:.1f} s, ratio {ratio:.2f}")
+
+
+def classifier(args, memory):
+    backbone, norm = backbone_of(args.backbone)
+    return ProtoPNetClassifier(
+        backbone,
+        weights=None,
+        normalization=norm,
+        image_size=args.image_size,
+        train_backbone=False,
+        prototypes_per_class=2 if args.quick else 10,
+        memory=memory,
+        random_state=0,
+        verbose=0,
+    )
+
+
+def fit(args, paths, y):
+    with tempfile.TemporaryDirectory() as memory:
+        classifier(args, memory).fit(paths, y)
+
+
+def search(args, paths, y, grid):
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    with tempfile.TemporaryDirectory() as memory:
+        clf = classifier(args, memory)
+        GridSearchCV(clf, grid, cv=folds, n_jobs=args.jobs).fit(paths, y)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", help="folder of class folders; default: drawn birds")
+    parser.add_argument("--backbone", default="resnet34")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--jobs", type=int, default=1, help="n_jobs of the search")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, for correctness only")
+    args = parser.parse_args()
+    if args.quick:
+        args.backbone, args.image_size = "small_cnn", 32
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What makes a backbone fast on its processor: kept memory, memory layout, bfloat16."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_LARGEST_BLOCK = 2**30  # bytes
+_FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # flags of x86 processors
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Let this process keep freed memory; return whether its C library could be told so.
+
+    glibc returns large blocks to the kernel whenever a tensor is freed, and the kernel clears them
+    page by page when the next one is made: for convolutions on a CPU most of the time goes there.
+    Afterwards the process stays at the peak of what it used, until `return_freed_memory`.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is None:
+        return False
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    )
+
+
+def return_freed_memory() -> None:
+    """Give what `keep_freed_memory` kept back to the kernel."""
+    if keep_freed_memory.cache_info().currsize and keep_freed_memory():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def has_fast_bfloat16(device: torch.device | str) -> bool:
+    """Return whether a device computes faster in bfloat16 than in float32."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
+    return kind == "cpu" and not _FAST_BFLOAT16.isdisjoint(_cpu_flags())
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+@torch.no_grad()
+def takes_channels_last(backbone: nn.Module, image_size: int) -> bool:
+    """Return whether a backbone runs on images whose channels come last in memory.
+
+    A module that calls ``view`` on a feature map does not.
+    """
+    images = torch.zeros(1, 3, image_size, image_size).to(memory_format=torch.channels_last)
+    probe = copy.deepcopy(backbone).eval().cpu().to(memory_format=torch.channels_last)
+    try:
+        probe(images)
+    except RuntimeError:
+        return False
+    return True

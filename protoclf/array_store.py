@@ -1,0 +1,70 @@
+"""Arrays in a folder, by key: what several fits, in several processes, need not compute again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import joblib
+import numpy as np
+
+
+def folder_of(memory: Any) -> Path | None:
+    """Return the folder that the parameter `memory` names: None, a path or a joblib.Memory."""
+    location = memory.location if isinstance(memory, joblib.Memory) else memory
+    return None if location is None else Path(location) / "protoclf"
+
+
+class ArrayStore:
+    """Arrays as .npy files, one each, written whole or not at all.
+
+    Any number of processes may read and write at the same time: who comes second writes the same.
+    A file that cannot be read counts as missing; where nothing can be written, nothing is kept,
+    with one warning.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when the first array is put.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writable = True
+
+    def get(self, key: str) -> np.ndarray | None:
+        """Return the array of a key (hexadecimal digits), or None."""
+        try:
+            return np.load(self._file(key), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def put(self, key: str, array: np.ndarray) -> None:
+        """Keep an array."""
+        if not self._writable:
+            return
+        file = self._file(key)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._write(file, array)
+        except OSError as error:
+            self._writable = False
+            warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=2)
+
+    def _write(self, file: Path, array: np.ndarray) -> None:
+        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as out:
+                np.save(out, array, allow_pickle=False)
+            os.replace(temporary, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key[2:]}.npy"

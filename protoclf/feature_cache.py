@@ -1,0 +1,144 @@
+"""Backbone features kept between fits, under the parameter `memory`.
+
+A feature map is looked up by what its image file holds, by the preprocessing and by the backbone
+itself: weights, structure and source code. Nothing that is found can be out of date.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from protoclf.array_store import ArrayStore
+from protoclf.decoding import in_threads
+from protoclf.geometry import Preprocessing
+from protoclf.image_dataset import ImageDataset
+from protoclf.network import ProtoPNet
+
+_FORMAT = "1"
+
+
+class FeatureCache:
+    """Features of single images (C, h, w) in an `ArrayStore`.
+
+    Parameters
+    ----------
+    folder : Path
+    module : ProtoPNet
+        Its backbone as it is now.
+    preprocessing : Preprocessing
+    """
+
+    def __init__(self, folder: Path, module: ProtoPNet, preprocessing: Preprocessing) -> None:
+        self.store = ArrayStore(folder / "features" / fingerprint(module, preprocessing))
+
+    def read(self, key: str) -> Tensor | None:
+        """Return the features (C, h, w) of an image, or None."""
+        stored = self.store.get(key)
+        if stored is None:
+            return None
+        half = stored.dtype == np.uint16  # bfloat16, which numpy does not have
+        features = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16) if half else None
+        features = torch.from_numpy(stored) if features is None else features
+        return features.permute(2, 0, 1)  # (C, h, w)
+
+    def write(self, keys: list[str], features: Tensor) -> None:
+        """Keep features (n, C, h, w) in the precision that they have."""
+        rows = features.permute(0, 2, 3, 1).contiguous().cpu()  # (n, h, w, C)
+        if rows.dtype == torch.bfloat16:
+            arrays = rows.view(torch.int16).numpy().view(np.uint16)
+        else:
+            arrays = rows.numpy()
+        in_threads(lambda i: self.store.put(keys[i], arrays[i]), len(keys))
+
+
+class CachedImages(Dataset):
+    """Batches of an image data set, with features in place of the images that have them cached.
+
+    The inputs of a batch are {"images": (k, 3, S, S), "missing": (k,), "keys": k str, "cached":
+    n - k tensors (C, h, w)} and the others of the data set: `missing` says which images of the
+    batch have no features yet, `keys` where those are to be kept.
+    """
+
+    def __init__(self, dataset: ImageDataset | Subset, cache: FeatureCache) -> None:
+        self.dataset = dataset
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> tuple[dict[str, Any], Tensor]:
+        """Return a whole batch; only images without features are decoded."""
+        whole, index = _in_whole(self.dataset, indices)
+        keys: list[str] = [""] * len(index)
+        found: list[Tensor | None] = [None] * len(index)
+
+        def look_up(i: int) -> None:
+            keys[i] = whole.images.digest(int(index[i]))
+            found[i] = self.cache.read(keys[i])
+
+        in_threads(look_up, len(index))
+        missing = np.array([i for i, features in enumerate(found) if features is None], np.int64)
+        others, y = whole.without_images(index)
+        inputs: dict[str, Any] = {
+            "images": whole.decoded(index[missing]),
+            "missing": torch.from_numpy(missing),
+            "keys": [keys[i] for i in missing],
+            "cached": [features for features in found if features is not None],
+        }
+        return inputs | others, y
+
+
+def _in_whole(dataset: Any, indices: list[int]) -> tuple[ImageDataset, np.ndarray]:
+    """Return the data set of all images, and where in it those of a subset are."""
+    index = np.asarray(indices)
+    while isinstance(dataset, Subset):
+        index = np.asarray(dataset.indices)[index]
+        dataset = dataset.dataset
+    return dataset, index
+
+
+def fingerprint(module: ProtoPNet, preprocessing: Preprocessing) -> str:
+    """Return a digest of all that the features of an image depend on, but for the image."""
+    digest = hashlib.blake2b(digest_size=16)
+    versions = (_FORMAT, torch.__version__, torchvision.__version__, PIL.__version__)
+    settings = (preprocessing, module.half_precision, module.prototypes.device.type)
+    digest.update(repr((versions, settings, module.backbone)).encode())
+    layers: set[Any] = {type(layer) for layer in module.backbone.modules()}
+    for source in sorted(_source(layer) for layer in layers):
+        digest.update(source)
+    state = module.backbone.state_dict() | {"mean": module.mean, "std": module.std}
+    for name, tensor in state.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _source(layer: Any) -> bytes:
+    """Source code of a class of layers; torch's own are known by its version."""
+    name = f"{layer.__module__}.{layer.__qualname__}".encode()
+    if layer.__module__.startswith(("torch.", "torchvision.")):
+        return name
+    try:
+        return name + inspect.getsource(layer).encode()
+    except (OSError, TypeError):  # defined at a prompt
+        functions = [f for f in vars(layer).values() if inspect.isfunction(f)]
+        return name + b"".join(_code(f.__code__) for f in functions)
+
+
+def _code(code: types.CodeType) -> bytes:
+    """Instructions of a function, and the constants and names that they use."""
+    constants = [_code(c) if inspect.iscode(c) else repr(c).encode() for c in code.co_consts]
+    return code.co_code + repr(code.co_names).encode() + b"".join(constants)

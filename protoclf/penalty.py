@@ -1,0 +1,127 @@
+"""How the penalty of the last layer trades accuracy for sparsity: its path, and its choice.
+
+A solve is cheap beside the backbone, so that the whole path costs little: each penalty starts from
+the solution for the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+from protoclf.last_layer import LastLayerResult, last_layer_path
+
+PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
+"""What `lambda_l1="cv"` chooses from, for activations of at most 1."""
+
+_TOLERANCE = 1e-4  # of held-out solves
+
+
+class Activations:
+    """What the last layer is solved for.
+
+    Parameters
+    ----------
+    g : Tensor of shape (N, m)
+    y : Tensor of shape (N,), int64
+        Class indices.
+    owner : Tensor of shape (m,), int64
+        The class of each prototype.
+    n_classes : int
+    weight : Tensor of shape (N,) or None
+        Sample weights.
+    """
+
+    def __init__(
+        self, g: Tensor, y: Tensor, owner: Tensor, n_classes: int, weight: Tensor | None = None
+    ) -> None:
+        self.g, self.y, self.owner, self.n_classes, self.weight = g, y, owner, n_classes, weight
+
+    def take(self, index: np.ndarray) -> Activations:
+        """Return the activations of some images."""
+        rows = torch.from_numpy(index).to(self.g.device)
+        weight = None if self.weight is None else self.weight[rows.to(self.weight.device)]
+        return Activations(self.g[rows], self.y[rows], self.owner, self.n_classes, weight)
+
+    def solve(self, penalties: Sequence[float], tol: float = 1e-6) -> list[LastLayerResult]:
+        """Solve for each penalty, the largest first."""
+        return last_layer_path(
+            *(self.g, self.y, self.owner, penalties),
+            sample_weight=self.weight,
+            n_classes=self.n_classes,
+            tol=tol,
+        )
+
+    def scores(self, weight: Tensor) -> tuple[float, float]:
+        """Return accuracy and mean cross-entropy of a last layer, weighted."""
+        logits = self.g @ weight.to(self.g).T  # (N, C)
+        entropy = torch.nn.functional.cross_entropy(logits, self.y, reduction="none")
+        right = (logits.argmax(1) == self.y).to(entropy)
+        share = torch.ones_like(entropy) if self.weight is None else self.weight.to(entropy)
+        share = share / share.sum()
+        return float(right @ share), float(entropy @ share)
+
+
+def penalty_path(
+    activations: Activations, penalties: Sequence[float], folds: int, seed: int
+) -> pd.DataFrame:
+    """Solve the last layer for each penalty, on all images and by cross-validation.
+
+    Parameters
+    ----------
+    activations : Activations
+    penalties : sequence of float
+        Values of lambda_l1.
+    folds : int
+        Stratified folds of the images; 0 leaves cross-validation out. Classes of fewer images
+        lower the number, down to 2.
+    seed : int
+        For the folds.
+
+    Returns
+    -------
+    DataFrame
+        One row a penalty, the largest first: lambda_l1, n_nonzero (weights), n_prototypes (with a
+        weight for any class), objective, train_accuracy, accuracy and accuracy_std (held out, over
+        the folds), cross_entropy and cross_entropy_std (held out), weight (C, m).
+    """
+    penalties = sorted(penalties, reverse=True)
+    held_out = _held_out_scores(activations, penalties, folds, seed)  # (folds, penalties, 2)
+    rows = []
+    for i, result in enumerate(activations.solve(penalties)):
+        weight = result.weight
+        row = {
+            "lambda_l1": penalties[i],
+            "n_nonzero": int((weight != 0).sum()),
+            "n_prototypes": int((weight != 0).any(0).sum()),
+            "objective": result.objective,
+            "train_accuracy": activations.scores(weight)[0],
+        }
+        for k, name in enumerate(("accuracy", "cross_entropy")):
+            values = held_out[:, i, k]
+            row[name] = values.mean() if len(values) else np.nan
+            row[f"{name}_std"] = values.std() if len(values) else np.nan
+        rows.append(row | {"weight": weight.cpu().numpy()})
+    return pd.DataFrame(rows)
+
+
+def _held_out_scores(
+    activations: Activations, penalties: list[float], folds: int, seed: int
+) -> np.ndarray:
+    """Accuracy and cross-entropy of images left out, (folds, penalties, 2)."""
+    y = activations.y.cpu().numpy()
+    folds = min(folds, max(2, int(np.bincount(y)[np.unique(y)].min()))) if folds else 0
+    if folds < 2:
+        return np.empty((0, len(penalties), 2))
+    splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)
+    scores = []
+    for train, test in splits:
+        results = activations.take(train).solve(penalties, tol=_TOLERANCE)
+        left_out = activations.take(test)
+        scores.append([left_out.scores(result.weight) for result in results])
+    return np.array(scores)

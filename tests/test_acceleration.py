@@ -1,0 +1,100 @@
+"""What makes backbones fast, and what it must not change."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from torch import nn
+
+from protoclf import ProtoPNetClassifier
+from protoclf import acceleration as fast
+
+FIRST_TOUCH = """
+import resource, sys, torch
+from protoclf.acceleration import keep_freed_memory, return_freed_memory
+if sys.argv[1] == "tuned":
+    assert keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    for _ in range(5):
+        torch.ones(10_000_000)  # 40 MB each, freed at once
+work()
+before = faults()
+work()
+print(faults() - before)
+return_freed_memory()
+status = open("/proc/self/status").read()
+print(int(status.split("VmRSS:")[1].split()[0]) // 1024)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_the_allocator_keeps_memory_until_told_to_return_it():
+    def run(how):
+        command = [sys.executable, "-c", FIRST_TOUCH, how]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return [int(line) for line in output.split()]
+
+    plain, tuned = run("plain"), run("tuned")
+    assert tuned[0] < plain[0] / 3  # pages that the kernel had to clear again
+    assert tuned[1] < plain[1] + 100  # MB: nothing is kept at the end
+
+
+def test_channels_last_where_the_backbone_can():
+    class Viewing(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), -1)[:, :12].view(len(x), 3, 2, 2)
+
+    assert fast.takes_channels_last(nn.Conv2d(3, 4, 3), 8)
+    assert not fast.takes_channels_last(Viewing(), 8)
+
+
+def test_bfloat16_only_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(fast, "_cpu_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+    assert fast.has_fast_bfloat16("cpu")
+    monkeypatch.setattr(fast, "_cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
+    assert not fast.has_fast_bfloat16("cpu")
+    assert not fast.has_fast_bfloat16("meta")
+
+
+@pytest.fixture
+def in_bfloat16(fitted):
+    clf = copy.deepcopy(fitted)
+    return clf.set_params(precision="bfloat16")
+
+
+def test_bfloat16_keeps_predictions_and_sheets(fitted, in_bfloat16, squares):
+    """The stated tolerance: similarities within 0.05, and every clear prediction the same."""
+    X, _ = squares
+    exact, sheet = fitted.decision_function(X), fitted.explain(X)
+    rough, rough_sheet = in_bfloat16.decision_function(X), in_bfloat16.explain(X)
+    assert 0 < np.abs(exact - rough).max() < 0.05 * np.abs(fitted.coef_).sum(1).max()
+    best = np.sort(exact, axis=1)
+    clear = best[:, -1] - best[:, -2] > 0.1
+    assert clear.any()
+    assert (exact.argmax(1) == rough.argmax(1))[clear].all()
+    both = sheet.merge(rough_sheet, on=["sample", "class", "prototype"])
+    assert len(both) > 0.9 * len(sheet)
+    assert (both["similarity_x"] - both["similarity_y"]).abs().max() < 0.05
+    totals = rough_sheet.groupby("sample")[["contribution"]].sum()["contribution"]
+    assert (totals - rough_sheet.groupby("sample")["logit"].first()).abs().max() < 1e-4
+
+
+def test_a_fit_in_bfloat16_keeps_its_invariants(in_bfloat16, squares):
+    X, y = squares
+    clf = clone(in_bfloat16).set_params(batch_size=len(X)).fit(X, y)
+    assert clf.module_.half_precision
+    own = clf.transform(X)[clf.prototypes_["source_index"], np.arange(clf.n_prototypes_)]
+    np.testing.assert_allclose(own, 1, atol=1e-6)
+    assert clf.module_.prototypes.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrong", ["half", 16, None])
+def test_a_wrong_precision_is_refused(wrong):
+    with pytest.raises(ValueError, match="precision must be one of 'auto'"):
+        ProtoPNetClassifier("small_cnn", precision=wrong, verbose=0).fit(["a", "b"], [0, 1])

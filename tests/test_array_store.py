@@ -1,0 +1,86 @@
+"""Arrays in a folder, written by several processes, found whole or not at all."""
+
+import os
+import stat
+from concurrent.futures import ProcessPoolExecutor
+
+import joblib
+import numpy as np
+import pytest
+
+from protoclf.array_store import ArrayStore, folder_of
+
+KEY = "00ff" * 8
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.uint8])
+def test_what_is_put_is_got(tmp_path, dtype):
+    store = ArrayStore(tmp_path / "deep" / "store")
+    assert store.get(KEY) is None
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    store.put(KEY, array)
+    again = ArrayStore(tmp_path / "deep" / "store").get(KEY)
+    assert again.dtype == dtype
+    np.testing.assert_array_equal(again, array)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"garbage" * 100])
+def test_a_damaged_file_counts_as_missing(tmp_path, damage):
+    store = ArrayStore(tmp_path)
+    store.put(KEY, np.ones(1000))
+    (file,) = tmp_path.rglob("*.npy")
+    file.write_bytes(damage)
+    assert store.get(KEY) is None
+    store.put(KEY, np.zeros(3))
+    assert store.get(KEY).shape == (3,)
+
+
+def test_a_truncated_file_counts_as_missing(tmp_path):
+    store = ArrayStore(tmp_path)
+    store.put(KEY, np.ones(1000))
+    (file,) = tmp_path.rglob("*.npy")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert store.get(KEY) is None
+
+
+def test_pickled_objects_are_not_loaded(tmp_path):
+    store = ArrayStore(tmp_path)
+    store.put(KEY, np.ones(3))
+    (file,) = tmp_path.rglob("*.npy")
+    np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    assert store.get(KEY) is None
+
+
+def test_where_nothing_can_be_written_one_warning_says_so(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    store = ArrayStore(tmp_path)
+    monkeypatch.setattr(np, "save", full)
+    with pytest.warns(UserWarning, match="nothing more is kept .*No space left"):
+        store.put(KEY, np.ones(3))
+    store.put(KEY, np.ones(3))  # no second warning, which would be an error
+    assert store.get(KEY) is None
+    assert not [p for p in tmp_path.rglob("*") if stat.S_ISREG(os.stat(p).st_mode)]  # no remains
+
+
+def write(folder, number):
+    store = ArrayStore(folder)
+    for round_ in range(20):
+        store.put(KEY, np.full(5000, 7.0))
+        found = store.get(KEY)
+        if found is None or not (found == 7).all():
+            return f"{number}: {round_}"
+    return None
+
+
+def test_processes_may_write_at_the_same_time(tmp_path):
+    with ProcessPoolExecutor(2) as pool:
+        assert list(pool.map(write, [tmp_path] * 4, range(4))) == [None] * 4
+
+
+def test_folder_of(tmp_path):
+    assert folder_of(None) is None
+    assert folder_of(str(tmp_path)) == folder_of(tmp_path) == tmp_path / "protoclf"
+    assert folder_of(joblib.Memory(tmp_path, verbose=0)) == tmp_path / "protoclf"
+    assert folder_of(joblib.Memory(None)) is None

@@ -1,0 +1,152 @@
+"""The path of the penalty, and what chooses from it."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from protoclf import ProtoPNetClassifier
+from protoclf.last_layer import solve_last_layer
+from protoclf.penalty import PENALTIES, Activations, penalty_path
+
+
+def activations(n=60, m=12, n_classes=3, seed=0, weight=None):
+    """Prototypes fire on images of their class, with noise."""
+    rng = torch.Generator().manual_seed(seed)
+    y, owner = torch.arange(n) % n_classes, torch.arange(m) % n_classes
+    g = 0.4 * torch.rand(n, m, generator=rng) + 0.3 * (y[:, None] == owner)
+    return Activations(g.double(), y, owner, n_classes, weight)
+
+
+def test_every_row_is_the_optimum_for_its_penalty():
+    data = activations()
+    path = penalty_path(data, [1e-4, 1e-2, 1e-3], folds=3, seed=0)
+    assert path["lambda_l1"].tolist() == [1e-2, 1e-3, 1e-4]
+    for _, row in path.iterrows():
+        alone = solve_last_layer(data.g, data.y, data.owner, row["lambda_l1"])
+        assert row["objective"] == pytest.approx(alone.objective, abs=1e-7)
+        assert row["n_nonzero"] == (row["weight"] != 0).sum()
+        assert row["n_prototypes"] == (row["weight"] != 0).any(0).sum()
+        right = (data.g.numpy() @ row["weight"].T).argmax(1) == data.y.numpy()
+        assert row["train_accuracy"] == pytest.approx(right.mean())
+    assert path["n_nonzero"].is_monotonic_increasing
+
+
+def test_held_out_scores_are_those_of_images_left_out():
+    """Labels at random: what the training images are told by heart, no other image confirms."""
+    data = activations(n=80, m=40, n_classes=4)
+    data.y = data.y[torch.randperm(80, generator=torch.Generator().manual_seed(1))]
+    path = penalty_path(data, [1e-6], folds=4, seed=0)
+    assert path["accuracy"][0] < 0.4
+    assert path["train_accuracy"][0] > path["accuracy"][0] + 0.1
+    assert 0 <= path["accuracy_std"][0] < 0.5
+    assert path["cross_entropy"][0] > np.log(4) - 0.1
+
+
+def test_without_folds_nothing_is_held_out():
+    path = penalty_path(activations(), [1e-3], folds=0, seed=0)
+    assert path["accuracy"].isna().all()
+    assert path["n_nonzero"][0] > 0
+
+
+def test_small_classes_lower_the_number_of_folds():
+    data = activations().take(np.r_[0:30:3, 1:30:3, 2, 5])  # two images of the last class
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = penalty_path(data, [1e-3], folds=4, seed=0)
+    assert 0.5 < path["accuracy"][0] <= 1
+
+
+def test_weights_count_as_repeated_images():
+    data = activations(n=30)
+    twice = activations(n=30, weight=torch.tensor([2.0, 1.0, 1.0]).repeat(10))
+    index = np.r_[0:30, 0:30:3]
+    (weighted,), (repeated,) = twice.solve([1e-3]), data.take(index).solve([1e-3])
+    torch.testing.assert_close(weighted.weight, repeated.weight, atol=1e-4, rtol=0)
+    assert twice.scores(weighted.weight) == pytest.approx(data.take(index).scores(weighted.weight))
+
+
+@pytest.fixture(scope="module")
+def chosen(squares):
+    return ProtoPNetClassifier(
+        "small_cnn",
+        image_size=48,
+        prototypes_per_class="auto",
+        lambda_l1="cv",
+        joint_epochs=2,
+        batch_size=8,
+        random_state=0,
+        verbose=0,
+    ).fit(*squares)
+
+
+def test_a_fit_chooses_the_penalty_of_the_lowest_cross_entropy(chosen):
+    path = chosen.last_layer_path_
+    assert len(path) == len(PENALTIES)
+    best = path["cross_entropy"].idxmin()
+    assert chosen.lambda_l1_ == path["lambda_l1"][best]
+    assert chosen.last_layer_result_.residual <= 1e-6
+
+
+def test_a_fixed_penalty_has_no_path(fitted):
+    assert fitted.lambda_l1_ == fitted.lambda_l1
+    assert not hasattr(fitted, "last_layer_path_")
+
+
+def test_the_path_of_a_fitted_classifier(fitted, squares):
+    X, y = squares
+    before = fitted.coef_.copy()
+    path = fitted.last_layer_path(X, y, [fitted.lambda_l1, 0.05], folds=3)
+    assert path["weight"][0].shape == fitted.coef_.shape
+    np.testing.assert_allclose(path["weight"][1], before, atol=2e-2)
+    assert path["n_nonzero"][0] < path["n_nonzero"][1]
+    np.testing.assert_array_equal(fitted.coef_, before)
+    with pytest.raises(ValueError, match="did not see"):
+        fitted.last_layer_path(X, ["other"] * len(y))
+
+
+def test_auto_keeps_the_prototypes_that_count(chosen, squares):
+    X, _ = squares
+    table, coef = chosen.prototypes_, chosen.coef_
+    assert chosen.n_prototypes_ == len(table) == coef.shape[1]
+    assert set(table["class"]) == set(chosen.classes_)
+    assert table["class"].value_counts().max() <= 20
+    own = coef[np.searchsorted(chosen.classes_, table["class"]), table["prototype"]]
+    np.testing.assert_allclose(own, table["weight"])
+    alone = table.groupby("class")["prototype"].transform("size") == 1
+    assert ((coef != 0).any(0) | alone).all()
+    sheet = chosen.explain(X)
+    totals = sheet.groupby("sample")["contribution"].sum()
+    logits = chosen.decision_function(X).max(1)
+    np.testing.assert_allclose(totals, logits, atol=1e-4)
+    similarity = chosen.transform(X)[table["source_index"], table["prototype"]]
+    np.testing.assert_allclose(similarity, 1, atol=1e-4)
+
+
+def test_auto_can_be_fitted_further(chosen, squares):
+    import copy
+
+    clf = copy.deepcopy(chosen).partial_fit(*squares)
+    assert clf.coef_.shape[1] == len(clf.prototypes_)
+
+
+@pytest.mark.parametrize("name", ["kmeans", "random"])
+def test_auto_takes_the_selected_start(name):
+    clf = ProtoPNetClassifier("small_cnn", prototypes_per_class="auto", prototype_init=name)
+    with pytest.raises(ValueError, match='"auto" chooses among the candidates'):
+        clf.fit(["a"], [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lambda_l1", "best", '"cv" or a finite number'),
+        ("lambda_l1", -1, '"cv" or a finite number'),
+        ("prototypes_per_class", "all", '"auto", an int'),
+        ("tune_allocator", 1, "True or False"),
+    ],
+)
+def test_other_words_are_refused(name, value, words):
+    with pytest.raises(ValueError, match=words):
+        ProtoPNetClassifier("small_cnn", **{name: value}).fit(["a"], [0])
