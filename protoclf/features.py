@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from numpy.typing import ArrayLike
@@ -110,7 +111,18 @@ def _completed(net: SkorchProtoPNet, cache: FeatureCache, inputs: dict, n: int) 
 
 def _with_progress(net: SkorchProtoPNet, dataset: Dataset, progress: bool) -> Iterable[Batch]:
     batches = net.get_iterator(dataset, training=False)
-    return tqdm(batches, "features", delay=2, leave=False, disable=not progress)
+    bar = tqdm(batches, "features", delay=2, leave=False, disable=not progress)
+    return bar if isinstance(dataset, FeatureDataset) else _read_ahead(bar)
+
+
+def _read_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches while a thread reads the next one, whose decoding needs no interpreter."""
+    batches = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
 
 
 class FitData:

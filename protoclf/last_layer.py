@@ -57,6 +57,7 @@ _MODEL_STEPS = 150  # products with the Hessian in one quadratic model
 _CG_STEPS = 50  # and between two proximal steps
 _BENT_STEPS = 6  # lengths tried when a step crosses bounds
 _EXPLICIT = 1500  # weights up to which the Hessian is worth writing out
+_RIDGE = 1e-10  # of the mean diagonal, so that the whole Hessian can be factored
 _DAMPING = 1e-4  # of a block's mean diagonal, so that collinear prototypes stay solvable
 _GATHERED = 8  # copies of the activations that the working set may take, before all is multiplied
 _CHUNK = 2**25  # numbers in a temporary
@@ -481,10 +482,36 @@ class _Model:
         return part.index_copy_(0, self.flat, values).view_as(self.sign)  # (C, k)
 
     def minimise(self, v: Tensor, gradient: Tensor) -> tuple[Tensor, int]:
-        """Alternate proximal steps, which find the face, and CG on it; returns the step from v."""
+        """Minimise the model within the bounds; returns the step from v, which goes downhill."""
         start, slope = self.gather(v, 0.0), self.gather(gradient, 1.0)  # (C, k)
         goal = self._residual(start, slope)
         goal *= min(0.1, math.sqrt(goal))
+        products = 0
+        if self.hessian is not None:
+            x = self._exactly(start, slope)
+            bend = self.product(x - start)
+            if self._residual(x, slope + bend) <= goal and _gain(x - start, slope, bend) < 0:
+                return x - start, 1
+            products = 1
+        x, bend, used = self._iteratively(start, slope, goal)
+        products += used
+        if not _gain(x - start, slope, bend) < 0:  # too close to singular for what rounding allows
+            x, _ = self._proximal(start, slope, self.valid, 2.0)
+        return x - start, products
+
+    def _exactly(self, start: Tensor, slope: Tensor) -> Tensor:
+        """Minimise by pivoting on the whole Hessian, the way that proximal steps go by blocks."""
+        assert self.hessian is not None
+        hessian = self.hessian.clone()[None]  # (1, F, F)
+        diagonal = hessian.diagonal(dim1=1, dim2=2)
+        diagonal += _RIDGE * diagonal.mean()
+        x, linear = (part.flatten()[None, self.flat] for part in (start, slope))  # (1, F)
+        linear = linear - _times(hessian, x)
+        x, _ = _nonnegative_quadratic(hessian, linear, x > 0)
+        return self._unflatten(x[0])
+
+    def _iteratively(self, start: Tensor, slope: Tensor, goal: float) -> tuple[Tensor, Tensor, int]:
+        """Alternate proximal steps, which find the face, and CG on it; also returns the bend."""
         x, gradient, free = start, slope, self.valid
         scale, products = 1.0, 0
         while products < _MODEL_STEPS:
@@ -504,7 +531,7 @@ class _Model:
             products += used
             if self._residual(x, gradient) <= goal:
                 break
-        return x - start, products
+        return x, gradient - slope, products
 
     def _residual(self, x: Tensor, gradient: Tensor) -> float:
         return float(_projected(x, gradient).where(self.valid, 0.0).abs().max())

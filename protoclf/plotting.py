@@ -69,6 +69,59 @@ def plot_explanation(
     return display.plot(figure)
 
 
+def plot_last_layer_path(path: pd.DataFrame, axes: Axes | None = None) -> LastLayerPathDisplay:
+    """Draw accuracy and sparsity against the penalty of the last layer.
+
+    Parameters
+    ----------
+    path : DataFrame
+        From `ProtoPNetClassifier.last_layer_path`, or the attribute ``last_layer_path_``.
+    axes : matplotlib Axes, optional
+        Where to draw; new ones by default.
+
+    Returns
+    -------
+    LastLayerPathDisplay
+        Holds the table and, in `axes_` and `figure_`, the drawing.
+    """
+    return LastLayerPathDisplay(path).plot(axes)
+
+
+@dataclass
+class LastLayerPathDisplay:
+    """The path of the last layer's penalty, ready to draw.
+
+    Attributes
+    ----------
+    path : DataFrame
+    axes_ : tuple of two matplotlib Axes
+        Accuracy, and the number of weights, after `plot`.
+    figure_ : matplotlib Figure
+    """
+
+    path: pd.DataFrame
+
+    def plot(self, axes: Axes | None = None) -> LastLayerPathDisplay:
+        """Draw accuracies with lines, held-out ones with a band, and weights on a second axis."""
+        from matplotlib import pyplot as plt
+
+        if axes is None:
+            _, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        path, x = self.path, self.path["lambda_l1"]
+        axes.plot(x, path["train_accuracy"], ":", color="black", label="training images")
+        axes.plot(x, path["accuracy"], "o-", color="#0072b2", label="images left out")
+        low, high = (path["accuracy"] + sign * path["accuracy_std"] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color="#0072b2", alpha=0.2)
+        axes.set(xscale="log", xlabel="lambda_l1", ylabel="accuracy")
+        twin = axes.twinx()
+        twin.plot(x, path["n_nonzero"], "s--", color="#d55e00", label="weights (right)")
+        twin.set(ylabel="weights other than 0", ylim=(0, None))
+        lines = [*axes.get_lines(), *twin.get_lines()]
+        axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower left")
+        self.axes_, self.figure_ = (axes, twin), axes.figure
+        return self
+
+
 @dataclass
 class ExplanationDisplay:
     """The scoring sheet of one image, ready to draw.

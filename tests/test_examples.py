@@ -76,6 +76,17 @@ def test_highest_contributions_are_on_the_part_that_tells_twins_apart(birds):
     assert inside.mean() >= 0.7
 
 
-@pytest.mark.parametrize("script", ["layer.py", "last_layer.py"])
+BENCHMARKS = sorted(
+    path.name
+    for path in (EXAMPLES / "benchmarks").glob("*.py")
+    if 'if __name__ == "__main__"' in path.read_text() and "--quick" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("script", BENCHMARKS)
 def test_benchmark_runs_in_its_quick_form(script):
     assert run(f"benchmarks/{script}", "--quick")
+
+
+def test_every_benchmark_is_known():
+    assert len(BENCHMARKS) >= 11

@@ -1,5 +1,7 @@
 """The last layer's optimum, against independent solvers and formulas written as loops."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -368,3 +370,18 @@ def test_wrong_input_is_named(change, message):
     given = {"activations": G, "y": Y, "prototype_class": OWNER, "lambda_l1": 0.01, **change}
     with pytest.raises(ValueError, match=message):
         solve_last_layer(**given)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_small_and_nearly_separable_problems_are_solved(seed):
+    """Where few images are told apart almost perfectly the curvature is close to singular."""
+    rng = np.random.default_rng(seed)
+    n_classes, n = int(rng.integers(2, 6)), int(rng.integers(10, 40))
+    y = np.arange(n) % n_classes
+    owner = np.arange(n_classes * int(rng.integers(1, 4))) % n_classes
+    g = rng.random((n, len(owner))) + rng.choice([0, 0.3, 0.6]) * (y[:, None] == owner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = solve_last_layer(g, y, owner, 10 ** rng.uniform(-5, -2))
+    assert result.residual <= 1e-6
+    assert result.n_iter < 60

@@ -11,7 +11,7 @@ def photos(folder, quick=False, n_per_class=20):
     """Return paths and labels of `folder`, or of birds where it is None, as arrays."""
     if folder is None:
         target = tempfile.mkdtemp(prefix="birds-")
-        paths, labels, _ = make_birds(target, n_per_class=4 if quick else n_per_class)
+        paths, labels, _ = make_birds(target, n_per_class=8 if quick else n_per_class)
     else:
         paths, labels = load_folder(folder)
     return np.asarray(paths, dtype=object), np.asarray(labels)

@@ -1,0 +1,196 @@
+"""Accuracy and time of a ProtoPNet on a pretrained backbone, beside black boxes on the same one.
+
+    python examples/benchmarks/accuracy.py --train photos/train --test photos/test
+    python examples/benchmarks/accuracy.py --train photos/train --fine-tune 10
+
+Without --test, 4-fold cross-validation on the training folder: the way to choose settings.
+The black boxes: scikit-learn's logistic regression, its C cross-validated, on the standardised and
+pooled features (its time is that of one pass over the training images), and with --fine-tune the
+same CNN with pooling and a linear layer, trained with the same augmentation, rates and epochs.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from photos import backbone_of, photos
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from stage_accuracy import StageAccuracy
+from torch import nn
+
+from protoclf import ProtoPNetClassifier
+from protoclf.acceleration import keep_freed_memory
+from protoclf.augmentation import augment_mildly
+from protoclf.backbones import build_backbone
+from protoclf.datasets import load_folder
+from protoclf.decoding import decode
+from protoclf.geometry import Preprocessing
+from protoclf.images import Images
+from protoclf.parameters import normalization
+
+
+def main() -> None:
+    args = arguments()
+    paths, y = photos(args.train, args.quick)
+    test = load_folder(args.test) if args.test else None
+    rows = []
+    for seed in range(args.seeds):
+        for train, held_out in splits(paths, y, test, seed, args.folds):
+            for model in models(args, first=test is None or seed == 0):
+                torch.manual_seed(seed)
+                rows.append(model(args, train, held_out, seed))
+                print(rows[-1], flush=True)
+    table = pd.DataFrame(rows).groupby("model", sort=False)
+    print(table.agg(["mean", "std"]).round(4).to_string())
+
+
+def models(args, first):
+    """Yield functions of (args, train, held_out, seed)."""
+    if first:  # nothing random in it
+        yield logistic_regression
+    if args.fine_tune:
+        yield cnn
+    for k in args.prototypes:
+        yield lambda *given, k=k: protopnet(*given, k)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--train", help="folder of class folders")
+    parser.add_argument("--test", help="folder of class folders; default: cross-validation")
+    parser.add_argument("--backbone", default="efficientnet_lite0", help="or a torchvision name")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument(
+        "--fine-tune", type=int, default=0, metavar="EPOCHS", help="default: frozen"
+    )
+    parser.add_argument("--prototypes", nargs="+", default=["5", "10"], help='numbers, or "auto"')
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--folds", type=int, default=4, help="how many of the four folds")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters")
+    parser.add_argument("--quick", action="store_true", help="drawn birds, for correctness only")
+    args = parser.parse_args()
+    if args.quick:
+        args.backbone, args.image_size, args.fine_tune = "small_cnn", 32, 1
+        args.prototypes, args.folds = ["1", "auto"], 1
+    return args
+
+
+def splits(paths, y, test, seed, folds):
+    """Yield (train, held out), each (paths, labels)."""
+    paths = np.asarray(paths, dtype=object)
+    if test is not None:
+        yield (paths, y), test
+        return
+    everything = StratifiedKFold(4, shuffle=True, random_state=seed).split(paths, y)
+    for a, b in list(everything)[:folds]:
+        yield (paths[a], y[a]), (paths[b], y[b])
+
+
+def logistic_regression(args, train, held_out, seed):
+    start = time.perf_counter()
+    features = pooled(args, train[0])
+    seconds = time.perf_counter() - start
+    rates = {"C": [1e-3, 3e-3, 1e-2, 3e-2]}
+    search = GridSearchCV(LogisticRegression(max_iter=1000), rates, cv=4)
+    model = make_pipeline(StandardScaler(), search).fit(features, train[1])
+    accuracy = model.score(pooled(args, held_out[0]), held_out[1])
+    return {"model": "logistic regression", "accuracy": accuracy, "fit_s": seconds}
+
+
+def pooled(args, paths):
+    """Pooled features of the backbone as given, (n, D), with the tuned allocator and layout."""
+    backbone, prepare = prepared(args)
+    pixels, _ = decode(Images(list(paths)), Preprocessing(args.image_size))
+    with torch.inference_mode():
+        batches = [backbone.eval()(prepare(p)).mean((2, 3)) for p in pixels.split(32)]
+    return torch.cat(batches).numpy()
+
+
+def prepared(args):
+    """Return the backbone and what turns uint8 images into its input."""
+    keep_freed_memory()
+    backbone, norm = backbone_of(args.backbone)
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in normalization(norm))
+    backbone = build_backbone(backbone, None).to(memory_format=torch.channels_last)
+    return backbone, lambda x: ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def cnn(args, train, held_out, seed):
+    """Fine-tune with Adam: 1e-4 for the backbone, 3e-3 for the linear layer, cosine schedule."""
+    start = time.perf_counter()
+    backbone, prepare = prepared(args)
+    pixels, _ = decode(Images(list(train[0])), Preprocessing(args.image_size))
+    classes, y = np.unique(train[1], return_inverse=True)
+    y = torch.from_numpy(y)
+    with torch.no_grad():
+        channels = backbone(prepare(pixels[:2])).shape[1]
+    head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(channels, len(classes)))
+    net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), head)
+    groups = [{"params": backbone.parameters(), "lr": 1e-4}, {"params": head.parameters()}]
+    optimizer = torch.optim.Adam(groups, lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.fine_tune)
+    for _ in range(args.fine_tune):
+        net.train()
+        for index in torch.randperm(len(y)).split(32):
+            loss = nn.functional.cross_entropy(
+                net(prepare(augment_mildly(pixels[index]))), y[index]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    seconds = time.perf_counter() - start
+    pixels, _ = decode(Images(list(held_out[0])), Preprocessing(args.image_size))
+    with torch.no_grad():
+        predicted = torch.cat([net.eval()(prepare(p)).argmax(1) for p in pixels.split(32)])
+    accuracy = float((classes[predicted.numpy()] == held_out[1]).mean())
+    return {"model": f"CNN, {args.fine_tune} epochs", "accuracy": accuracy, "fit_s": seconds}
+
+
+def protopnet(args, train, held_out, seed, k):
+    extra = dict(item.split("=", 1) for item in args.set)
+    backbone, norm = backbone_of(args.backbone)
+    stages = StageAccuracy(train, held_out)
+    clf = ProtoPNetClassifier(
+        backbone,
+        weights=None,
+        train_backbone=bool(args.fine_tune),
+        joint_epochs=args.fine_tune,
+        image_size=args.image_size,
+        normalization=norm,
+        prototypes_per_class=_value(k),
+        random_state=seed,
+        verbose=0,
+        callbacks=[stages] if args.fine_tune else None,
+        **{name: _value(value) for name, value in extra.items()},
+    )
+    start = time.perf_counter()
+    clf.fit(train[0], train[1])
+    seconds = time.perf_counter() - start
+    return {
+        "model": f"protopnet, {k} per class",
+        "accuracy": clf.score(*held_out),
+        "fit_s": seconds,
+        "prototypes": clf.n_prototypes_,
+        "nonzero": int((clf.coef_ != 0).sum()),
+        "moved": clf.prototypes_["moved"].mean(),
+        **getattr(stages, "accuracy", {}),
+    }
+
+
+def _value(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"None": None, "True": True, "False": False}.get(text, text)
+
+
+if __name__ == "__main__":
+    main()
