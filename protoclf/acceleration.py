@@ -58,16 +58,22 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-@torch.no_grad()
 def takes_channels_last(backbone: nn.Module, image_size: int) -> bool:
     """Return whether a backbone runs on images whose channels come last in memory.
 
     A module that calls ``view`` on a feature map does not.
     """
-    images = torch.zeros(1, 3, image_size, image_size).to(memory_format=torch.channels_last)
-    probe = copy.deepcopy(backbone).eval().cpu().to(memory_format=torch.channels_last)
-    try:
-        probe(images)
-    except RuntimeError:
-        return False
-    return True
+    for device in ("meta", "cpu"):  # shapes are enough where every operation can do with them
+        try:
+            _run_channels_last(backbone, image_size, device)
+        except Exception:  # whatever a user's module raises
+            continue
+        return True
+    return False
+
+
+@torch.no_grad()
+def _run_channels_last(backbone: nn.Module, image_size: int, device: str) -> None:
+    probe = copy.deepcopy(backbone).eval().to(device).to(memory_format=torch.channels_last)
+    images = torch.zeros(1, 3, image_size, image_size, device=device)
+    probe(images.to(memory_format=torch.channels_last))

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from protoclf.features import FeatureDataset, FitData
-from protoclf.initialization import centre_latents, kmeans_prototypes, selected_prototypes
+from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.localization import activation_boxes, covered_cells
 from protoclf.net import SkorchProtoPNet
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.projection import Sources, find_sources, read_patches
+from protoclf.selection import selected_prototypes
 from protoclf.self_matches import replace_self_matches
 
 

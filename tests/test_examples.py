@@ -83,6 +83,7 @@ BENCHMARKS = sorted(
 )
 
 
+@pytest.mark.slow  # a process or several each
 @pytest.mark.parametrize("script", BENCHMARKS)
 def test_benchmark_runs_in_its_quick_form(script):
     assert run(f"benchmarks/{script}", "--quick")

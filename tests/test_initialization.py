@@ -10,7 +10,8 @@ from protoclf.features import FitData
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
-from protoclf.initialization import centre_latents, kmeans_prototypes, selected_prototypes
+from protoclf.initialization import centre_latents, kmeans_prototypes
+from protoclf.selection import selected_prototypes
 
 STARTS = [kmeans_prototypes, selected_prototypes]
 SIZES = [(1, 1), (2, 2), (1, 3), (4, 4)]  # of a prototype, on a map of 4 x 4

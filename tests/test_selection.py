@@ -1,0 +1,65 @@
+"""The start at patches that a sparse last layer makes use of."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import kmeans_plusplus
+
+from protoclf import selection
+from protoclf.selection import _principal_axes, _representatives, _spread
+
+
+def clusters(n=200, k=8, d=5, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    centres = 10 * torch.randn(k, d, generator=rng)
+    label = torch.arange(n) % k
+    return centres[label] + 0.1 * torch.randn(n, d, generator=rng), label
+
+
+def test_seeds_are_spread_over_all_clusters():
+    points, label = clusters()
+    seeds = _spread(points, 8, torch.Generator().manual_seed(1))
+    assert sorted(label[seeds].tolist()) == list(range(8))
+
+
+def test_seeds_are_as_good_as_those_of_scikit_learn():
+    points = torch.rand(400, 6, generator=torch.Generator().manual_seed(0))
+
+    def cost(index):
+        return float(torch.cdist(points, points[index]).square().amin(1).mean())
+
+    ours = [cost(_spread(points, 20, torch.Generator().manual_seed(s))) for s in range(10)]
+    theirs = [cost(kmeans_plusplus(points.numpy(), 20, random_state=s)[1]) for s in range(10)]
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.05)
+    at_random = [cost(torch.randperm(400)[:20]) for _ in range(10)]
+    assert np.mean(ours) < np.mean(at_random)
+
+
+def test_representatives_are_the_middle_points_of_their_clusters():
+    points, label = clusters()
+    index = _representatives(points, 8, 2, torch.Generator().manual_seed(0))
+    assert sorted(label[index].tolist()) == list(range(8))
+    for i in index:
+        mine = points[label == label[i]]
+        middle = (mine - mine.mean(0)).square().sum(1).amin()
+        assert (points[i] - mine.mean(0)).square().sum() == pytest.approx(float(middle), rel=1e-3)
+
+
+@pytest.mark.parametrize("least", [1, 3])
+def test_equal_points_are_enough(least):
+    index = _representatives(torch.ones(6, 4), 4, least, torch.Generator().manual_seed(0))
+    assert len(index) >= least
+    assert len(index.unique()) == len(index)
+
+
+def test_principal_axes_are_those_of_the_largest_spread(monkeypatch):
+    monkeypatch.setattr(selection, "_COMPONENTS", 2)
+    rng = torch.Generator().manual_seed(0)
+    sample = torch.randn(500, 6, generator=rng) * torch.tensor([9.0, 0.1, 5.0, 0.1, 0.1, 0.1])
+    axes = _principal_axes(sample)
+    assert axes.shape == (6, 2)
+    assert (axes[[0, 2]].abs().sum(0) > 0.99).all()
+    before = torch.random.get_rng_state()
+    assert torch.equal(_principal_axes(sample), axes)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(_principal_axes(sample[:, :2]), torch.eye(2))
