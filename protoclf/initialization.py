@@ -45,7 +45,7 @@ def kmeans_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     """
     module, rng = net.module_.eval(), np.random.default_rng(net.seed_)
     for c in module.owner.unique().tolist():
-        patches = _class_patches(net, data, c, rng)  # (n, D H1 W1)
+        patches = class_patches(net, data, c, rng).cpu().numpy()  # (n, D H1 W1)
         mine = module.owner == c
         k, seed = int(mine.sum()), int(rng.integers(2**31))
         reduced = patches
@@ -59,10 +59,8 @@ def kmeans_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
         module.prototypes[mine] = module.scaled(centres.to(like).view_as(like))
 
 
-def _class_patches(
-    net: SkorchProtoPNet, data: FitData, c: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Latent patches of a class's training images, as rows."""
+def class_patches(net: SkorchProtoPNet, data: FitData, c: int, rng: np.random.Generator) -> Tensor:
+    """Return latent patches (n, D H1 W1) of a class's training images, as rows."""
     train = data.train_features
     images = _sample(np.flatnonzero(train.y.numpy() == c), _MAX_IMAGES, rng)
     parts: list[Tensor] = []
@@ -70,9 +68,11 @@ def _class_patches(
         inputs, _ = train.__getitems__(index)
         z = net.module_.latents(inputs["features"].to(net.device))  # (n, D, H, W)
         rows = unfold(z, net.module_.prototype_size).transpose(1, 2)  # (n, L, D H1 W1)
-        parts.append(rows.flatten(0, 1).cpu())
-    patches = torch.cat(parts).numpy()
-    return patches[_sample(np.arange(len(patches)), _MAX_PATCHES, rng)]
+        parts.append(rows.flatten(0, 1))
+    patches = torch.cat(parts)
+    if len(patches) <= _MAX_PATCHES:
+        return patches
+    return patches[torch.from_numpy(_sample(np.arange(len(patches)), _MAX_PATCHES, rng))]
 
 
 def _sample(values: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:

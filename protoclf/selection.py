@@ -1,6 +1,6 @@
 """A start of the prototypes at patches that a sparse last layer makes use of.
 
-N images, m prototypes, L patches of K = D H1 W1 numbers an image, d principal components.
+N images, m prototypes of C classes, patches of K = D H1 W1 numbers.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import unfold
 
 from protoclf.features import FitData
+from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
-from protoclf.projection import Sources, read_patches
 from protoclf.prototype_layer import min_distances
-from protoclf.storage import allocate
 
 _COMPONENTS = 64
-_SAMPLE = 4096  # patches that the components are found from
-_MOST_PATCHES = 16_384  # of a class
+_SAMPLE = 1024  # patches of a class that its principal components are found from
 _CANDIDATES = 8  # for each prototype
 _L1 = 3e-3  # for activations of at most 1
 _TOLERANCE = 1e-4
@@ -37,11 +34,8 @@ def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     best from the others. Where the numbers of prototypes are "auto", those with weight stay.
     """
     module, train = net.module_, data.train_features
-    module.eval()
-    rng = torch.Generator().manual_seed(net.seed_)
-    y = train.y.to(net.device)
-    image, cell, owner = _candidates(_reduced_patches(net, data, rng), y, module.owner, rng)
-    candidates = _read(net, data, image, cell)  # (M, D, H1, W1)
+    candidates, owner = _candidates(net, data)  # (M, D, H1, W1), (M,)
+    y = train.y.to(owner.device)
     distance = torch.cat([min_distances(z, candidates)[0] for z, _ in net.latents(train)])
     g = module.activations(distance)  # (N, M)
     weight = solve_last_layer(
@@ -60,79 +54,33 @@ def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     module.reset_last_layer()
 
 
-def _read(net: SkorchProtoPNet, data: FitData, image: Tensor, cell: Tensor) -> Tensor:
-    """Return the patches (M, D, H1, W1) at these places."""
-    places = Sources(image.cpu().numpy(), cell.cpu().numpy(), np.zeros(len(image)))
-    like = net.module_.prototypes
-    patches = like.new_empty(len(image), *like.shape[1:])
-    found = read_patches(net.latents(data.train_features), places, net.module_.prototype_size)
-    for index, read, _, _ in found:
-        patches[torch.from_numpy(index)] = read
-    return patches
+def _candidates(net: SkorchProtoPNet, data: FitData) -> tuple[Tensor, Tensor]:
+    """Return patches (M, D, H1, W1) that represent each class, and their classes (M,)."""
+    module, rng = net.module_.eval(), np.random.default_rng(net.seed_)
+    draws = torch.Generator().manual_seed(net.seed_)
+    found, owner = [], []
+    for c, wanted in enumerate(module.owner.bincount().tolist()):
+        patches = class_patches(net, data, c, rng)  # (n, K)
+        k = min(len(patches), max(wanted, min(_CANDIDATES * wanted, len(patches) // 4)))
+        found.append(patches[_representatives(patches, k, wanted, draws)])
+        owner += [c] * len(found[-1])
+    candidates = torch.cat(found).view(-1, *module.prototypes.shape[1:])
+    return candidates, torch.tensor(owner, device=candidates.device)
 
 
-def _reduced_patches(net: SkorchProtoPNet, data: FitData, rng: torch.Generator) -> Tensor:
-    """Return all patches (N, L, d) in their principal components; where K is small, as they are."""
-    train = data.train_features
-    size = net.module_.prototype_size
-    each = max(1, _SAMPLE // len(train))  # patches of an image
-    sample = []
-    for z, _ in net.latents(train):
-        rows = unfold(z, size).transpose(1, 2)  # (n, L, K)
-        index = torch.randint(rows.shape[1], (len(rows), each), generator=rng).to(z.device)
-        sample.append(rows[torch.arange(len(rows), device=z.device)[:, None], index].flatten(0, 1))
-    axes = _principal_axes(torch.cat(sample))  # (K, d)
-    reduced, start = torch.empty(0), 0
-    for z, y in net.latents(train):
-        part = unfold(z, size).transpose(1, 2) @ axes  # (n, L, d)
-        if start == 0:
-            reduced = allocate((len(train), *part.shape[1:]), part.dtype, part.device)
-        reduced[start : start + len(y)] = part
-        start += len(y)
-    return reduced
+def _representatives(patches: Tensor, k: int, least: int, draws: torch.Generator) -> Tensor:
+    """Return indices of `least` to k patches (n, K), the middle ones of clusters.
 
-
-def _principal_axes(sample: Tensor) -> Tensor:
-    """Return the first principal axes (K, d) of rows (n, K), or all where they are few."""
-    d = min(_COMPONENTS, *sample.shape)
-    if sample.shape[1] <= _COMPONENTS:
-        return torch.eye(sample.shape[1], dtype=sample.dtype, device=sample.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # pca_lowrank draws from the global generator
-        return torch.pca_lowrank(sample, d, niter=2)[2]
-
-
-def _candidates(
-    patches: Tensor, y: Tensor, owner: Tensor, rng: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose patches that represent each class; return image, cell and class of each (M,)."""
-    n_patches = patches.shape[1]
-    parts = []
-    for c, wanted in enumerate(owner.bincount().tolist()):
-        images = (y == c).nonzero()[:, 0]
-        rows = (images[:, None] * n_patches + torch.arange(n_patches, device=y.device)).flatten()
-        order = torch.randperm(len(rows), generator=rng)[:_MOST_PATCHES].sort().values
-        rows = rows[order.to(y.device)]
-        points = patches.flatten(0, 1)[rows.to(patches.device)]  # (n, d)
-        k = min(len(rows), max(wanted, min(_CANDIDATES * wanted, len(rows) // 4)))
-        chosen = rows[_representatives(points, k, wanted, rng).to(y.device)]
-        parts.append(torch.stack([chosen // n_patches, chosen % n_patches, chosen * 0 + c]))
-    image, cell, classes = torch.cat(parts, dim=1)
-    return image, cell, classes
-
-
-def _representatives(points: Tensor, k: int, least: int, rng: torch.Generator) -> Tensor:
-    """Return indices of `least` to k points, one near the middle of each cluster.
-
-    The clusters are those around k seeds of k-means++ (Arthur and Vassilvitskii, 2007). No
-    iteration of k-means follows: it makes the clusters more alike, and accuracy no better.
+    The clusters are those of one iteration of k-means in the principal components: more of them
+    make clusters more alike, and accuracy no better.
     """
-    seeds = points[_spread(points, k, rng)]  # (k, d)
-    label = torch.cdist(points, seeds).argmin(1)  # (n,)
-    total = torch.zeros_like(seeds).index_add_(0, label, points)
-    mean = total / label.bincount(minlength=k).clamp_min(1)[:, None]
-    distance = (points - mean[label]).square().sum(1)  # (n,)
-    order = distance.argsort(stable=True)
+    points = patches @ _principal_axes(patches)  # (n, d)
+    centres = points[_spread(points, k, draws)]  # (k, d)
+    for space in (points, patches):
+        label = torch.cdist(points, centres).argmin(1)  # (n,)
+        total = space.new_zeros(k, space.shape[1]).index_add_(0, label, space)
+        centres = total / label.bincount(minlength=k).clamp_min(1)[:, None]  # at last (k, K)
+    order = (patches - centres[label]).square().sum(1).argsort(stable=True)  # (n,)
     order = order[label[order].argsort(stable=True)]  # by cluster, the middle first
     first = torch.ones_like(label, dtype=torch.bool)
     first[1:] = label[order][1:] != label[order][:-1]
@@ -142,17 +90,29 @@ def _representatives(points: Tensor, k: int, least: int, rng: torch.Generator) -
     return index
 
 
-def _spread(points: Tensor, k: int, rng: torch.Generator) -> Tensor:
-    """Return k indices, drawn one by one with probability proportional to squared distance.
+def _principal_axes(patches: Tensor) -> Tensor:
+    """Return the first principal axes (K, d) of patches (n, K); where they are few, all axes."""
+    n, size = patches.shape
+    if size <= _COMPONENTS:
+        return torch.eye(size, dtype=patches.dtype, device=patches.device)
+    sample = patches[:: -(-n // _SAMPLE)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # pca_lowrank draws from the global generator
+        return torch.pca_lowrank(sample, min(_COMPONENTS, len(sample)), niter=2)[2]
 
-    Of a few draws each time the one that brings all points nearest, as scikit-learn does it.
+
+def _spread(points: Tensor, k: int, draws: torch.Generator) -> Tensor:
+    """Return indices of k points (n, d), the seeds of k-means++ (Arthur and Vassilvitskii, 2007).
+
+    Each is drawn with probability proportional to the squared distance to those before it; of a
+    few draws the one that brings all points nearest, as scikit-learn does it.
     """
     n, trials = len(points), 2 + int(math.log(k))
     squares = points.square().sum(1)  # (n,)
-    chosen = [torch.randint(n, (1,), generator=rng).to(points.device)]
-    nearest = (squares + squares[chosen[0]] - 2 * points @ points[chosen[0]].T[:, 0]).clamp_min(0)
-    draws = torch.rand(k, trials, generator=rng).to(points)
-    for draw in draws[1:]:
+    first = torch.randint(n, (1,), generator=draws).to(points.device)
+    nearest = (points - points[first]).square().sum(1)  # (n,)
+    chosen = [first]
+    for draw in torch.rand(k - 1, trials, generator=draws).to(points):
         sums = nearest.cumsum(0)
         index = torch.searchsorted(sums, draw * sums[-1]).clamp_max(n - 1)  # (trials,)
         distance = squares[index, None] + squares - 2 * points[index] @ points.T  # (trials, n)
