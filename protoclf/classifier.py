@@ -107,7 +107,11 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         Rounds of joint training, projection and last layer.
     augmentation : None, "default" or callable, default="default"
         Random transform of uint8 images (3, S, S) in the joint stage, such as one of
-        torchvision.transforms.v2. Stages with the backbone frozen see images as they are.
+        torchvision.transforms.v2. Stages with the backbone frozen see images as they are, and
+        `augmented_views` of them.
+    augmented_views : int, default=0
+        Transforms of each training image that warm-up and last layer learn from too. They are
+        drawn once, and each costs one pass of the backbone.
     memory : None, path or joblib.Memory, default=None
         Folder in which the features of the backbone as given are kept, for other fits and for
         `predict`, in this process or another: a search then runs it once for each image. They are
@@ -200,6 +204,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         joint_epochs: int = 10,
         cycles: int = 1,
         augmentation: Any = "default",
+        augmented_views: int = 0,
         memory: Any = None,
         optimizer: Any = torch.optim.Adam,
         lr: float = 3e-3,
@@ -248,6 +253,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         self.joint_epochs = joint_epochs
         self.cycles = cycles
         self.augmentation = augmentation
+        self.augmented_views = augmented_views
         self.memory = memory
         self.backbone_lr = backbone_lr
         self.lr_schedule = lr_schedule

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -52,7 +54,31 @@ class FeatureDataset(Dataset):
         return inputs, self.y[index]
 
 
-def extract_features(net: SkorchProtoPNet, dataset: ImagePart) -> FeatureDataset:
+class FeatureViews(Dataset):
+    """Several `FeatureDataset` of the same images, one after the other.
+
+    Parameters
+    ----------
+    views : list of FeatureDataset
+    """
+
+    in_memory = True
+
+    def __init__(self, views: list[FeatureDataset]) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return sum(map(len, self.views))
+
+    def __getitems__(self, indices: ArrayLike) -> Batch:
+        """Return a whole batch, as each of them does; its images in the order of the views."""
+        view, index = np.divmod(np.asarray(indices), len(self.views[0]))
+        parts = [v.__getitems__(index[view == i]) for i, v in enumerate(self.views)]
+        inputs = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
+        return inputs, torch.cat([y for _, y in parts])
+
+
+def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset) -> FeatureDataset:
     """Run the backbone once over all images, in evaluation mode and without gradients."""
     rows, targets, weights, start = None, [], [], 0
     show = bool(net.verbose)
@@ -112,11 +138,23 @@ def _completed(net: SkorchProtoPNet, cache: FeatureCache, inputs: dict, n: int) 
 def _with_progress(net: SkorchProtoPNet, dataset: Dataset, progress: bool) -> Iterable[Batch]:
     batches = net.get_iterator(dataset, training=False)
     bar = tqdm(batches, "features", delay=2, leave=False, disable=not progress)
-    return bar if isinstance(dataset, FeatureDataset) else _read_ahead(bar)
+    return _read_ahead(bar) if _reads_files(dataset) else bar
+
+
+def _reads_files(dataset: Any) -> bool:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if isinstance(dataset, ImageDataset):
+        return dataset.pixels is None
+    return isinstance(dataset, CachedImages)
 
 
 def _read_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield batches while a thread reads the next one, whose decoding needs no interpreter."""
+    """Yield batches while a thread reads the next one.
+
+    For decoding, which needs neither the interpreter nor torch. A thread that computes with torch
+    has a pool of OpenMP threads of its own, which would compete with the backbone's.
+    """
     batches = iter(batches)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, batches, None)
@@ -142,6 +180,7 @@ class FitData:
         self.train_distance = torch.empty(0, 0)  # (N, m), once prototypes are projected
         self._train_features: FeatureDataset | None = None
         self._valid_features: FeatureDataset | None = None
+        self._view_features: list[FeatureDataset] | None = None
 
     @property
     def augmented_train_images(self) -> ImagePart | AugmentedDataset:
@@ -160,6 +199,22 @@ class FitData:
         return self._train_features
 
     @property
+    def view_features(self) -> list[FeatureDataset]:
+        """Features of the training images, transformed at random `augmented_views` times."""
+        if self._view_features is None:
+            augmented = self.augmented_train_images
+            count = 0 if augmented is self.train_images else self.net.augmented_views
+            self._view_features = [extract_features(self.net, augmented) for _ in range(count)]
+        return self._view_features
+
+    @property
+    def features_to_learn_from(self) -> Dataset:
+        """Those of the training images and of their transforms."""
+        if not self.view_features:
+            return self.train_features
+        return FeatureViews([self.train_features, *self.view_features])
+
+    @property
     def valid_features(self) -> FeatureDataset | None:
         """Features of the validation images under the backbone as it is now."""
         if self._valid_features is None and self.valid_images is not None:
@@ -168,4 +223,4 @@ class FitData:
 
     def forget_features(self) -> None:
         """Drop the features: the backbone has changed."""
-        self._train_features = self._valid_features = None
+        self._train_features = self._valid_features = self._view_features = None

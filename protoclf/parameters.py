@@ -93,6 +93,7 @@ RULES: dict[str, Rule] = {
     "warmup_epochs": _integer(0),
     "joint_epochs": _integer(0),
     "cycles": _integer(1),
+    "augmented_views": _integer(0),
     "lr": _non_negative(),
     "backbone_lr": _non_negative(),
     "lr_schedule": _one_of("cosine", "step", None),

@@ -42,6 +42,15 @@ class Activations:
     ) -> None:
         self.g, self.y, self.owner, self.n_classes, self.weight = g, y, owner, n_classes, weight
 
+    def with_views(self, views: list[Tensor]) -> Activations:
+        """Add activations (N, m) of the same images, transformed."""
+        if not views:
+            return self
+        times = len(views) + 1
+        weight = None if self.weight is None else self.weight.repeat(times)
+        g = torch.cat([self.g, *(view.to(self.g) for view in views)])
+        return Activations(g, self.y.repeat(times), self.owner, self.n_classes, weight)
+
     def take(self, index: np.ndarray) -> Activations:
         """Return the activations of some images."""
         rows = torch.from_numpy(index).to(self.g.device)

@@ -106,7 +106,7 @@ class Training:
         if on_images:
             net.backbone_trained_ = True
             data.forget_features()
-        train = data.augmented_train_images if on_images else data.train_features
+        train = data.augmented_train_images if on_images else data.features_to_learn_from
         valid = data.valid_images if on_images else data.valid_features
         batches = net.get_iterator(train, training=True)
         for epoch in range(self.epochs):
@@ -192,8 +192,9 @@ class LastLayer:
         module, train = net.module_, data.train_features
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
-            shown = self._shown(net, g, train)
             net.lambda_l1_ = self._penalty(net, g, train)
+            views = [module.activations(_distances(net, view)) for view in data.view_features]
+            shown = self._shown(net, g, train).with_views(views)
             (result,) = shown.solve([net.lambda_l1_])
             module.last_layer.weight.copy_(result.weight)
             if self.drop_unused:
@@ -303,12 +304,11 @@ def _take_patches(
         net.latents(features), sources, module.prototype_size
     ):
         module.prototypes[torch.from_numpy(index)] = patches
-        maps = [
-            module.similarity_maps(z[i : i + 1], slice(j, j + 1))[0]  # (1, H', W')
-            for i, j in zip(sample.tolist(), index.tolist(), strict=True)
-        ]
-        cells = covered_cells(torch.cat(maps), module.prototype_size)  # (k, H, W)
-        box[index] = activation_boxes(cells, net.image_size).cpu().numpy()
+        for i in np.unique(sample).tolist():
+            mine = index[sample == i]  # (k,), the prototypes of one image
+            maps = module.similarity_maps(z[i : i + 1], torch.from_numpy(mine))[0]  # (k, H', W')
+            cells = covered_cells(maps, module.prototype_size)  # (k, H, W)
+            box[mine] = activation_boxes(cells, net.image_size).cpu().numpy()
         width = z.shape[3] - module.prototype_size[1] + 1
     row, col = np.divmod(sources.cell, width)
     return {"image": sources.image, "row": row, "col": col, "box": box, "moved": sources.distance}

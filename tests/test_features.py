@@ -1,5 +1,7 @@
 """Features in place of images: the same batches, wherever they are kept."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from protoclf import ProtoPNetClassifier, storage
 from protoclf.features import FeatureDataset, FitData, extract_features
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
+from protoclf.last_layer import solve_last_layer
 
 
 @pytest.fixture
@@ -111,3 +114,47 @@ def test_a_fit_beyond_the_budget_is_the_same_fit(squares, monkeypatch, train_bac
     assert np.array_equal(mapped.coef_, expected.coef_)
     assert mapped.prototypes_.equals(expected.prototypes_)
     assert np.array_equal(mapped.predict_proba(squares[0]), expected.predict_proba(squares[0]))
+
+
+def test_views_are_drawn_once_and_learned_from(fitted, squares):
+    clf = copy.deepcopy(fitted).set_params(augmented_views=2, random_state=0)
+    data = FitData(clf, dataset_of(clf, squares, np.arange(24) / 24), None)
+    views = data.view_features
+    assert data.view_features is views
+    assert len(views) == 2
+    assert not torch.equal(views[0].features, views[1].features)
+    everything = data.features_to_learn_from
+    assert len(everything) == 3 * 24
+    inputs, y = everything.__getitems__([50, 3, 30])
+    expected = [data.train_features.features[3], views[0].features[6], views[1].features[2]]
+    assert torch.equal(inputs["features"], torch.stack(expected))
+    assert torch.equal(y, data.train_features.y[[3, 6, 2]])
+    assert inputs["sample_weight"].tolist() == pytest.approx([3 / 24, 6 / 24, 2 / 24])
+    data.forget_features()
+    assert data.view_features is not views
+
+
+def test_without_views_features_are_those_of_the_images(fitted, squares):
+    clf = copy.deepcopy(fitted).set_params(augmentation=None, augmented_views=2)
+    data = FitData(clf, dataset_of(clf, squares), None)
+    assert data.features_to_learn_from is data.train_features
+
+
+def test_a_fit_learns_from_views(squares):
+    X, y = squares
+    settings = {"image_size": 48, "prototypes_per_class": 2, "joint_epochs": 0, "verbose": 0}
+    settings |= {"random_state": 0, "lambda_l1": 1e-3, "augmentation": lambda image: 255 - image}
+    plain = ProtoPNetClassifier("small_cnn", **settings).fit(X, y)
+    clf = ProtoPNetClassifier("small_cnn", augmented_views=1, **settings).fit(X, y)
+    assert clf.prototypes_["source_index"].equals(plain.prototypes_["source_index"])
+    g = torch.from_numpy(np.concatenate([clf.transform(X), clf.transform(255 - X)])).double()
+    codes = np.searchsorted(clf.classes_, np.tile(y, 2))
+    expected = solve_last_layer(g, codes, clf.module_.owner, 1e-3)
+
+    def objective(weight):
+        logits = g @ torch.from_numpy(weight).double().T
+        entropy = torch.nn.functional.cross_entropy(logits, torch.from_numpy(codes))
+        return float(entropy + 1e-3 * np.abs(weight).sum())
+
+    assert objective(clf.coef_) == pytest.approx(expected.objective, abs=1e-3)
+    assert objective(plain.coef_) > expected.objective + 1e-2

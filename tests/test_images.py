@@ -197,3 +197,43 @@ def test_conflicting_labels(paths):
         conflicting_labels(images, pd.Series(list("abcdefg")))
     for word in ("1.png", "'b'", "position 1", "'g'", "position 6"):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF"])
+def test_sizes_are_those_of_the_upright_picture(tmp_path, picture, kind, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{kind.lower()}"
+    picture.save(path, kind, **({} if kind == "GIF" else {"exif": exif}))
+    images = Images([path])
+    assert images.size(0) == images.open(0).size
+
+
+def test_sizes_of_arrays_and_pictures(picture):
+    assert Images([picture]).size(0) == (60, 40)
+    assert Images(np.zeros((1, 5, 7, 3), np.uint8)).size(0) == (7, 5)
+    assert Images([np.zeros((4, 9), np.uint8)]).size(0) == (9, 4)
+
+
+def test_digests_tell_contents_apart(tmp_path, picture):
+    for name in ("a.png", "b.png"):
+        picture.save(tmp_path / name)
+    picture.rotate(90).save(tmp_path / "c.png")
+    images = Images([tmp_path / name for name in ("a.png", "b.png", "c.png")])
+    assert images.digest(0) == images.digest(1) != images.digest(2)
+    pixels = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3)
+    forms = [pixels, pixels.reshape(1, 4, 2, 3), pixels + 1, (pixels / 255).astype(np.float32)]
+    assert len({Images(form).digest(0) for form in forms}) == 4
+    palette = picture.convert("P")
+    other = palette.copy()
+    other.putpalette(palette.getpalette()[::-1])
+    pictures = Images([picture, picture.convert("L"), palette, other])
+    assert len({pictures.digest(i) for i in range(4)}) == 4
+
+
+def test_size_and_digest_name_a_file_that_is_gone(tmp_path):
+    images = Images([tmp_path / "gone.png"])
+    for question in (images.size, images.digest):
+        with pytest.raises(ImageError, match=r"position 0, .*gone\.png.*no such file"):
+            question(0)
