@@ -15,7 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight
 from skorch.utils import is_dataset
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
 from protoclf.augmentation import augmentation_of
@@ -23,7 +23,7 @@ from protoclf.decoding import check_files
 from protoclf.explanation import explain_batch, prototype_table, sheet_rows
 from protoclf.features import FitData, feature_batches
 from protoclf.geometry import Preprocessing
-from protoclf.image_dataset import ImageDataset
+from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import Images, conflicting_labels
 from protoclf.labels import encode, read_labels
 from protoclf.localization import upsample
@@ -385,7 +385,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         train, valid = self.get_split_datasets(X, y)
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
         if self.prototypes_per_class != "auto":
-            check_enough_images(counts, y[_positions(train)], self.classes_)
+            check_enough_images(counts, y[in_whole(train)[1]], self.classes_)
         data = FitData(self, train, valid)
         stages = schedule(self, first)
         for stage in stages:
@@ -405,9 +405,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
     def _keep_sources(self, train: Any) -> None:
         """Write the table of prototypes, with positions and pixels of the images that fit saw."""
-        dataset: Any = train.dataset if isinstance(train, Subset) else train
+        dataset, positions = in_whole(train)
         sources = dict(self.sources_)
-        sources["image"] = _positions(train)[sources["image"]]
+        sources["image"] = positions[sources["image"]]
         sizes = dataset.sizes(sources["image"])
         sources["box"] = dataset.preprocessing.to_original_pixels(sources["box"], sizes)
         self.prototypes_ = prototype_table(
@@ -668,13 +668,6 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         return BaseEstimator.__repr__(self, N_CHAR_MAX)
-
-
-def _positions(dataset: Any) -> np.ndarray:
-    """Positions in X of the images of a data set or of a subset of it."""
-    if isinstance(dataset, Subset):
-        return np.asarray(dataset.indices)
-    return np.arange(len(dataset))
 
 
 def _cuda_devices(device: Any) -> list[torch.device]:

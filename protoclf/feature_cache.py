@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset
 from protoclf.array_store import ArrayStore
 from protoclf.decoding import in_threads
 from protoclf.geometry import Preprocessing
-from protoclf.image_dataset import ImageDataset
+from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.network import ProtoPNet
 
 _FORMAT = "1"
@@ -48,9 +48,10 @@ class FeatureCache:
         stored = self.store.get(key)
         if stored is None:
             return None
-        half = stored.dtype == np.uint16  # bfloat16, which numpy does not have
-        features = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16) if half else None
-        features = torch.from_numpy(stored) if features is None else features
+        if stored.dtype == np.uint16:  # bfloat16, which numpy does not have
+            features = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+        else:
+            features = torch.from_numpy(stored)
         return features.permute(2, 0, 1)  # (C, h, w)
 
     def write(self, keys: list[str], features: Tensor) -> None:
@@ -80,7 +81,7 @@ class CachedImages(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[dict[str, Any], Tensor]:
         """Return a whole batch; only images without features are decoded."""
-        whole, index = _in_whole(self.dataset, indices)
+        whole, index = in_whole(self.dataset, indices)
         keys: list[str] = [""] * len(index)
         found: list[Tensor | None] = [None] * len(index)
 
@@ -98,15 +99,6 @@ class CachedImages(Dataset):
             "cached": [features for features in found if features is not None],
         }
         return inputs | others, y
-
-
-def _in_whole(dataset: Any, indices: list[int]) -> tuple[ImageDataset, np.ndarray]:
-    """Return the data set of all images, and where in it those of a subset are."""
-    index = np.asarray(indices)
-    while isinstance(dataset, Subset):
-        index = np.asarray(dataset.indices)[index]
-        dataset = dataset.dataset
-    return dataset, index
 
 
 def fingerprint(module: ProtoPNet, preprocessing: Preprocessing) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_of
 from protoclf.feature_cache import CachedImages, FeatureCache
-from protoclf.image_dataset import Batch, ImageDataset
+from protoclf.image_dataset import Batch, ImageDataset, in_whole
 from protoclf.net import SkorchProtoPNet
 from protoclf.storage import allocate
 
@@ -141,11 +140,9 @@ def _with_progress(net: SkorchProtoPNet, dataset: Dataset, progress: bool) -> It
     return _read_ahead(bar) if _reads_files(dataset) else bar
 
 
-def _reads_files(dataset: Any) -> bool:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    if isinstance(dataset, ImageDataset):
-        return dataset.pixels is None
+def _reads_files(dataset: Dataset) -> bool:
+    if isinstance(dataset, ImagePart):
+        return in_whole(dataset)[0].pixels is None
     return isinstance(dataset, CachedImages)
 
 

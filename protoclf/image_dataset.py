@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from protoclf.decoding import decode
 from protoclf.geometry import Preprocessing
@@ -107,6 +107,18 @@ class ImageDataset(Dataset):
     def collate(batch: Any) -> Any:
         """Pass a batch of `__getitems__` on as it is; stack a list of single items."""
         return default_collate(batch) if isinstance(batch, list) else batch
+
+
+def in_whole(dataset: Any, indices: ArrayLike | None = None) -> tuple[ImageDataset, np.ndarray]:
+    """Return the data set of all images, and where in it those of a subset are.
+
+    `indices` are places in the subset; all by default.
+    """
+    index = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    while isinstance(dataset, Subset):
+        index = np.asarray(dataset.indices)[index]
+        dataset = dataset.dataset
+    return dataset, index
 
 
 def _column(name: str, values: ArrayLike, n: int, dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from protoclf import ProtoPNetClassifier
+from protoclf.network import ProtoPNet
 
 settings.register_profile("ci", derandomize=True)  # the same examples in every run
 if os.environ.get("CI"):
@@ -60,3 +61,17 @@ def fitted(squares):
         verbose=0,
     )
     return clf.fit(*squares)
+
+
+@pytest.fixture
+def backbone_images(monkeypatch):
+    """Sizes of the batches of images that pass a ProtoPNet's backbone."""
+    seen = []
+    features = ProtoPNet.features
+
+    def counted(self, images):
+        seen.append(len(images))
+        return features(self, images)
+
+    monkeypatch.setattr(ProtoPNet, "features", counted)
+    return seen

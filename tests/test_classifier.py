@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import Subset
 
 from protoclf import ImageError, ProtoPNetClassifier
-from protoclf.network import ProtoPNet
 
 NAMES = np.array(["wren", "auk", "owl"])  # not sorted
 SHAPE = 40, 48  # height and width of the pictures
@@ -89,20 +88,6 @@ def photos(tmp_path_factory):
     for path, image in zip(paths, X, strict=True):
         PIL.Image.fromarray(image).save(path)
     return [str(path) for path in paths]
-
-
-@pytest.fixture
-def backbone_images(monkeypatch):
-    """Sizes of the batches of images that pass a ProtoPNet's backbone."""
-    seen = []
-    features = ProtoPNet.features
-
-    def counted(self, images):
-        seen.append(len(images))
-        return features(self, images)
-
-    monkeypatch.setattr(ProtoPNet, "features", counted)
-    return seen
 
 
 def assert_same_model(one, other):

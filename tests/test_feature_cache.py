@@ -27,20 +27,6 @@ def files(tmp_path, squares):
     return np.array(paths, dtype=object), y
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """The number of images that went through the backbone."""
-    seen = []
-    features = ProtoPNet.features
-
-    def count(self, images):
-        seen.append(len(images))
-        return features(self, images)
-
-    monkeypatch.setattr(ProtoPNet, "features", count)
-    return seen
-
-
 def backbone():
     torch.manual_seed(3)
     return SmallCNN(16)
@@ -62,48 +48,48 @@ def test_results_are_those_without_memory(files, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["path", "joblib"])
-def test_the_backbone_sees_each_image_once(files, tmp_path, counted, kind):
+def test_the_backbone_sees_each_image_once(files, tmp_path, backbone_images, kind):
     X, y = files
     folder = tmp_path / "m"
     memory = folder if kind == "path" else joblib.Memory(folder, verbose=0)
     clf = frozen(memory).fit(X[:16], y[:16])
-    assert sum(counted) == 16
+    assert sum(backbone_images) == 16
     clf.predict(X)
-    assert sum(counted) == len(X)  # and the other half once
+    assert sum(backbone_images) == len(X)  # and the other half once
     grid = {"lambda_l1": [1e-3, 1e-2], "prototypes_per_class": [1, 2]}
     GridSearchCV(clone(clf), grid, cv=2).fit(X, y).predict(X)
-    assert sum(counted) == len(X)
+    assert sum(backbone_images) == len(X)
     clf.explain(X)
     clf.similarity_maps(X)
     clf.transform(X)
-    assert sum(counted) == len(X)
+    assert sum(backbone_images) == len(X)
 
 
-def test_a_file_that_changes_is_seen_anew(files, tmp_path, counted):
+def test_a_file_that_changes_is_seen_anew(files, tmp_path, backbone_images):
     X, y = files
     clf = frozen(tmp_path / "m").fit(X, y)
     before = clf.decision_function(X)
     shutil.copy(X[0], tmp_path / "kept.png")
     shutil.copy(X[1], X[0])  # another picture under the same name
     after = clf.decision_function(X)
-    assert sum(counted) == len(X)  # its contents are known, under the other name
+    assert sum(backbone_images) == len(X)  # its contents are known, under the other name
     np.testing.assert_array_equal(after[0], before[1])
     PIL.Image.fromarray(np.full((40, 60, 3), 9, np.uint8)).save(X[0])
     assert not np.array_equal(clf.decision_function(X)[0], before[1])
-    assert sum(counted) == len(X) + 1
+    assert sum(backbone_images) == len(X) + 1
 
 
-def test_arrays_and_pictures_are_known_by_their_pixels(squares, tmp_path, counted):
+def test_arrays_and_pictures_are_known_by_their_pixels(squares, tmp_path, backbone_images):
     X, y = squares
     clf = frozen(tmp_path / "m").fit(X, y)
     clf.predict(X.copy())
-    assert sum(counted) == len(X)
+    assert sum(backbone_images) == len(X)
     clf.predict(255 - X)
     clf.predict([PIL.Image.fromarray(pixels) for pixels in X])  # another form, another key
-    assert sum(counted) == 3 * len(X)
+    assert sum(backbone_images) == 3 * len(X)
 
 
-def test_a_trained_backbone_keeps_nothing(files, tmp_path, counted):
+def test_a_trained_backbone_keeps_nothing(files, tmp_path, backbone_images):
     X, y = files
     clf = frozen(tmp_path / "m", train_backbone=True, joint_epochs=1).fit(X, y)
     kept = len(list((tmp_path / "m").rglob("*.npy")))
@@ -112,7 +98,7 @@ def test_a_trained_backbone_keeps_nothing(files, tmp_path, counted):
     assert len(list((tmp_path / "m").rglob("*.npy"))) == kept
 
 
-def test_damage_costs_time_alone(files, tmp_path, counted):
+def test_damage_costs_time_alone(files, tmp_path, backbone_images):
     X, y = files
     clf = frozen(tmp_path / "m").fit(X, y)
     expected = clf.decision_function(X)
@@ -120,7 +106,7 @@ def test_damage_costs_time_alone(files, tmp_path, counted):
         if i % 2:
             file.write_bytes(b"")
     np.testing.assert_allclose(clf.decision_function(X), expected, atol=1e-4)
-    assert sum(counted) == len(X) + len(X) // 2
+    assert sum(backbone_images) == len(X) + len(X) // 2
 
 
 def test_bfloat16_features_are_kept_as_they_are(files, tmp_path):

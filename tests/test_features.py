@@ -85,7 +85,8 @@ def test_features_are_computed_once_until_they_are_forgotten(fitted, squares):
 
 def test_features_beyond_the_budget_are_mapped_to_a_file(fitted, squares, mapped, monkeypatch):
     features = extract_features(fitted, dataset_of(fitted, squares)).features
-    assert mapped == [(24, 3, 48, 48), (24, 6, 6, 512)]  # the images, and their features, in bytes
+    channels = 128 * features.element_size()  # in bytes, as are the images
+    assert mapped == [(24, 3, 48, 48), (24, 6, 6, channels)]
     monkeypatch.undo()
     kept = extract_features(fitted, dataset_of(fitted, squares)).features
     assert len(mapped) == 2

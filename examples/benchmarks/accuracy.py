@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+from black_box import train_network
 from photos import backbone_of, photos
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -133,17 +134,11 @@ def cnn(args, train, held_out, seed):
     net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), head)
     groups = [{"params": backbone.parameters(), "lr": 1e-4}, {"params": head.parameters()}]
     optimizer = torch.optim.Adam(groups, lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.fine_tune)
-    for _ in range(args.fine_tune):
-        net.train()
-        for index in torch.randperm(len(y)).split(32):
-            loss = nn.functional.cross_entropy(
-                net(prepare(augment_mildly(pixels[index]))), y[index]
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
+
+    def augmented(index):
+        return prepare(augment_mildly(pixels[index]))
+
+    train_network(net, optimizer, args.fine_tune, y, augmented)
     seconds = time.perf_counter() - start
     pixels, _ = decode(Images(list(held_out[0])), Preprocessing(args.image_size))
     with torch.no_grad():

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import torch
+from black_box import train_network
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
@@ -77,16 +78,8 @@ def cnn(args, train, test, seed):
     y = torch.from_numpy(train[1])
     net = nn.Sequential(SmallCNN(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     start = time.perf_counter()
-    for _ in range(args.epochs):
-        net.train()
-        for index in torch.randperm(len(y)).split(32):
-            loss = nn.functional.cross_entropy(net(pixels[index]), y[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
+    train_network(net, optimizer, args.epochs, y, lambda index: pixels[index])
     seconds = time.perf_counter() - start
     with torch.no_grad():
         right = net.eval()(test_pixels).argmax(1).numpy() == test[1]
