@@ -14,6 +14,7 @@ from torch import Tensor
 from protoclf.network import ProtoPNet
 
 _BLOCK = 2**22  # pixels of upsampled maps at a time
+_SAMPLING = 13  # pixels; prime, so that a sample meets all columns of a map
 _ROUNDING = 1e-5  # of a map's range: closer pixels are equal, as are those of a patch's cells
 
 
@@ -105,7 +106,21 @@ def _order_statistic(values: Tensor, rank: int) -> Tensor:
     """Return the value of each row that has `rank` others below it."""
     if values.device.type != "cpu":
         return values.kthvalue(rank + 1, dim=1).values
-    return torch.from_numpy(np.partition(values.numpy(), rank, axis=1)[:, rank])  # faster there
+    return torch.tensor([_select(row, rank) for row in values.numpy()], dtype=values.dtype)
+
+
+def _select(values: np.ndarray, rank: int) -> float:
+    """Return the value that has `rank` others below it.
+
+    A sample tells what to leave out, so that far fewer values are partitioned.
+    """
+    n_above = len(values) - rank  # itself included
+    sample = values[::_SAMPLING]
+    bound = max(0, len(sample) - 2 * len(sample) * n_above // len(values) - 2)
+    high = values[values > np.partition(sample, bound)[bound]]
+    if len(high) < n_above:  # a sample that misled, or many equal values
+        return np.partition(values, rank)[rank]
+    return np.partition(high, len(high) - n_above)[len(high) - n_above]
 
 
 def _extent(marked: Tensor) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,7 @@ class ProtoPNet(nn.Module):
 
         `index` picks prototypes; all by default.
         """
-        return self.activations(distance_maps(z, self.scaled_prototypes()[index]))
+        return self.activations(distance_maps(z, self.scaled(self.prototypes[index])))
 
     def scaled_prototypes(self) -> Tensor:
         """Return the prototypes (m, D, H1, W1) as latents are compared with them."""
