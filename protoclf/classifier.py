@@ -18,9 +18,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
+from protoclf.attribution import gradient_boxes
 from protoclf.augmentation import augmentation_of
 from protoclf.decoding import check_files
-from protoclf.explanation import explain_batch, prototype_table, sheet_rows
+from protoclf.explanation import (
+    BOX,
+    explain_batch,
+    prototype_table,
+    receptive_fields,
+    sheet_rows,
+)
 from protoclf.features import FitData, feature_batches
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
@@ -31,8 +38,10 @@ from protoclf.losses import ProtoPNetLoss
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import (
+    EXPLAIN_RULES,
     check_enough_images,
     check_parameters,
+    check_rules,
     prototype_counts,
     refuse_unknown,
     with_skorch_parameters,
@@ -468,7 +477,13 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         return np.asarray(names, dtype=object)
 
     def explain(
-        self, X: Any, classes: str | ArrayLike = "predicted", top: int | None = None
+        self,
+        X: Any,
+        classes: str | ArrayLike = "predicted",
+        top: int | None = None,
+        *,
+        attribution: str = "upsampled",
+        percentile: float = 95,
     ) -> pd.DataFrame:
         """Return the scoring sheet: why each image got its logits.
 
@@ -481,6 +496,12 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         top : int or None, default=None
             Keep the highest contributions of each class; the others are summed up in one row
             whose `source` is "(rest)" and which has no prototype.
+        attribution : {"upsampled", "gradient"}, default="upsampled"
+            How boxes are found: from the similarity map upsampled to the image, as in the paper,
+            or from the gradient of the similarity with respect to the pixels, which takes as long
+            as about 20 predictions for each row of the sheet.
+        percentile : float, default=95
+            Boxes are drawn around what is at least this percentile of its map (95 in the paper).
 
         Returns
         -------
@@ -494,30 +515,38 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
               of a sample and class sum to its logit, float32 rounding aside
             - row, col : the most similar latent cell (of a larger patch, the upper left one)
             - x0, y0, x1, y1 : box of the high activation, in pixels of the original image
+            - rf_x0, rf_y0, rf_x1, rf_y1 : receptive field of that cell, all pixels that it can
+              see, in pixels of the original image
             - source, source_index, source_class, source_x0 ... source_y1 : the training image
               that the prototype is a part of, and its box there, in pixels of that image
         """
         table = self._fitted().prototypes_
         chosen = self._class_indices(classes)
-        if top is not None and (not isinstance(top, (int, np.integer)) or top < 1):
-            raise ValueError(f"top must be an int >= 1, or None; got {top!r}.")
+        given = {"top": top, "attribution": attribution, "percentile": percentile}
+        check_rules(given, EXPLAIN_RULES)
         dataset = ImageDataset(Images(X), self.preprocessing_)
         self.prepare_processor()
         sheets, first = [], 0
         for inputs, y in feature_batches(self, dataset):
             batch = explain_batch(
-                self.module_, inputs["features"], chosen, self.preprocessing_.image_size
+                *(self.module_, inputs["features"], chosen),
+                *(self.preprocessing_.image_size, percentile),
             )
+            fields = receptive_fields(self.geometry_, batch, self.module_.prototype_size)
             paths = dataset.images.paths
             paths = None if paths is None else paths[first : first + len(y)]
             sizes = dataset.sizes(range(first, first + len(y)))
             sheets.append(
                 sheet_rows(
-                    batch, first, paths, sizes, dataset.preprocessing, self.classes_, table, top
+                    *(batch, first, paths, sizes, dataset.preprocessing, fields),
+                    *(self.classes_, table, top),
                 )
             )
             first += len(y)
-        return pd.concat(sheets, ignore_index=True)
+        sheet = pd.concat(sheets, ignore_index=True)
+        if attribution == "gradient":
+            sheet[BOX] = gradient_boxes(self, dataset, sheet, percentile)
+        return sheet
 
     def last_layer_path(
         self,

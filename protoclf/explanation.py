@@ -16,13 +16,16 @@ from torch import Tensor
 from protoclf.geometry import Preprocessing
 from protoclf.localization import pair_boxes
 from protoclf.network import ProtoPNet
+from protoclf.receptive_field import BackboneGeometry
 
 BOX = ["x0", "y0", "x1", "y1"]
+FIELD = [f"rf_{side}" for side in BOX]
+SOURCE_BOX = [f"source_{side}" for side in BOX]
 SHEET_COLUMNS = [
     *("sample", "path", "class", "is_predicted", "logit", "probability"),
     *("rank", "prototype", "prototype_class", "similarity", "weight", "contribution"),
-    *("row", "col", *BOX),
-    *("source", "source_index", "source_class", *(f"source_{name}" for name in BOX)),
+    *("row", "col", *BOX, *FIELD),
+    *("source", "source_index", "source_class", *SOURCE_BOX),
 ]
 REST = "(rest)"
 
@@ -45,7 +48,11 @@ class BatchExplanation(NamedTuple):
 
 @torch.no_grad()
 def explain_batch(
-    module: ProtoPNet, features: Tensor, classes: str | list[int], image_size: int
+    module: ProtoPNet,
+    features: Tensor,
+    classes: str | list[int],
+    image_size: int,
+    percentile: float,
 ) -> BatchExplanation:
     """Explain images by their features (n, C, H, W); boxes are in pixels of the model input.
 
@@ -57,7 +64,7 @@ def explain_batch(
     chosen = _chosen_classes(logits, classes)  # (n, c)
     sample, slot, prototype = torch.nonzero(g[:, None] * weight[chosen], as_tuple=True)
     class_index = chosen[sample, slot]
-    boxes = pair_boxes(module, z, sample, prototype, image_size)
+    boxes = pair_boxes(module, z, sample, prototype, image_size, percentile)
     row, col = _row_col(cell[sample, prototype], z.shape[3] - module.prototypes.shape[3] + 1)
     probability = logits.softmax(1)
     values = (
@@ -89,12 +96,17 @@ def sheet_rows(
     paths: list[str] | None,
     sizes: np.ndarray,
     preprocessing: Preprocessing,
+    fields: np.ndarray,
     class_names: np.ndarray,
     prototypes: pd.DataFrame,
     top: int | None,
 ) -> pd.DataFrame:
-    """Return the scoring sheet of a batch, whose first sample is number `first` of X."""
+    """Return the scoring sheet of a batch, whose first sample is number `first` of X.
+
+    `fields` (k, 4) are the receptive fields of its rows, in pixels of the model input.
+    """
     boxes = preprocessing.to_original_pixels(batch.box, sizes[batch.sample])
+    fields = preprocessing.to_original_pixels(fields, sizes[batch.sample])
     similarity, weight = batch.similarity.astype(float), batch.weight.astype(float)
     sheet = pd.DataFrame(
         {
@@ -109,7 +121,8 @@ def sheet_rows(
             "contribution": similarity * weight,
             "row": batch.row,
             "col": batch.col,
-            **{name: boxes[:, i] for i, name in enumerate(BOX)},
+            **dict(zip(BOX, boxes.T, strict=True)),
+            **dict(zip(FIELD, fields.T, strict=True)),
         }
     )
     sheet["path"] = None if paths is None else np.asarray(paths, dtype=object)[batch.sample]
@@ -118,9 +131,15 @@ def sheet_rows(
     sheet["source"] = owners["source"].to_numpy()
     sheet["source_index"] = owners["source_index"].to_numpy()
     sheet["source_class"] = owners["class"].to_numpy()
-    for name in BOX:
-        sheet[f"source_{name}"] = owners[name].to_numpy()
+    sheet[SOURCE_BOX] = owners[BOX].to_numpy()
     return _ranked(sheet, batch, top)[SHEET_COLUMNS]
+
+
+def receptive_fields(
+    geometry: BackboneGeometry, batch: BatchExplanation, prototype_size: tuple[int, int]
+) -> np.ndarray:
+    """Return the pixels of the model input that each match of a batch sees, boxes (k, 4)."""
+    return np.stack(geometry.cell_box(batch.row, batch.col, *prototype_size), axis=1)
 
 
 def _ranked(sheet: pd.DataFrame, batch: BatchExplanation, top: int | None) -> pd.DataFrame:
@@ -144,7 +163,8 @@ def _truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
     about_class = ["sample", "path", "class", "is_predicted", "logit", "probability"]
     about_match = sheet.columns.difference([*about_class, "rank", "contribution"])
     integers = sheet[about_match].select_dtypes("integer").columns
-    sheet = sheet.astype(dict.fromkeys(integers, "Int64"))
+    flags = sheet[about_match].select_dtypes("bool").columns  # classes that are True and False
+    sheet = sheet.astype(dict.fromkeys(integers, "Int64") | dict.fromkeys(flags, "boolean"))
     sheet[about_match] = sheet[about_match].mask(rest)
     sheet.loc[rest, "source"] = REST
     return sheet

@@ -19,21 +19,34 @@ _ROUNDING = 1e-5  # of a map's range: closer pixels are equal, as are those of a
 
 
 def pair_boxes(
-    module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor, image_size: int
+    module: ProtoPNet,
+    z: Tensor,
+    sample: Tensor,
+    prototype: Tensor,
+    image_size: int,
+    percentile: float,
 ) -> Tensor:
     """Boxes (k, 4), in pixels of the model input, of k pairs of a sample and a prototype."""
     m = len(module.prototypes)
     pairs, inverse = torch.unique(sample * m + prototype, return_inverse=True)
-    counts = torch.bincount(pairs // m, minlength=len(z)).tolist()
+    if not len(pairs):
+        return z.new_zeros(0, 4)
+    cells = pair_maps(module, z, pairs // m, pairs % m)
+    return activation_boxes(cells, image_size, percentile)[inverse]
+
+
+def pair_maps(module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor) -> Tensor:
+    """Similarity of each cell, (k, H, W), for k pairs of a sample and a prototype.
+
+    Pairs are sorted by sample.
+    """
+    counts = torch.bincount(sample, minlength=len(z)).tolist()
     maps = [
         module.similarity_maps(z[i : i + 1], index)[0]  # (k_i, H', W')
-        for i, index in enumerate((pairs % m).split(counts))
+        for i, index in enumerate(prototype.split(counts))
         if len(index)
     ]
-    if not maps:
-        return z.new_zeros(0, 4)
-    cells = covered_cells(torch.cat(maps), module.prototype_size)  # (k, H, W)
-    return activation_boxes(cells, image_size)[inverse]
+    return covered_cells(torch.cat(maps), module.prototype_size)
 
 
 def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -25,7 +25,7 @@ from protoclf.last_layer import LastLayerResult
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet, PrototypeSpec
 from protoclf.parameters import NOT_OURS, normalization, prototype_counts, refuse_unknown
-from protoclf.receptive_field import measure
+from protoclf.receptive_field import BackboneGeometry, measure
 
 _NETWORK_INPUTS = ("images", "features")
 _STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
@@ -39,6 +39,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     optimizer_: torch.optim.Optimizer
     seed_: int
     preprocessing_: Preprocessing
+    geometry_: BackboneGeometry
     backbone_trained_: bool
     channels_last_: bool
     sources_: dict[str, np.ndarray]
@@ -50,7 +51,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     def initialize_module(self):
         """Build the network (called by skorch)."""
         backbone = build_backbone(self.backbone, self.weights)
-        geometry = measure(backbone, self.image_size)
+        self.geometry_ = geometry = measure(backbone, self.image_size)
         cells = (geometry.height, geometry.width)
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
         spec = PrototypeSpec(

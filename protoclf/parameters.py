@@ -67,6 +67,10 @@ def _is_count(value: Any) -> bool:
     return all(map(holds, counts))
 
 
+def _is_percentile(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) < 100
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, (bool, np.bool_))
 
@@ -103,11 +107,26 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_parameters(params: Mapping[str, Any]) -> None:
+EXPLAIN_RULES: dict[str, Rule] = {
+    "top": _optional(_integer(1)),
+    "attribution": _one_of("upsampled", "gradient"),
+    "percentile": (_is_percentile, "a number >= 0 and < 100"),
+}
+
+
+NEAREST_RULES: dict[str, Rule] = {"k": _integer(1), "percentile": EXPLAIN_RULES["percentile"]}
+
+
+def check_rules(params: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     """Raise ValueError that names the parameter, what is allowed and what was given."""
-    for name, (holds, allowed) in RULES.items():
+    for name, (holds, allowed) in rules.items():
         if not holds(params[name]):
             raise ValueError(f"{name} must be {allowed}; got {params[name]!r}.")
+
+
+def check_parameters(params: Mapping[str, Any]) -> None:
+    """Raise ValueError where a parameter of the classifier cannot be used."""
+    check_rules(params, RULES)
     auto, start = params["prototypes_per_class"] == "auto", params["prototype_init"]
     if auto and start != "selected":
         raise ValueError(

@@ -119,8 +119,8 @@ def test_pair_boxes_are_those_of_each_pairs_own_map(size):
     z = net.latents(torch.rand(3, 3, 6, 6))
     sample = torch.tensor([2, 0, 0, 2, 2, 0])  # none of the second, and one pair twice
     prototype = torch.tensor([1, 3, 0, 0, 1, 2])
-    boxes = pair_boxes(net, z, sample, prototype, 50)
+    boxes = pair_boxes(net, z, sample, prototype, 50, 95)
     for i, j, box in zip(sample, prototype, boxes, strict=True):
         cells = covered_cells(net.similarity_maps(z)[i, j][None], size)
         assert torch.equal(box, activation_boxes(cells, 50)[0])
-    assert pair_boxes(net, z, sample[:0], prototype[:0], 50).shape == (0, 4)
+    assert pair_boxes(net, z, sample[:0], prototype[:0], 50, 95).shape == (0, 4)

@@ -1,0 +1,149 @@
+"""How interpretable a fitted classifier is, as numbers.
+
+Each function takes a fitted classifier and images, and returns a table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclf.explanation import BOX
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
+
+DELETION_COLUMNS = [
+    *("area", "similarity_drop", "control_similarity_drop", "logit_drop", "control_logit_drop")
+]
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+
+def deletion_score(
+    clf: ProtoPNetClassifier,
+    X: Any,
+    *,
+    attribution: str = "upsampled",
+    percentile: float = 95,
+    top: int = 3,
+    n_controls: int = 4,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Cover the boxes of the scoring sheets, and see whether that takes the evidence away.
+
+    A box is faithful if covering it lowers the similarity of its prototype, and the logit, more
+    than covering a region of the same size elsewhere does.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    X : images
+        As in its `fit`.
+    attribution, percentile
+        How boxes are found: as in `ProtoPNetClassifier.explain`.
+    top : int, default=3
+        Boxes to cover for each image: those of the highest contributions to the predicted class.
+    n_controls : int, default=4
+        Random places for each box.
+    random_state : int, default=0
+
+    Returns
+    -------
+    DataFrame
+        One row for each covered box:
+
+        - sample, path, class, prototype, similarity, weight, contribution : from the sheet
+        - area : share of the model's input that the box covers
+        - similarity_drop, control_similarity_drop : how far the prototype's similarity to the
+          image falls when the box is covered, and on average over the random places
+        - logit_drop, control_logit_drop : the same of the predicted class's logit
+
+        The means of ``similarity_drop - control_similarity_drop`` and of ``logit_drop -
+        control_logit_drop`` are the scores: above 0 is better than chance, in units of the
+        similarity and of the logit.
+
+    Notes
+    -----
+    Boxes are covered in the model's input, with the mean colour of the image. A box that fills
+    the input leaves no other place: its scores are 0.
+    """
+    table = clf.explain(X, top=top, attribution=attribution, percentile=percentile)
+    table = table[table["prototype"].notna() & (table["weight"] > 0)].reset_index(drop=True)
+    dataset = ImageDataset(Images(X), clf.preprocessing_)
+    classes = {label: i for i, label in enumerate(clf.classes_.tolist())}
+    rng = np.random.default_rng(random_state)
+    drops = np.zeros((len(table), len(DELETION_COLUMNS)))
+    samples = table.groupby("sample")
+    bar: Any = tqdm(samples, "covering", delay=2, leave=False, disable=not clf.verbose)
+    for i, rows in bar:
+        image = dataset.__getitems__([i])[0]["images"][0]  # (3, S, S)
+        boxes = clf.preprocessing_.to_input(rows[BOX].to_numpy(float), dataset.sizes([i]))
+        boxes = boxes.round().astype(int).clip(0, clf.preprocessing_.image_size)
+        c, prototypes = classes[rows["class"].iloc[0]], rows["prototype"].to_numpy(int)
+        drops[rows.index] = _drops(clf, image, boxes, c, prototypes, n_controls, rng)
+    about = ["sample", "path", "class", "prototype", "similarity", "weight", "contribution"]
+    return table[about].assign(**dict(zip(DELETION_COLUMNS, drops.T, strict=True)))
+
+
+def cover(image: Tensor, masks: Tensor) -> Tensor:
+    """Return copies (k, 3, S, S) of an image (3, S, S), each with a mask in its mean colour.
+
+    `masks` (k, S, S) are bool.
+    """
+    mean = image.float().mean((1, 2)).round().to(image.dtype)  # (3,)
+    return torch.where(masks[:, None], mean[:, None, None], image)
+
+
+def _drops(
+    clf: ProtoPNetClassifier,
+    image: Tensor,
+    boxes: np.ndarray,
+    c: int,
+    prototypes: np.ndarray,
+    n_controls: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Return the values of `DELETION_COLUMNS` (k, 5) for k boxes of one image and class c."""
+    side, k = image.shape[1], len(boxes)
+    all_boxes = np.concatenate([boxes[:, None], _elsewhere(boxes, side, n_controls, rng)], 1)
+    masks = torch.from_numpy(_masks(all_boxes.reshape(-1, 4), side))
+    logit, g = _scores(clf, torch.cat([image[None], cover(image, masks)]), c)
+    logit_drop = logit[0] - logit[1:].reshape(k, -1)  # (k, 1 + n)
+    g_drop = (g[0] - g[1:]).reshape(k, -1, g.shape[1])[np.arange(k), :, prototypes]  # (k, 1 + n)
+    values = [(boxes[:, 2:] - boxes[:, :2]).prod(1) / side**2]
+    for drop in (g_drop, logit_drop):
+        values += [drop[:, 0], drop[:, 1:].mean(1)]
+    return np.stack(values, axis=1)
+
+
+def _elsewhere(boxes: np.ndarray, side: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Return boxes (k, n, 4) of the same sizes as (k, 4), at random places inside the image."""
+    size = (boxes[:, 2:] - boxes[:, :2])[:, None]  # (k, 1, 2)
+    start = rng.integers(0, side - size + 1, (len(boxes), n, 2))
+    return np.concatenate([start, start + size], axis=2)
+
+
+def _masks(boxes: np.ndarray, side: int) -> np.ndarray:
+    """Return masks (k, S, S) of half-open boxes (k, 4)."""
+    at = np.arange(side)
+    x0, y0, x1, y1 = boxes.T[..., None]  # (k, 1) each
+    columns, rows = (at >= x0) & (at < x1), (at >= y0) & (at < y1)  # (k, S)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+@torch.no_grad()
+def _scores(clf: ProtoPNetClassifier, images: Tensor, c: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits of class c (k,) and the similarities (k, m) of images (k, 3, S, S)."""
+    logits, similarities = [], []
+    for batch in images.split(clf.batch_size):
+        out, distance, _ = clf.module_(batch.to(clf.device))
+        logits.append(out[:, c].cpu())
+        similarities.append(clf.module_.activations(distance).cpu())
+    return torch.cat(logits).numpy(), torch.cat(similarities).numpy()

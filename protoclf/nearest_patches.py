@@ -1,0 +1,145 @@
+"""The patches of any images that are nearest to each prototype.
+
+Chen et al., NeurIPS 2019, section 2.4 ("global analysis") and supplement (pruning).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+
+from protoclf.explanation import BOX
+from protoclf.features import feature_batches
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
+from protoclf.labels import read_labels
+from protoclf.localization import activation_boxes, pair_maps
+from protoclf.parameters import NEAREST_RULES, check_rules
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+
+@torch.no_grad()
+def nearest_patches(
+    clf: ProtoPNetClassifier,
+    X: Any,
+    k: int = 10,
+    y: ArrayLike | None = None,
+    *,
+    percentile: float = 95,
+) -> pd.DataFrame:
+    """Return, for each prototype, the k images that it is found in most clearly, and where.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    X : images
+        As in its `fit`: the training images, or any others.
+    k : int, default=10
+        Images for each prototype, each with its most similar patch; fewer where X holds fewer.
+    y : array-like of shape (n,), optional
+        Labels of the images, for the column `label`.
+    percentile : float, default=95
+        As in `ProtoPNetClassifier.explain`.
+
+    Returns
+    -------
+    DataFrame
+        One row for each prototype and rank:
+
+        - prototype, class : the prototype and the class that owns it
+        - rank : 1 is the most similar; of equally similar ones the first image
+        - sample, path : position in X, and the path where X holds paths
+        - label : of the image, where y is given; otherwise missing
+        - similarity : g_j
+        - row, col : the latent cell (of a larger patch, the upper left one)
+        - x0, y0, x1, y1 : box of the high activation, in pixels of the original image
+
+    Notes
+    -----
+    Images stream through the network in one pass: memory grows with prototypes x k, not with the
+    number of images.
+    """
+    check_rules({"k": k, "percentile": percentile}, NEAREST_RULES)
+    owners = clf.prototypes_
+    images = Images(X)
+    labels = None if y is None else read_labels(y, len(images))
+    dataset = ImageDataset(images, clf.preprocessing_)
+    clf.prepare_processor()
+    module, best, first = clf.module_, None, 0
+    for inputs, batch in feature_batches(clf, dataset, progress=bool(clf.verbose)):
+        z = module.latents(inputs["features"])
+        best = _merged(best, _best_of_batch(module, z, first, k), k)
+        first += len(batch)
+    assert best is not None, "X has at least one image"
+    similarity, sample, cell, maps = best  # (m, k), (m, k), (m, k), (m, k, H, W)
+    m, k = similarity.shape
+    shown = sample.flatten().cpu().numpy()
+    on_input = activation_boxes(maps.flatten(0, 1), dataset.preprocessing.image_size, percentile)
+    boxes = dataset.preprocessing.to_original_pixels(on_input.cpu().numpy(), dataset.sizes(shown))
+    row, col = np.divmod(cell.flatten().cpu().numpy(), maps.shape[3] - module.prototype_size[1] + 1)
+    prototype = np.repeat(np.arange(m), k)
+    return pd.DataFrame(
+        {
+            "prototype": prototype,
+            "class": owners["class"].to_numpy()[prototype],
+            "rank": np.tile(np.arange(1, k + 1), m),
+            "sample": shown,
+            "path": None if images.paths is None else np.asarray(images.paths, object)[shown],
+            "label": None if labels is None else labels[shown],
+            "similarity": similarity.flatten().cpu().numpy().astype(float),
+            "row": row,
+            "col": col,
+            **dict(zip(BOX, boxes.T, strict=True)),
+        }
+    )
+
+
+def purity(table: pd.DataFrame) -> pd.Series:
+    """Return the share of each prototype's nearest images that are of its own class.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `nearest_patches`, with y given.
+
+    Returns
+    -------
+    Series
+        By prototype, between 0 and 1.
+    """
+    if table["label"].isna().any():
+        raise ValueError("purity needs labels: call nearest_patches with y.")
+    own = table["label"] == table["class"]
+    return own.groupby(table["prototype"]).mean().rename("purity")
+
+
+Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Similarities, samples and cells (m, k) of the most similar patches, and maps (m, k, H, W)."""
+
+
+def _best_of_batch(module: Any, z: torch.Tensor, first: int, k: int) -> Best:
+    _, distance, cell = module.compare(z)  # (n, m)
+    order = distance.argsort(dim=0, stable=True)[:k].T  # (m, k)
+    sample, prototype = order.flatten(), torch.arange(len(order)).repeat_interleave(order.shape[1])
+    prototype = prototype.to(sample.device)
+    by_sample = sample.argsort(stable=True)
+    maps = pair_maps(module, z, sample[by_sample], prototype[by_sample])
+    maps = maps[by_sample.argsort()].unflatten(0, tuple(order.shape))  # (m, k, H, W)
+    g = module.activations(distance.T.gather(1, order))
+    return g, order + first, cell.T.gather(1, order), maps
+
+
+def _merged(best: Best | None, new: Best, k: int) -> Best:
+    if best is None:
+        return new
+    g, sample, cell, maps = (torch.cat(pair, dim=1) for pair in zip(best, new, strict=True))
+    order = g.argsort(dim=1, descending=True, stable=True)[:, :k]  # earlier images first
+    rows = torch.arange(len(g), device=g.device)[:, None]
+    return g[rows, order], sample[rows, order], cell[rows, order], maps[rows, order]
