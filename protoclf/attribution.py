@@ -90,7 +90,10 @@ def salient_box(attribution: np.ndarray, blur: float, percentile: float) -> list
         The region is what hangs together with the highest pixel and is at least this percentile.
     """
     smooth = ndimage.gaussian_filter(attribution, blur)
-    regions, _ = ndimage.label(smooth >= np.percentile(smooth, percentile))
+    high = smooth >= np.percentile(smooth, percentile)
+    if high.all():  # most of the map is at its lowest
+        high = smooth > smooth.min()
+    regions, _ = ndimage.label(high)
     region = regions == regions[np.unravel_index(smooth.argmax(), smooth.shape)]
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
