@@ -114,6 +114,11 @@ EXPLAIN_RULES: dict[str, Rule] = {
 }
 
 
+REPORT_RULES: dict[str, Rule] = {
+    "top": _integer(1),
+    "thumbnail": _integer(16),
+    "attribution": EXPLAIN_RULES["attribution"],
+}
 NEAREST_RULES: dict[str, Rule] = {"k": _integer(1), "percentile": EXPLAIN_RULES["percentile"]}
 
 

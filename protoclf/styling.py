@@ -1,0 +1,91 @@
+"""Scoring sheets in a notebook: a pandas Styler with the patches in it.
+
+Needs Jinja2, as all of pandas' styles do: ``pip install "protoclf[report]"``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import PIL.Image
+
+from protoclf.explanation import BOX, SOURCE_BOX
+from protoclf.images import Images
+from protoclf.thumbnails import thumbnail_of
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
+
+    from protoclf.classifier import ProtoPNetClassifier
+
+_NUMBERS = ["similarity", "weight", "contribution"]
+
+
+def style_sheet(
+    clf: ProtoPNetClassifier, sheet: pd.DataFrame, X: Any = None, side: int = 72
+) -> Styler:
+    """Return a view of a sheet with the cropped patches beside the numbers.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        The classifier that made the sheet.
+    sheet : DataFrame
+        From `ProtoPNetClassifier.explain`; a few dozen rows at most, or the view gets heavy.
+    X : images, optional
+        What was explained; by default the images are read from the sheet's paths.
+    side : int, default=72
+        Longer side of the patches, in pixels.
+
+    Returns
+    -------
+    pandas Styler
+        It shows itself in a notebook; ``to_html`` writes it.
+
+    Raises
+    ------
+    ValueError
+        If the sheet has no paths and X is not given.
+    """
+    if X is None and sheet["path"].isna().any():
+        raise ValueError("The sheet has no paths: pass the images as X.")
+    pictures: dict[Any, PIL.Image.Image] = {}
+    parts, sources = [], []
+    for row in sheet.to_dict("records"):
+        if pd.isna(row["prototype"]):
+            parts.append("")
+            sources.append("")
+            continue
+        sample, j = row["sample"], int(row["prototype"])
+        if sample not in pictures:
+            pictures[sample] = (
+                Images([row["path"]]).open(0) if X is None else Images(X).open(sample)
+            )
+        source = ("source", row["source_index"])
+        if source not in pictures:
+            pictures[source] = PIL.Image.fromarray(clf.source_image(j))
+        parts.append(_patch(pictures[sample], [row[name] for name in BOX], side))
+        sources.append(_patch(pictures[source], [row[name] for name in SOURCE_BOX], side))
+    shown = sheet[["sample", "class", "logit", "prototype"]].copy()
+    shown["this part"], shown["looks like"] = parts, sources
+    shown["of class"] = sheet["prototype_class"]
+    shown[_NUMBERS] = sheet[_NUMBERS]
+    largest = float(np.abs(sheet["contribution"]).max()) if len(sheet) else 1.0
+    formats: dict[str, Any] = dict.fromkeys(["logit", *_NUMBERS], "{:.2f}")
+    formats |= {"this part": _image("part of the image"), "looks like": _image("training patch")}
+    return (
+        shown.style.format(formats, escape="html", na_rep="(rest)")
+        .bar(subset=["contribution"], align=0, vmin=-largest, vmax=largest, color="#9ecae1")
+        .hide(axis="index")
+    )
+
+
+def _patch(picture: PIL.Image.Image, box: list[Any], side: int) -> str:
+    x0, y0, x1, y1 = map(int, box)
+    return thumbnail_of(picture.crop((x0, y0, x1, y1)), side).uri
+
+
+def _image(alt: str) -> Any:
+    return lambda uri: f'<img alt="{alt}" src="{uri}">' if uri else ""
