@@ -498,8 +498,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             whose `source` is "(rest)" and which has no prototype.
         attribution : {"upsampled", "gradient"}, default="upsampled"
             How boxes are found: from the similarity map upsampled to the image, as in the paper,
-            or from the gradient of the similarity with respect to the pixels, which takes as long
-            as about 20 predictions for each row of the sheet.
+            or from the gradient of the similarity with respect to the pixels, which points at
+            less and matters more but takes as long as about 20 predictions for each row of the
+            sheet. Boxes of sources are those of `prototypes_` either way.
         percentile : float, default=95
             Boxes are drawn around what is at least this percentile of its map (95 in the paper).
 

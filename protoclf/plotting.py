@@ -1,4 +1,4 @@
-"""Pictures of scoring sheets, with matplotlib (``pip install protoclf[plot]``).
+"""Pictures of sheets, prototypes and training, with matplotlib (``pip install protoclf[plot]``).
 
 The figure of Chen et al., NeurIPS 2019, section 2.4: what looks like what, and what that adds up
 to. Numbers are computed by the classifier and held by a Display, which only draws.
@@ -6,25 +6,67 @@ to. Numbers are computed by the classifier and held by a Display, which only dra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from sklearn.utils.validation import check_is_fitted
 
+from protoclf.canvas import (
+    View,
+    draw_box,
+    draw_heat,
+    draw_scale,
+    draw_title,
+    draw_view,
+    lettering,
+    new_figure,
+    scale,
+    short,
+    tiles,
+    value_range,
+    view,
+)
+from protoclf.curves import HistoryDisplay, LastLayerPathDisplay, plot_history, plot_last_layer_path
+from protoclf.explanation import BOX, SOURCE_BOX
+from protoclf.gallery import (
+    NearestPatchesDisplay,
+    PrototypesDisplay,
+    plot_nearest_patches,
+    plot_prototypes,
+)
 from protoclf.images import Images
+from protoclf.plot_data import check_one_of, check_top, class_index, heat_maps, known_ids
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
     from protoclf.classifier import ProtoPNetClassifier
 
-_CJK_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
-_ROW, _COLUMN = 1.9, 1.9  # inches
+__all__ = [
+    "ExplanationDisplay",
+    "HistoryDisplay",
+    "LastLayerPathDisplay",
+    "NearestPatchesDisplay",
+    "PrototypesDisplay",
+    "SimilarityMapsDisplay",
+    "plot_explanation",
+    "plot_history",
+    "plot_last_layer_path",
+    "plot_nearest_patches",
+    "plot_prototypes",
+    "plot_similarity_maps",
+]
+
+_TILE = 1.9  # inches
+_PANEL = 2.1  # inches
+_PANELS = 4  # side by side
+
+# The scoring sheet ------------------------------------------------------------------------------
 
 
 def plot_explanation(
@@ -33,6 +75,9 @@ def plot_explanation(
     classes: str | ArrayLike = "top2",
     top: int = 4,
     figure: Figure | None = None,
+    *,
+    attribution: str = "upsampled",
+    percentile: float = 95,
 ) -> ExplanationDisplay:
     """Draw the scoring sheet of one image.
 
@@ -47,79 +92,33 @@ def plot_explanation(
         Prototypes to draw for each class; the others are summed up.
     figure : matplotlib Figure, optional
         Where to draw; a new one by default.
+    attribution, percentile
+        How boxes in the image are found: as in `ProtoPNetClassifier.explain`.
 
     Returns
     -------
     ExplanationDisplay
         Holds the sheet, the pictures and, in `figure_`, the drawing.
+
+    Raises
+    ------
+    ValueError
+        If classes or top cannot be used, or no prototype contributes to these classes.
     """
-    images = Images([image])
-    sheet = clf.explain([image], classes, top)
-    shown = sheet["prototype"].dropna().astype(int).unique()
-    maps = clf.similarity_maps([image], upsampled=True)
-    picture = np.asarray(images.open(0))
-    region = clf.shown_region([picture.shape[1::-1]])[0]
+    sheet = clf.explain([image], classes, top, attribution=attribution, percentile=percentile)
+    if sheet.empty:
+        raise ValueError(f"No prototype contributes to classes {classes!r}: there is no sheet.")
+    shown = sheet["prototype"].dropna().astype(int).unique().tolist()
+    picture = np.asarray(Images([image]).open(0))
+    heats, _ = heat_maps(clf, [image], [picture.shape[1::-1]], [0] * len(shown), shown)
     display = ExplanationDisplay(
         sheet=sheet,
         image=picture,
-        region=tuple(region.tolist()),
-        maps={j: maps[0][j] for j in shown.tolist()},
-        sources={j: clf.source_image(j) for j in shown.tolist()},
+        region=tuple(clf.shown_region([picture.shape[1::-1]])[0].tolist()),
+        maps={j: heat.pixels for j, heat in zip(shown, heats, strict=True)},
+        sources={j: clf.source_image(j) for j in shown},
     )
     return display.plot(figure)
-
-
-def plot_last_layer_path(path: pd.DataFrame, axes: Axes | None = None) -> LastLayerPathDisplay:
-    """Draw accuracy and sparsity against the penalty of the last layer.
-
-    Parameters
-    ----------
-    path : DataFrame
-        From `ProtoPNetClassifier.last_layer_path`, or the attribute ``last_layer_path_``.
-    axes : matplotlib Axes, optional
-        Where to draw; new ones by default.
-
-    Returns
-    -------
-    LastLayerPathDisplay
-        Holds the table and, in `axes_` and `figure_`, the drawing.
-    """
-    return LastLayerPathDisplay(path).plot(axes)
-
-
-@dataclass
-class LastLayerPathDisplay:
-    """The path of the last layer's penalty, ready to draw.
-
-    Attributes
-    ----------
-    path : DataFrame
-    axes_ : tuple of two matplotlib Axes
-        Accuracy, and the number of weights, after `plot`.
-    figure_ : matplotlib Figure
-    """
-
-    path: pd.DataFrame
-
-    def plot(self, axes: Axes | None = None) -> LastLayerPathDisplay:
-        """Draw accuracies with lines, held-out ones with a band, and weights on a second axis."""
-        from matplotlib import pyplot as plt
-
-        if axes is None:
-            _, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-        path, x = self.path, self.path["lambda_l1"]
-        axes.plot(x, path["train_accuracy"], ":", color="black", label="training images")
-        axes.plot(x, path["accuracy"], "o-", color="#0072b2", label="images left out")
-        low, high = (path["accuracy"] + sign * path["accuracy_std"] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color="#0072b2", alpha=0.2)
-        axes.set(xscale="log", xlabel="lambda_l1", ylabel="accuracy")
-        twin = axes.twinx()
-        twin.plot(x, path["n_nonzero"], "s--", color="#d55e00", label="weights (right)")
-        twin.set(ylabel="weights other than 0", ylim=(0, None))
-        lines = [*axes.get_lines(), *twin.get_lines()]
-        axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower left")
-        self.axes_, self.figure_ = (axes, twin), axes.figure
-        return self
 
 
 @dataclass
@@ -133,8 +132,8 @@ class ExplanationDisplay:
     image : ndarray of shape (H, W, 3), uint8
     region : (x0, y0, x1, y1)
         The part of the image that the model sees, in its pixels.
-    maps : dict of int to ndarray
-        For each prototype its similarity map, upsampled to the region.
+    maps : dict of int to ndarray of shape (h, w)
+        For each prototype its similarity map, upsampled over the region.
     sources : dict of int to ndarray of shape (H, W, 3)
         For each prototype the training image that it is a part of.
     figure_ : matplotlib Figure
@@ -149,81 +148,182 @@ class ExplanationDisplay:
 
     def plot(self, figure: Figure | None = None) -> ExplanationDisplay:
         """Draw each class as a block of rows, blocks side by side."""
-        from matplotlib import pyplot as plt
-
-        blocks = list(self.sheet.groupby("class", sort=False))
-        n_rows = max(len(rows) for _, rows in blocks)
-        with _fonts():
-            if figure is None:
-                size = (len(blocks) * 4.6 * _COLUMN, (n_rows + 0.9) * _ROW)
-                figure = plt.figure(figsize=size, layout="constrained")
-            parts = figure.subfigures(1, len(blocks), wspace=0.04, squeeze=False)[0]
-            for part, (_, rows) in zip(parts, blocks, strict=True):
-                self._draw_class(part, rows, n_rows)
-            figure.canvas.draw()  # with these fonts
+        classes = list(self.sheet.groupby("class", sort=False))
+        n_lines = max(int(rows["prototype"].notna().sum()) for _, rows in classes)
+        if figure is None:
+            figure = new_figure(len(classes) * 4.35 * _TILE, n_lines * (_TILE + 0.1) + 1.6)
+        with lettering(figure):
+            parts = figure.subfigures(1, len(classes), squeeze=False)[0]
+            for part, (_, rows) in zip(parts, classes, strict=True):
+                axes = tiles(part, (n_lines, 1, 4), above=0.1, top=0.8, bottom=0.5)[:, 0]
+                self._draw_class(part, axes, rows)
         self.figure_ = figure
         return self
 
-    def _draw_class(self, part: Any, rows: pd.DataFrame, n_rows: int) -> None:
+    def _draw_class(self, part: SubFigure, axes: np.ndarray, rows: pd.DataFrame) -> None:
         first = rows.iloc[0]
         verdict = "predicted" if first["is_predicted"] else "rival"
-        part.suptitle(
-            f"{verdict}: {first['class']}\n"
+        draw_title(
+            part,
+            f"{verdict}: {short(first['class'], 40)}\n"
             f"logit {first['logit']:.2f}, probability {first['probability']:.2f}",
-            fontsize=12,
             fontweight="bold" if first["is_predicted"] else "normal",
         )
-        axes = part.subplots(n_rows, 4, squeeze=False, width_ratios=[1, 1, 1, 1.15])
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for line, (_, row) in zip(axes, rows.iterrows(), strict=False):
-            self._draw_row(line, row)
-        for axis, title in zip(
-            axes[0], ("this image", "similarity", "looks like", ""), strict=True
-        ):
+        for axis, title in zip(axes[0], ("this image", "similarity", "looks like"), strict=False):
             axis.set_title(title, fontsize=10)
-
-    def _draw_row(self, axes: np.ndarray, row: pd.Series) -> None:
-        if pd.isna(row["prototype"]):
-            text = f"all others together\n= {row['contribution']:+.2f}"
-        else:
-            prototype = int(row["prototype"])
-            self._draw_match(axes, row, prototype)
-            text = (
-                f"{row['similarity']:.2f} × {row['weight']:+.2f}\n= {row['contribution']:+.2f}\n"
-                f"prototype {prototype}\nof {row['source_class']}"
-            )
-        axes[3].text(0, 0.5, text, va="center", fontsize=10, transform=axes[3].transAxes)
+        matches = rows[rows["prototype"].notna()]
+        for line, (_, row) in zip(axes, matches.iterrows(), strict=False):
+            self._draw_match(line, row, int(row["prototype"]))
+        for _, row in rows[rows["prototype"].isna()].iterrows():
+            others = f"all others together\n{_sum(row)}"
+            self._write(axes[len(matches) - 1, 3], -0.1, "top", others)
 
     def _draw_match(self, axes: np.ndarray, row: pd.Series, prototype: int) -> None:
-        axes[0].imshow(self.image)
-        _draw_box(axes[0], row[["x0", "y0", "x1", "y1"]])
-        x0, y0, x1, y1 = self.region
-        grey = self.image.mean(2)
-        axes[1].imshow(grey, cmap="gray")
-        axes[1].imshow(self.maps[prototype], extent=(x0, x1, y1, y0), cmap="viridis", alpha=0.6)
-        axes[1].set(xlim=(0, grey.shape[1]), ylim=(grey.shape[0], 0))
-        axes[2].imshow(self.sources[prototype])
-        _draw_box(axes[2], row[[f"source_{name}" for name in ("x0", "y0", "x1", "y1")]])
+        picture, heat = view(self.image), self.maps[prototype]
+        draw_view(axes[0], picture)
+        draw_box(axes[0], row[BOX])
+        draw_heat(axes[1], picture, View(heat, self.region), (heat.min(), heat.max()))
+        draw_view(axes[2], view(self.sources[prototype]))
+        draw_box(axes[2], row[SOURCE_BOX])
+        text = (
+            f"{row['similarity']:.2f} × {row['weight']:+.2f}\n{_sum(row)}\n"
+            f"prototype {prototype}\nof {short(row['source_class'], 22)}"
+        )
+        self._write(axes[3], 0.5, "center", text)
+
+    def _write(self, axis: Axes, y: float, va: str, text: str) -> None:
+        axis.text(0, y, text, va=va, fontsize=10, transform=axis.transAxes)
 
 
-def _draw_box(axis: Axes, box: pd.Series) -> None:
-    """Draw a yellow box on a black line: it stands out in colour and in grey."""
-    from matplotlib.patches import Rectangle
-
-    x0, y0, x1, y1 = (float(v) for v in box)
-    for colour, width in (("black", 4), ("#ffdd00", 2)):
-        outline = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False)
-        outline.set(edgecolor=colour, linewidth=width)
-        axis.add_patch(outline)
+def _sum(row: pd.Series) -> str:
+    return f"= {row['contribution']:+.2f}"
 
 
-@contextmanager
-def _fonts() -> Iterator[None]:
-    """Fall back to an installed font with Korean letters where the usual one has none."""
-    from matplotlib import font_manager, rc_context, rcParams
+# Similarity maps --------------------------------------------------------------------------------
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fallback = [name for name in _CJK_FONTS if name in installed]
-    with rc_context({"font.family": [*rcParams["font.family"], *fallback]}):
-        yield
+
+def plot_similarity_maps(
+    clf: ProtoPNetClassifier,
+    image: Any,
+    prototypes: ArrayLike | None = None,
+    label: Any = None,
+    top: int = 6,
+    axes: Axes | Sequence[Axes] | np.ndarray | None = None,
+) -> SimilarityMapsDisplay:
+    """Draw where an image is similar to prototypes, on one colour scale.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    image : path, PIL image or array (H, W, 3) or (H, W)
+    prototypes : array-like of int, optional
+        Draw these, in this order.
+    label : class label, optional
+        Draw the prototypes that contribute most to this class; by default to the predicted one.
+    top : int, default=6
+        Number of them.
+    axes : matplotlib Axes, or several, optional
+        Where to draw, one for each prototype; by default new ones, behind one that shows the
+        image as it is.
+
+    Returns
+    -------
+    SimilarityMapsDisplay
+        Holds the maps, the numbers and, in `axes_` and `figure_`, the drawing.
+
+    Raises
+    ------
+    ValueError
+        If prototypes, label or top cannot be used, both prototypes and label are given, the axes
+        are too few or too many, or no prototype contributes to the class.
+    """
+    check_is_fitted(clf)
+    check_top(top)
+    check_one_of(label, prototypes)
+    similarity = clf.transform([image])[0]  # (m,)
+    label = clf.predict([image])[0] if label is None else label
+    weight = clf.coef_[class_index(clf, label)]  # (m,)
+    contribution = weight * similarity
+    if prototypes is None:
+        order = np.argsort(-contribution, kind="stable")[:top]
+        ids = order[contribution[order] > 0].tolist()
+        if not ids:
+            raise ValueError(
+                f"No prototype contributes to label {label!r}; name prototypes to be drawn."
+            )
+    else:
+        ids = known_ids(clf, prototypes)
+    picture = np.asarray(Images([image]).open(0))
+    heats, boxes = heat_maps(clf, [image], [picture.shape[1::-1]], [0] * len(ids), ids)
+    table = pd.DataFrame(
+        {
+            "prototype": ids,
+            "class": clf.prototypes_["class"].to_numpy()[ids],
+            "similarity": similarity[ids].astype(float),
+            "weight": weight[ids].astype(float),
+            "contribution": contribution[ids].astype(float),
+            **dict(zip(BOX, boxes.T, strict=True)),
+        }
+    )
+    maps = dict(zip(ids, heats, strict=True))
+    return SimilarityMapsDisplay(table, view(picture), maps, label).plot(axes)
+
+
+@dataclass
+class SimilarityMapsDisplay:
+    """Similarity maps of one image, ready to draw.
+
+    Attributes
+    ----------
+    table : DataFrame
+        One row a prototype: prototype, class, similarity, weight and contribution to `label`, and
+        the box x0, y0, x1, y1, in pixels of the image.
+    picture : view
+        The image: (pixels, box), reduced where it is large.
+    maps : dict of int to view
+        For each prototype its similarity map, upsampled over the part that the model sees.
+    label : class label
+        The class that contributions are for.
+    axes_ : ndarray of matplotlib Axes, shape (k,)
+        One for each prototype, after `plot`.
+    figure_ : matplotlib Figure
+    """
+
+    table: pd.DataFrame
+    picture: View
+    maps: dict[int, View]
+    label: Any
+
+    def plot(self, axes: Axes | Sequence[Axes] | np.ndarray | None = None) -> SimilarityMapsDisplay:
+        """Draw a map over the grey image for each prototype."""
+        panels = self._new_axes() if axes is None else np.atleast_1d(np.asarray(axes, object))
+        panels = panels.ravel()
+        n = len(self.table)
+        if len(panels) != n:
+            raise ValueError(f"axes must be {n}, one for each prototype; got {len(panels)}.")
+        limits = value_range(self.maps.values())
+        with lettering(*panels):
+            for axis, row in zip(panels, self.table.to_dict("records"), strict=True):
+                axis.set_axis_off()
+                draw_heat(axis, self.picture, self.maps[row["prototype"]], limits)
+                draw_box(axis, [row[side] for side in BOX])
+                title = f"prototype {row['prototype']}\nof {short(row['class'])},\n"
+                axis.set_title(f"{title}similarity {row['similarity']:.2f}", fontsize=9)
+        figure = panels[0].figure
+        if axes is None:
+            draw_scale(figure.axes[0], limits)
+        else:
+            figure.colorbar(scale(limits), ax=panels.tolist(), label="similarity")
+        self.axes_, self.figure_ = panels, figure
+        return self
+
+    def _new_axes(self) -> np.ndarray:
+        n = len(self.table) + 1
+        columns = min(n, _PANELS)
+        lines = -(-n // columns)
+        figure = new_figure(columns * 1.06 * _PANEL + 1, lines * (_PANEL + 0.6) + 0.2)
+        axes = tiles(figure, (lines, 1, columns), above=0.6, right=0.75).ravel()
+        draw_view(axes[0], self.picture)
+        axes[0].set_title("this image", fontsize=9)
+        return axes[1:n]

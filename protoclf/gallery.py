@@ -1,0 +1,331 @@
+"""Prototypes in pictures: what they are parts of, and what is most similar to them.
+
+Drawn with matplotlib; a Display holds the numbers. `protoclf.plotting` has all plots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from sklearn.utils.validation import check_is_fitted
+
+from protoclf.canvas import (
+    View,
+    draw_box,
+    draw_heat,
+    draw_scale,
+    draw_title,
+    draw_view,
+    lettering,
+    new_figure,
+    prototype_name,
+    short,
+    surroundings,
+    tiles,
+    value_range,
+    view,
+)
+from protoclf.explanation import BOX
+from protoclf.plot_data import chosen_prototypes, heat_maps, images_of, known_ids, nearest_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+    from protoclf.classifier import ProtoPNetClassifier
+
+_TILE, _LARGE_TILE = 1.3, 1.5  # inches
+_AT_ONCE = 16  # full training images in memory
+_NARROWEST = 2.4  # inches of a block
+_BLOCKS = 4  # prototypes side by side
+_SIGNS = {True: ("✓ ", "-"), False: ("✗ ", "--")}  # whether labels agree: sign and line style
+
+
+def plot_prototypes(
+    clf: ProtoPNetClassifier,
+    label: Any = None,
+    prototypes: ArrayLike | None = None,
+    top: int | None = None,
+    figure: Figure | SubFigure | None = None,
+) -> PrototypesDisplay:
+    """Draw what prototypes are: parts of training images.
+
+    For each the training image with the prototype's box, that box enlarged, and the similarity of
+    the image to the prototype, on one colour scale for all.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    label : class label, optional
+        Draw the prototypes of this class, the highest weight first; by default those of all
+        classes, class by class.
+    prototypes : array-like of int, optional
+        Draw these, in this order, in place of a class.
+    top : int, optional
+        Draw at most as many of each class, those of the highest weights. Of all classes, unless
+        it is given, at most 4 of each are drawn, and at most 40.
+    figure : matplotlib Figure or SubFigure, optional
+        Where to draw; a new one by default.
+
+    Returns
+    -------
+    PrototypesDisplay
+        Holds the rows of ``clf.prototypes_``, the pictures and, in `figure_`, the drawing.
+
+    Raises
+    ------
+    ValueError
+        If label, prototypes or top cannot be used, or both label and prototypes are given.
+    """
+    table = chosen_prototypes(clf, label, prototypes, top)
+    display = PrototypesDisplay(table, {}, {}, {}, clf.n_prototypes_)
+    indices = table["source_index"].unique()
+    for first in range(0, len(indices), _AT_ONCE):  # full pictures are not kept
+        index = indices[first : first + _AT_ONCE]
+        _add_prototypes(display, clf, table[table["source_index"].isin(index)])
+    return display.plot(figure)
+
+
+def _add_prototypes(
+    display: PrototypesDisplay, clf: ProtoPNetClassifier, rows: pd.DataFrame
+) -> None:
+    ids, index = rows["prototype"].tolist(), rows["source_index"].tolist()
+    images = {i: clf.source_image(j) for i, j in dict(zip(index, ids, strict=True)).items()}
+    place = {i: k for k, i in enumerate(images)}
+    sizes = [image.shape[1::-1] for image in images.values()]
+    heats, _ = heat_maps(clf, list(images.values()), sizes, [place[i] for i in index], ids)
+    wholes = {i: view(image) for i, image in images.items()}
+    for j, i, box, heat in zip(ids, index, rows[BOX].to_numpy(), heats, strict=True):
+        display.pictures[j], display.maps[j] = wholes[i], heat
+        display.crops[j] = view(images[i], box)
+
+
+@dataclass
+class PrototypesDisplay:
+    """Prototypes and the training images that they are parts of, ready to draw.
+
+    Views are pairs (pixels, box): the part of the training image that they show, or a map over
+    it. Large ones are reduced.
+
+    Attributes
+    ----------
+    table : DataFrame
+        Rows of ``clf.prototypes_``, as drawn.
+    pictures : dict of int to view
+        For each prototype its training image.
+    crops : dict of int to view
+        For each prototype its box.
+    maps : dict of int to view
+        For each prototype the similarity of its training image, upsampled over what the model
+        sees of it.
+    n_prototypes : int
+        Number of prototypes of the classifier.
+    axes_ : ndarray of matplotlib Axes, shape (k, 3)
+        Training image, box and similarity of each of k prototypes, after `plot`.
+    figure_ : matplotlib Figure
+    """
+
+    table: pd.DataFrame
+    pictures: dict[int, View]
+    crops: dict[int, View]
+    maps: dict[int, View]
+    n_prototypes: int
+
+    def plot(self, figure: Figure | SubFigure | None = None) -> PrototypesDisplay:
+        """Draw blocks of three tiles, at most 4 side by side; each class starts a line."""
+        most = _BLOCKS
+        if figure is not None:  # titles need room
+            inches = figure.bbox.width / figure.dpi - 1
+            most = max(1, min(_BLOCKS, int(inches / _NARROWEST)))
+        lines = self._lines(most)
+        blocks = max(map(len, lines))
+        if figure is None:
+            width = blocks * (3.3 * _TILE) + 1
+            figure = new_figure(width, len(lines) * (_TILE + 0.3) + 0.5)
+        with lettering(figure):
+            grid = tiles(figure, (len(lines), blocks, 3), above=0.3, top=0.3, right=0.75)
+            axes = np.array(
+                [a for g, line in zip(grid, lines, strict=True) for a in g[: len(line)]]
+            )
+            limits = value_range(self.maps.values())
+            for line, (_, row) in zip(axes, self.table.iterrows(), strict=True):
+                self._draw_prototype(line, row, limits)
+            draw_title(figure, self._title())
+        draw_scale(axes[0, 0], limits)
+        self.axes_, self.figure_ = axes, figure
+        return self
+
+    def _lines(self, most: int) -> list[range]:
+        """Return which rows of the table share a line: those of one class, where it is in one."""
+        label = self.table["class"]
+        runs = self.table.groupby((label != label.shift()).cumsum()).size().tolist()
+        if max(runs) == 1 or len(runs) > label.nunique():
+            runs = [len(label)]
+        widest = -(-max(runs) // -(-max(runs) // most))  # as even as can be
+        stops = np.cumsum(runs).tolist()
+        return [
+            range(first, min(first + widest, stop))
+            for start, stop in zip([0, *stops], stops, strict=False)
+            for first in range(start, stop, widest)
+        ]
+
+    def _title(self) -> str:
+        shown = f"{len(self.table)} of {self.n_prototypes} prototypes"
+        return f"{shown}: training image, box, similarity"
+
+    def _draw_prototype(
+        self, axes: np.ndarray, row: pd.Series, limits: tuple[float, float]
+    ) -> None:
+        j = row["prototype"]
+        draw_view(axes[0], self.pictures[j])
+        draw_box(axes[0], row[BOX])
+        draw_view(axes[1], self.crops[j])
+        draw_heat(axes[2], self.pictures[j], self.maps[j], limits)
+        draw_box(axes[2], row[BOX])
+        axes[1].set_title(
+            f"{prototype_name(j, row['class'])}, weight {row['weight']:.2f}", fontsize=9
+        )
+
+
+def plot_nearest_patches(
+    table: pd.DataFrame,
+    clf: ProtoPNetClassifier | None = None,
+    X: Any = None,
+    prototypes: ArrayLike | None = None,
+    top: int | None = None,
+    figure: Figure | SubFigure | None = None,
+) -> NearestPatchesDisplay:
+    """Draw the patches of images that are most similar to prototypes.
+
+    Each patch is drawn in its surroundings, with its box. Where the table has labels, a solid
+    frame and ✓ mark images of the prototype's class, a dashed one and ✗ others.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `protoclf.nearest_patches.nearest_patches`, or of the same columns. Without labels
+        nothing is marked.
+    clf : ProtoPNetClassifier, optional
+        A fitted one; it adds the training images that the prototypes are parts of.
+    X : images, optional
+        Those that `sample` counts; by default they are read from `path`.
+    prototypes : array-like of int, optional
+        Draw these, in this order; by default the first 40 of the table.
+    top : int, optional
+        Draw the patches up to this rank.
+    figure : matplotlib Figure or SubFigure, optional
+        Where to draw; a new one by default.
+
+    Returns
+    -------
+    NearestPatchesDisplay
+        Holds the rows, the pictures and, in `figure_`, the drawing.
+
+    Raises
+    ------
+    ValueError
+        If the table lacks columns or rows, a prototype is not in it, or X is too short, or
+        missing where the table has no paths.
+    ImageError
+        If an image cannot be read.
+    """
+    table = nearest_rows(table, prototypes, top)
+    images = images_of(table, X)
+    views: dict[int, View] = {}
+    for _, rows in table.groupby("sample"):  # each image is decoded once
+        image = np.asarray(images.open(rows.index[0]))
+        boxes = rows[BOX].to_numpy()
+        views |= {i: surroundings(image, b) for i, b in zip(rows.index, boxes, strict=True)}
+    display = NearestPatchesDisplay(table, [views[i] for i in table.index])
+    if clf is not None:
+        check_is_fitted(clf)
+        ids = known_ids(clf, table["prototype"].unique())
+        display.sources = clf.prototypes_.iloc[ids].reset_index(drop=True)
+        boxes = display.sources[BOX].to_numpy()
+        display.source_views = [
+            surroundings(clf.source_image(j), b) for j, b in zip(ids, boxes, strict=True)
+        ]
+    return display.plot(figure)
+
+
+@dataclass
+class NearestPatchesDisplay:
+    """Patches that are most similar to prototypes, ready to draw.
+
+    Views are pairs (pixels, box): the part of an image that they show. Large ones are reduced.
+
+    Attributes
+    ----------
+    table : DataFrame
+        The rows as drawn, with a column more: agrees, whether the image's label is the
+        prototype's class, missing where there is no label.
+    views : list of views
+        For each row the patch in its surroundings.
+    sources : DataFrame or None
+        Rows of ``clf.prototypes_``, where there is a classifier.
+    source_views : list of views
+        For each of them the prototype's patch in its surroundings.
+    axes_ : ndarray of matplotlib Axes, shape (k, n)
+        A row for each of k prototypes, the training image first, where there is a classifier;
+        after `plot`.
+    figure_ : matplotlib Figure
+    """
+
+    table: pd.DataFrame
+    views: list[View]
+    sources: pd.DataFrame | None = None
+    source_views: list[View] = field(default_factory=list)
+
+    def plot(self, figure: Figure | SubFigure | None = None) -> NearestPatchesDisplay:
+        """Draw a row of tiles for each prototype."""
+        groups = list(self.table.groupby("prototype", sort=False))
+        first = 0 if self.sources is None else 1
+        columns = first + max(len(rows) for _, rows in groups)
+        judged = bool(self.table["agrees"].notna().any())
+        below, top = (0.4, 0.3) if judged else (0.22, 0.0)
+        if figure is None:
+            height = len(groups) * (_LARGE_TILE + 0.3 + below) + top + 0.2
+            figure = new_figure(max(columns, 3) * 1.06 * _LARGE_TILE + 0.2, height)
+        with lettering(figure):
+            shape = (len(groups), 1, columns)
+            axes = tiles(figure, shape, above=0.3, below=below, top=top)[:, 0]
+            if judged:
+                draw_title(figure, "✓ of the prototype's class,  ✗ of another")
+            for k, (line_of_axes, (_, rows)) in enumerate(zip(axes, groups, strict=True)):
+                self._draw_source(line_of_axes[0], k, rows.iloc[0])
+                for axis, i in zip(line_of_axes[first:], rows.index, strict=False):
+                    self._draw_patch(axis, i)
+        self.axes_, self.figure_ = axes, figure
+        return self
+
+    def _draw_source(self, axis: Axes, k: int, row: pd.Series) -> None:
+        title = prototype_name(row["prototype"], row["class"])
+        if self.sources is not None:
+            source = self.sources.iloc[k]
+            title += f", weight {source['weight']:.2f}"
+            draw_view(axis, self.source_views[k])
+            draw_box(axis, source[BOX])
+            _caption(axis, "training image")
+        axis.set_title(title, fontsize=9, loc="left")
+
+    def _draw_patch(self, axis: Axes, i: int) -> None:
+        row = self.table.loc[i]
+        draw_view(axis, self.views[i])
+        draw_box(axis, row[BOX])
+        caption = f"{row['similarity']:.2f}"
+        if not pd.isna(row["agrees"]):
+            sign, style = _SIGNS[bool(row["agrees"])]
+            caption += f"\n{sign}{short(row['label'], 20)}"
+            axis.set_axis_on()
+            for spine in axis.spines.values():
+                spine.set(linestyle=style, linewidth=2)
+        _caption(axis, caption)
+
+
+def _caption(axis: Axes, text: str) -> None:
+    axis.text(0.5, -0.05, text, fontsize=8, ha="center", va="top", transform=axis.transAxes)

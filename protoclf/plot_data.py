@@ -1,0 +1,172 @@
+"""What plots ask of a classifier and of its tables: chosen prototypes, their maps and boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from sklearn.utils.validation import check_is_fitted
+
+from protoclf.canvas import View
+from protoclf.explanation import BOX
+from protoclf.images import Images
+from protoclf.localization import activation_boxes, covered_cells, upsample
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+_MOST, _MOST_OF_CLASS = 40, 4  # prototypes in a picture that nobody asked to be larger
+_SHARPEST = 400  # pixels of a heat map's side
+_NEAREST_COLUMNS = ["prototype", "class", "rank", "sample", "similarity", *BOX]
+
+
+def chosen_prototypes(
+    clf: ProtoPNetClassifier, label: Any, prototypes: ArrayLike | None, top: int | None
+) -> pd.DataFrame:
+    """Return rows of ``clf.prototypes_``: of a class, of given ids, or of all classes."""
+    check_is_fitted(clf)
+    check_one_of(label, prototypes)
+    check_top(top)
+    table = clf.prototypes_
+    by_weight = table.sort_values("weight", ascending=False, kind="stable")
+    place = by_weight.groupby("class").cumcount()  # in its class, from 0
+    if prototypes is not None:
+        chosen = table.iloc[known_ids(clf, prototypes)]
+    elif label is not None:
+        class_index(clf, label)
+        chosen = by_weight[by_weight["class"] == label]
+    else:
+        chosen = by_weight.iloc[place[by_weight.index].argsort(kind="stable")]
+        if top is None:
+            chosen = chosen[place[chosen.index] < _MOST_OF_CLASS][:_MOST]
+        chosen = chosen.sort_values("class", kind="stable")
+    if top is not None:
+        order = chosen.sort_values("weight", ascending=False, kind="stable").groupby("class")
+        chosen = chosen[order.cumcount()[chosen.index] < top]
+    if chosen.empty:
+        raise ValueError(f"label {label!r} has no prototypes.")
+    return chosen.reset_index(drop=True)
+
+
+def known_ids(clf: ProtoPNetClassifier, prototypes: ArrayLike) -> list[int]:
+    """Return ids of prototypes, each once."""
+    return _known(prototypes, clf.prototypes_["prototype"], "the classifier")
+
+
+def _known(prototypes: ArrayLike, known: pd.Series, where: str) -> list[int]:
+    given = np.atleast_1d(np.asarray(prototypes))
+    if not given.size:
+        raise ValueError("prototypes must be ids of prototypes; got none.")
+    if given.dtype.kind not in "iu":
+        raise ValueError(f"prototypes must be ids, whole numbers; got {prototypes!r}.")
+    unknown = sorted(set(given.ravel().tolist()) - set(known.tolist()))
+    if unknown:
+        raise ValueError(
+            f"prototypes must be ids that {where} has, from {known.min()} to {known.max()}; "
+            f"unknown: {unknown}."
+        )
+    return list(dict.fromkeys(given.ravel().tolist()))
+
+
+def class_index(clf: ProtoPNetClassifier, label: Any) -> int:
+    """Return the index of a class label."""
+    labels = clf.classes_.tolist()
+    if label not in labels:
+        raise ValueError(f"label must be one of {labels}; got {label!r}.")
+    return labels.index(label)
+
+
+def check_one_of(label: Any, prototypes: Any) -> None:
+    """Refuse two ways to choose prototypes at once."""
+    if label is not None and prototypes is not None:
+        raise ValueError("Give label or prototypes, not both.")
+
+
+def check_top(top: Any) -> None:
+    """Refuse what is no number of prototypes."""
+    if top is not None and (not isinstance(top, Integral) or isinstance(top, bool) or top < 1):
+        raise ValueError(f"top must be an int >= 1, or None; got {top!r}.")
+
+
+def heat_maps(
+    clf: ProtoPNetClassifier,
+    X: Sequence[Any],
+    sizes: Sequence[tuple[int, int]],
+    sample: Sequence[int],
+    prototype: Sequence[int],
+) -> tuple[list[View], np.ndarray]:
+    """Return similarity maps and boxes of k pairs of an image and a prototype.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+    X : sequence of n images
+    sizes : sequence of n (width, height)
+    sample, prototype : sequences of k int
+
+    Returns
+    -------
+    maps : list of k views
+        Upsampled over the part that the model sees, to at most 400 pixels a side.
+    boxes : ndarray of shape (k, 4), int
+        Of the high activation, in pixels of the image.
+    """
+    maps = clf.similarity_maps(X)  # (n, m, H', W')
+    pairs = torch.from_numpy(np.asarray(maps)[sample, prototype])  # (k, H', W')
+    cells = covered_cells(pairs, clf.module_.prototype_size)  # (k, H, W)
+    regions = clf.shown_region(sizes)  # (n, 4)
+    views = []
+    for one, i in zip(cells, sample, strict=True):
+        x0, y0, x1, y1 = regions[i].tolist()
+        height, width = (min(_SHARPEST, round(side)) for side in (y1 - y0, x1 - x0))
+        views.append(View(upsample(one[None], height, width)[0].numpy(), (x0, y0, x1, y1)))
+    boxes = activation_boxes(cells, clf.preprocessing_.image_size)  # (k, 4)
+    chosen = np.asarray(sizes)[sample]
+    return views, clf.preprocessing_.to_original_pixels(boxes.numpy(), chosen)
+
+
+def nearest_rows(
+    table: pd.DataFrame, prototypes: ArrayLike | None, top: int | None
+) -> pd.DataFrame:
+    """Return the rows of a table of nearest patches that are to be drawn, in their order.
+
+    A column "agrees" says whether an image is of the prototype's class, where it has a label.
+    """
+    check_top(top)
+    missing = [name for name in _NEAREST_COLUMNS if name not in table.columns]
+    if missing:
+        raise ValueError(f"table must be one of nearest patches; it lacks the columns {missing}.")
+    if table.empty:
+        raise ValueError("table must hold a row at least; it is empty.")
+    if prototypes is None:
+        ids = table["prototype"].unique().tolist()[:_MOST]
+    else:
+        ids = _known(prototypes, table["prototype"], "the table")
+    order = {j: i for i, j in enumerate(ids)}
+    rows = table[table["prototype"].isin(ids)]
+    rows = rows if top is None else rows[rows["rank"] <= top]
+    rows = rows.assign(order=rows["prototype"].map(order)).sort_values(["order", "rank"])
+    rows = rows.drop(columns="order").reset_index(drop=True)
+    label = rows["label"] if "label" in rows else pd.Series(None, rows.index, dtype=object)
+    agrees = pd.array((label == rows["class"]).to_numpy(bool), dtype="boolean")
+    return rows.assign(label=label, agrees=pd.Series(agrees).mask(label.isna()))
+
+
+def images_of(table: pd.DataFrame, X: Any) -> Images:
+    """Return the images that the rows of a table of nearest patches are parts of."""
+    if X is None:
+        if "path" not in table or table["path"].isna().any():
+            raise ValueError("X must be given: the table does not hold the paths of all images.")
+        return Images(table["path"].tolist())
+    images, last = Images(X), int(table["sample"].max())
+    if last >= len(images):
+        raise ValueError(
+            f"X must be the images that the table counts; it has {len(images)}, and the table "
+            f"names sample {last}."
+        )
+    return images.take(table["sample"].to_numpy(dtype=int))
