@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
+from protoclf.explanation import BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import ProtoPNet
@@ -58,24 +59,31 @@ def gradient_maps(module: ProtoPNet, image: Tensor, prototypes: Tensor) -> Tenso
 def gradient_boxes(
     net: SkorchProtoPNet, dataset: ImageDataset, sheet: pd.DataFrame, percentile: float
 ) -> pd.DataFrame:
-    """Return the boxes of a sheet's rows by `gradient_maps`, in pixels of the originals.
+    """Return the boxes of a sheet's rows by `gradient_maps`, in pixels of the originals."""
+    boxes = sheet[BOX].copy()
+    rows_of_samples = sheet[sheet["prototype"].notna()].groupby("sample")
+    bar: Any = tqdm(rows_of_samples, "gradients", delay=2, leave=False, disable=not net.verbose)
+    for i, rows in bar:
+        found, which = np.unique(rows["prototype"].to_numpy(np.int64), return_inverse=True)
+        pixels = image_boxes(net, dataset, i, found, percentile)
+        boxes.loc[rows.index] = pixels[which].astype(boxes.to_numpy().dtype)
+    return boxes
+
+
+def image_boxes(
+    net: SkorchProtoPNet, dataset: ImageDataset, i: int, prototypes: np.ndarray, percentile: float
+) -> np.ndarray:
+    """Return the boxes (k, 4) of prototypes in image i, in its pixels.
 
     The maps are blurred by half a cell; a box encloses the pixels of at least this percentile
     that hang together with the highest one.
     """
-    boxes = sheet[["x0", "y0", "x1", "y1"]].copy()
-    module = net.module_.eval()
+    image = dataset.__getitems__([i])[0]["images"][0].to(net.device)
+    index = torch.from_numpy(prototypes).to(net.device)
+    maps = gradient_maps(net.module_.eval(), image, index).cpu().numpy()
     blur = _BLUR * net.geometry_.stride[0]
-    rows_of_samples = sheet[sheet["prototype"].notna()].groupby("sample")
-    bar: Any = tqdm(rows_of_samples, "gradients", delay=2, leave=False, disable=not net.verbose)
-    for i, rows in bar:
-        image = dataset.__getitems__([i])[0]["images"][0].to(net.device)
-        found, which = np.unique(rows["prototype"].to_numpy(np.int64), return_inverse=True)
-        maps = gradient_maps(module, image, torch.from_numpy(found).to(net.device))
-        on_input = [salient_box(m, blur, percentile) for m in maps.cpu().numpy()]
-        pixels = dataset.preprocessing.to_original_pixels(on_input, dataset.sizes([i] * len(found)))
-        boxes.loc[rows.index] = pixels[which].astype(boxes.to_numpy().dtype)
-    return boxes
+    on_input = [salient_box(m, blur, percentile) for m in maps]
+    return dataset.preprocessing.to_original_pixels(on_input, dataset.sizes([i] * len(maps)))
 
 
 def salient_box(attribution: np.ndarray, blur: float, percentile: float) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import pandas as pd
@@ -18,11 +19,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
-from protoclf.attribution import gradient_boxes
+from protoclf.attribution import gradient_boxes, image_boxes
 from protoclf.augmentation import augmentation_of
 from protoclf.decoding import check_files
 from protoclf.explanation import (
     BOX,
+    SOURCE_BOX,
     explain_batch,
     prototype_table,
     receptive_fields,
@@ -31,7 +33,7 @@ from protoclf.explanation import (
 from protoclf.features import FitData, feature_batches
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
-from protoclf.images import Images, conflicting_labels
+from protoclf.images import ImageError, Images, conflicting_labels
 from protoclf.labels import encode, read_labels
 from protoclf.localization import upsample
 from protoclf.losses import ProtoPNetLoss
@@ -427,6 +429,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             self.coef_,
             self.strongest_share_,
         )
+        self._source_boxes: dict[Any, np.ndarray] = {}
         self.source_images_ = {}
         if dataset.images.paths is None:  # paths lead to the pictures; pixels would be lost
             for i in np.unique(sources["image"]):
@@ -500,7 +503,8 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             How boxes are found: from the similarity map upsampled to the image, as in the paper,
             or from the gradient of the similarity with respect to the pixels, which points at
             less and matters more but takes as long as about 20 predictions for each row of the
-            sheet. Boxes of sources are those of `prototypes_` either way.
+            sheet. It reads the sources again: one that is gone keeps its upsampled box, with a
+            warning.
         percentile : float, default=95
             Boxes are drawn around what is at least this percentile of its map (95 in the paper).
 
@@ -547,7 +551,27 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         sheet = pd.concat(sheets, ignore_index=True)
         if attribution == "gradient":
             sheet[BOX] = gradient_boxes(self, dataset, sheet, percentile)
+            sheet[SOURCE_BOX] = self._gradient_boxes_of_sources(sheet, percentile)
         return sheet
+
+    def _gradient_boxes_of_sources(self, sheet: pd.DataFrame, percentile: float) -> pd.DataFrame:
+        """Return the boxes of a sheet's sources, which are computed once for each prototype."""
+        boxes, known = sheet[SOURCE_BOX].copy(), self._source_boxes
+        groups: Any = sheet.groupby("prototype")
+        for j, rows in groups:
+            if (j, percentile) not in known:
+                try:
+                    image = Images([self.source_image(int(j))])
+                except ImageError as error:
+                    warn(
+                        f"{error} The box of prototype {j} in it is not by gradient.", stacklevel=3
+                    )
+                    continue
+                dataset = ImageDataset(image, self.preprocessing_)
+                found = image_boxes(self, dataset, 0, np.array([j], np.int64), percentile)
+                known[j, percentile] = found[0]
+            boxes.loc[rows.index] = known[j, percentile]
+        return boxes
 
     def last_layer_path(
         self,

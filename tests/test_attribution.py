@@ -5,11 +5,12 @@ import pandas as pd
 import PIL.Image
 import pytest
 import torch
+from sklearn.base import clone
 from torch import nn
 
 from protoclf import ProtoPNetClassifier
 from protoclf.attribution import _COPIES, _NOISE, gradient_maps, salient_box
-from protoclf.explanation import BOX, FIELD, REST
+from protoclf.explanation import BOX, FIELD, REST, SOURCE_BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.metrics import DELETION_COLUMNS, deletion_score
@@ -80,12 +81,36 @@ def test_the_receptive_field_is_that_of_the_cell(finder):
 def test_only_the_boxes_depend_on_the_attribution(fitted, squares):
     upsampled = fitted.explain(squares[0][:4], "top2", top=1)
     gradient = fitted.explain(squares[0][:4], "top2", top=1, attribution="gradient")
-    pd.testing.assert_frame_equal(gradient.drop(columns=BOX), upsampled.drop(columns=BOX))
-    assert (gradient[BOX].dtypes == upsampled[BOX].dtypes).all()
+    both = [*BOX, *SOURCE_BOX]
+    pd.testing.assert_frame_equal(gradient.drop(columns=both), upsampled.drop(columns=both))
+    assert (gradient[both].dtypes == upsampled[both].dtypes).all()
     rest = gradient["source"] == REST
     assert rest.any()
-    assert gradient[BOX].isna().all(axis=1).equals(rest)
+    assert gradient[both].isna().all(axis=1).equals(rest)
     assert not gradient[BOX].equals(upsampled[BOX])
+
+
+def test_a_source_has_the_box_that_its_image_has(fitted, squares):
+    X, _ = squares
+    sheet = fitted.explain(X, attribution="gradient")
+    sources = fitted.explain(X[fitted.prototypes_["source_index"]], "all", attribution="gradient")
+    for row in sheet.drop_duplicates("prototype").to_dict("records"):
+        j = row["prototype"]
+        own = sources[(sources["sample"] == j) & (sources["prototype"] == j)].iloc[0]
+        assert [row[name] for name in SOURCE_BOX] == own[BOX].tolist()
+
+
+def test_a_source_that_is_gone_keeps_its_box_with_a_warning(fitted, squares, tmp_path):
+    X, y = squares
+    paths = [tmp_path / f"{i}.png" for i in range(len(X))]
+    for path, pixels in zip(paths, X, strict=True):
+        PIL.Image.fromarray(pixels).save(path)
+    clf = clone(fitted).fit(paths, y)
+    for path in paths:
+        path.unlink()
+    with pytest.warns(UserWarning, match="is not by gradient"):
+        sheet = clf.explain(X[:1], attribution="gradient")
+    assert sheet[SOURCE_BOX].equals(clf.explain(X[:1])[SOURCE_BOX])
 
 
 def test_a_higher_percentile_gives_smaller_boxes(fitted, squares):

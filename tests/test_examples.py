@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from protoclf import ProtoPNetClassifier
 from protoclf.datasets import make_birds
+from protoclf.explanation import BOX
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STRIDE = 8  # pixels of small_cnn's input per latent cell
@@ -74,6 +76,32 @@ def test_highest_contributions_are_on_the_part_that_tells_twins_apart(birds):
     inside = (part["x0"].to_numpy() - margin <= x) & (x < part["x1"].to_numpy() + margin)
     inside &= (part["y0"].to_numpy() - margin <= y) & (y < part["y1"].to_numpy() + margin)
     assert inside.mean() >= 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attribution", ["upsampled", "gradient"])
+def test_boxes_of_highest_contributions_overlap_that_part(birds, attribution):
+    clf, X, _, parts = birds
+    best = clf.explain(X, top=1, attribution=attribution)
+    best = best[best["rank"] == 1]
+    boxes, part = best[BOX].to_numpy(int), parts.loc[best["path"], BOX].to_numpy(int)
+    start, stop = np.maximum(boxes, part)[:, :2], np.minimum(boxes, part)[:, 2:]
+    assert (start < stop).all(1).mean() >= 0.8
+
+
+@pytest.mark.slow
+def test_one_image_is_explained(tmp_path):
+    printed = run("explain_one.py", "--epochs", 1, "--output", tmp_path / "why.png")
+    assert "difference" in printed
+    assert (tmp_path / "why.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_sheets_are_exported_and_asked(tmp_path):
+    printed = run("export_sheets.py", "--epochs", 1, "--output", tmp_path / "sheets.parquet")
+    assert "48 test images" in printed
+    assert "blame" in printed
+    assert pd.read_parquet(tmp_path / "sheets.parquet")["sample"].nunique() == 48
 
 
 BENCHMARKS = sorted(
