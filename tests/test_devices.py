@@ -15,10 +15,12 @@ from protoclf import (
     augmentation,
     explanation,
     localization,
+    nearest_patches,
     penalty,
     projection,
     stages,
 )
+from protoclf.attribution import gradient_maps
 from protoclf.augmentation import AugmentedDataset, augment_mildly
 from protoclf.backbones import SmallCNN
 from protoclf.explanation import explain_batch
@@ -126,7 +128,7 @@ def test_the_search_of_the_projection_stays_on_the_device(
 @pytest.mark.parametrize("classes", ["predicted", "top2", "all", [1]])
 def test_explanation_stays_on_the_device(gpu, size, similarity, classes):
     net, images, _ = make(gpu, size, similarity)
-    batch = explain_batch(net.eval(), net.features(images), classes, 32)
+    batch = explain_batch(net.eval(), net.features(images), classes, 32, 95)
     assert batch.box.shape == (PAIRS, 4)
     assert all(len(values) == PAIRS for values in batch)
 
@@ -137,8 +139,30 @@ def test_boxes_and_upsampling_stay_on_the_device(gpu, size):
     net, images, _ = make(gpu, size)
     z = net.latents(net.features(images))
     index = torch.zeros(PAIRS, dtype=torch.int64, device=gpu)
-    assert on_gpu([pair_boxes(net, z, index, index, 32)])
+    assert on_gpu([pair_boxes(net, z, index, index, 32, 95)])
     assert on_gpu([upsample(net.similarity_maps(z)[0], 20, 30)])
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_of_similarities_on_the_meta_device(size, similarity):
+    net, images, _ = make("meta", size, similarity)
+    prototypes = torch.zeros(2, dtype=torch.int64, device="meta")
+    maps = gradient_maps(net.eval(), images[0], prototypes)
+    assert maps.device.type == "meta"
+    assert maps.shape == (2, 32, 32)
+
+
+@pytest.mark.usefixtures("values")
+def test_nearest_patches_stay_on_the_device(gpu, monkeypatch):
+    net, images, _ = make(gpu)
+    z = net.eval().latents(net.features(images))
+    monkeypatch.setattr(FakeTensor, "tolist", lambda counts: [3] * 4 + [0])  # 3 of 4 prototypes
+    best = nearest_patches._best_of_batch(net, z, 0, 3)
+    merged = nearest_patches._merged(best, nearest_patches._best_of_batch(net, z, 5, 3), 3)
+    for parts in (best, merged):
+        assert on_gpu(parts)
+        assert [tuple(part.shape) for part in parts] == [(4, 3)] * 3 + [(4, 3, 4, 4)]
 
 
 def test_a_tensor_left_behind_on_the_cpu_is_found(gpu, monkeypatch):
@@ -162,7 +186,7 @@ def test_a_tensor_left_behind_by_the_explanation_is_found(gpu, monkeypatch):
     net, images, _ = make(gpu)
     monkeypatch.setattr(explanation, "_chosen_classes", lambda *args: torch.zeros(5, 1, dtype=int))
     with pytest.raises(RuntimeError, match="device"):
-        explain_batch(net.eval(), net.features(images), "all", 32)
+        explain_batch(net.eval(), net.features(images), "all", 32, 95)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
