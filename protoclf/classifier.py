@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from warnings import warn
 
@@ -13,6 +15,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import _check_sample_weight
 from skorch.utils import is_dataset
 from torch import nn
@@ -34,7 +37,7 @@ from protoclf.features import FitData, feature_batches
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import ImageError, Images, conflicting_labels
-from protoclf.labels import encode, read_labels
+from protoclf.labels import encode, read_groups, read_labels
 from protoclf.localization import upsample
 from protoclf.losses import ProtoPNetLoss
 from protoclf.net import SkorchProtoPNet
@@ -49,6 +52,7 @@ from protoclf.parameters import (
     with_skorch_parameters,
 )
 from protoclf.penalty import PENALTIES, Activations, penalty_path
+from protoclf.persistence import load_classifier, save_classifier
 from protoclf.stages import schedule
 
 _FITTED = (
@@ -97,6 +101,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
         those patches, of eight times as many candidates, that a sparse last layer makes use of,
         "random" at random (the paper's).
+    class_weight : None, "balanced" or dict, default=None
+        Weight of the images of each class, times `sample_weight`; "balanced" gives all classes
+        the same weight in sum.
     distinct : {None, "patches", "images"}, default=None
         Whether the prototypes of a class must be projected onto distinct patches, or even onto
         distinct images.
@@ -206,6 +213,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         latent_dim: int | None = None,
         similarity: str = "cosine",
         prototype_init: str = "selected",
+        class_weight: Any = None,
         distinct: str | None = None,
         self_matches: str = "keep",
         lambda_clst: float = 0.8,
@@ -255,6 +263,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         self.latent_dim = latent_dim
         self.similarity = similarity
         self.prototype_init = prototype_init
+        self.class_weight = class_weight
         self.distinct = distinct
         self.self_matches = self_matches
         self.lambda_clst = lambda_clst
@@ -304,7 +313,13 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
     # Fitting ------------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None):
+    def fit(
+        self,
+        X: Any,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ):
         """Train through all stages.
 
         Parameters
@@ -316,6 +331,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             Class labels: strings, numbers or booleans.
         sample_weight : array-like of shape (n,), optional
             Weights of the images in the joint loss and in the last layer.
+        groups : array-like of shape (n,), optional
+            What belongs together, such as photos of one specimen or patient: no split inside
+            `fit`, of ``lambda_l1="cv"`` or `train_split`, takes a group apart.
 
         Returns
         -------
@@ -328,20 +346,22 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         ValueError
             If a parameter or y cannot be used.
         """
-        return self._fit(X, y, sample_weight, first=not (self.warm_start and self._is_trained()))
+        first = not (self.warm_start and self._is_trained())
+        return self._fit(X, y, sample_weight, groups, first)
 
-    def partial_fit(self, X: Any, y: ArrayLike, classes=None, sample_weight=None):
+    def partial_fit(self, X: Any, y: ArrayLike, classes=None, sample_weight=None, groups=None):
         """Go on from the present network: joint cycles, projection and last layer on X.
 
         The first call is a `fit`. Prototypes are projected onto patches of this X, so it should
         hold all the images that prototypes may show.
         """
-        return self._fit(X, y, sample_weight, first=not self._is_trained())
+        return self._fit(X, y, sample_weight, groups, first=not self._is_trained())
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any, first: bool):
+    def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         check_parameters(vars(self))
         augmentation_of(self.augmentation)  # a wrong one is refused now
         dataset, labels = self._training_data(X, y, sample_weight, first)
+        groups = None if groups is None else read_groups(groups, len(dataset))
         if first:
             self._forget()
             self.classes_inferred_ = labels
@@ -355,7 +375,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
                     self.initialize()
                 self.prepare_processor()
                 self.notify("on_train_begin", **data)
-                self.fit_loop(**data, first=first)
+                self.fit_loop(**data, first=first, groups=groups)
         finally:
             return_freed_memory()
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
@@ -382,6 +402,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             sample_weight = _check_sample_weight(
                 sample_weight, np.empty((len(y), 1)), ensure_non_negative=True
             )
+        if self.class_weight is not None:
+            of_classes = compute_sample_weight(self.class_weight, y)
+            sample_weight = of_classes if sample_weight is None else of_classes * sample_weight
         preprocessing = Preprocessing(self.image_size, self.resize)
         dataset = ImageDataset(images, preprocessing, codes, sample_weight)
         show = None if self.verbose else False
@@ -391,13 +414,23 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             check_files(images, progress=show)
         return dataset, labels
 
-    def fit_loop(self, X: Dataset, y: Any = None, epochs: None = None, *, first: bool = True):
+    def fit_loop(
+        self,
+        X: Dataset,
+        y: Any = None,
+        epochs: None = None,
+        *,
+        first: bool = True,
+        groups: np.ndarray | None = None,
+    ):
         """Walk the stages over a data set of images (called by `fit`)."""
-        train, valid = self.get_split_datasets(X, y)
+        together = {} if groups is None else {"groups": groups}
+        train, valid = self.get_split_datasets(X, y, **together)
+        positions = in_whole(train)[1]
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
         if self.prototypes_per_class != "auto":
-            check_enough_images(counts, y[in_whole(train)[1]], self.classes_)
-        data = FitData(self, train, valid)
+            check_enough_images(counts, y[positions], self.classes_)
+        data = FitData(self, train, valid, None if groups is None else groups[positions])
         stages = schedule(self, first)
         for stage in stages:
             stage.run(self, data)
@@ -580,6 +613,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         penalties: Sequence[float] = PENALTIES,
         folds: int = 4,
         sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
     ) -> pd.DataFrame:
         """Return the last layers for many penalties: accuracy against sparsity.
 
@@ -588,7 +622,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
         Parameters
         ----------
-        X, y, sample_weight
+        X, y, sample_weight, groups
             Images as in `fit`, with labels that it saw. On the training images, prototypes match
             the images that they are parts of perfectly, so that held-out scores are a little too
             good; with ``lambda_l1="cv"``, `fit` itself sees to that.
@@ -618,7 +652,8 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             len(labels),
             None if sample_weight is None else torch.as_tensor(sample_weight),
         )
-        return penalty_path(activations, penalties, folds, self.seed_)
+        groups = None if groups is None else read_groups(groups, len(codes))
+        return penalty_path(activations, penalties, folds, self.seed_, groups)
 
     def similarity_maps(self, X: Any, upsampled: bool = False) -> np.ndarray | list[np.ndarray]:
         """Return the similarity of each prototype to each patch of each image.
@@ -654,13 +689,101 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
     def source_image(self, prototype: int) -> np.ndarray:
         """Return the training image (H, W, 3), uint8, that a prototype is a part of.
 
-        Where X held paths it is read again from its path.
+        Where X held paths it is read again from its path. A classifier that was saved with
+        thumbnails enlarges those to the size of the image: boxes stay right.
         """
         row = self._fitted().prototypes_.iloc[prototype]
         index = int(row["source_index"])
         if index in self.source_images_:
             return self.source_images_[index]
         return np.asarray(Images([row["source"]]).open(0))
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        thumbnails: int | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the fitted classifier to a folder of safetensors and JSON, which runs no code.
+
+        Parameters
+        ----------
+        folder : str or path
+            Made by this, in a folder that is there.
+        thumbnails : int or None, default=None
+            Keep the training images that prototypes are parts of, the longer side at most so many
+            pixels, so that sheets can be drawn where the images are not. With None they are
+            named by their paths; where X held arrays, their pixels are kept whole.
+        overwrite : bool, default=False
+            Whether a saved model that is there is replaced: only once the new one is complete.
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        FileExistsError
+            If something is there that may not be replaced.
+        ImageError
+            If a thumbnail is asked for of an image that cannot be read.
+
+        Warns
+        -----
+        UserWarning
+            If parameters were set that the files cannot hold, such as callbacks, transforms,
+            optimizers from elsewhere than torch.optim, `memory`; after `load` they are at their
+            defaults. `device` is never saved.
+
+        Examples
+        --------
+        >>> from protoclf import ProtoPNetClassifier
+        >>> from protoclf.datasets import make_birds
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> paths, labels, _ = make_birds(folder, n_per_class=4, image_size=64)
+        >>> clf = ProtoPNetClassifier("small_cnn", image_size=64, prototypes_per_class=2,
+        ...                           joint_epochs=1, random_state=0, verbose=0)
+        >>> saved = clf.fit(paths, labels).save(folder + "/model")
+        >>> loaded = ProtoPNetClassifier.load(saved)
+        >>> bool((loaded.predict_proba(paths) == clf.predict_proba(paths)).all())
+        True
+        """
+        return save_classifier(self._fitted(), folder, thumbnails, overwrite)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        backbone: nn.Module | None = None,
+        device: Any = "auto",
+    ) -> ProtoPNetClassifier:
+        """Return the classifier that `save` wrote to a folder, fitted as it was.
+
+        Nothing in the folder is run, and nothing is downloaded; all of it is checked.
+
+        Parameters
+        ----------
+        folder : str or path
+        backbone : nn.Module or None, default=None
+            Where the classifier was fitted with a module of your own: that module, or one made in
+            the same way. Its weights do not matter.
+        device : str or torch.device, default="auto"
+
+        Returns
+        -------
+        ProtoPNetClassifier
+
+        Raises
+        ------
+        ModelFileError
+            If the folder holds no model, or one that is damaged, inconsistent or of a newer
+            version, or `backbone` is not that of the model; names the file and what is wrong.
+        """
+        return load_classifier(cls, folder, backbone, device)
 
     def shown_region(self, sizes: ArrayLike) -> np.ndarray:
         """Return the part of each original that the model sees: boxes (n, 4), in its pixels.

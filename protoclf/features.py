@@ -168,12 +168,21 @@ class FitData:
     net : SkorchProtoPNet
     train, valid : ImageDataset or a Subset of one
         Batches of images; `valid` may be None.
+    groups : ndarray of shape (N,), optional
+        What images of the training part belong together.
     """
 
-    def __init__(self, net: SkorchProtoPNet, train: ImagePart, valid: ImagePart | None) -> None:
+    def __init__(
+        self,
+        net: SkorchProtoPNet,
+        train: ImagePart,
+        valid: ImagePart | None,
+        groups: np.ndarray | None = None,
+    ) -> None:
         self.net = net
         self.train_images = train
         self.valid_images = valid
+        self.groups = groups
         self.train_distance = torch.empty(0, 0)  # (N, m), once prototypes are projected
         self._train_features: FeatureDataset | None = None
         self._valid_features: FeatureDataset | None = None

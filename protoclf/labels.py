@@ -31,6 +31,16 @@ def read_labels(y: Any, n: int) -> np.ndarray:
     return y
 
 
+def read_groups(groups: Any, n: int) -> np.ndarray:
+    """Return the group of each of n images as a number."""
+    groups = column_or_1d(groups)
+    if len(groups) != n:
+        raise ValueError(f"X has {n} images and groups {len(groups)} entries; as many are needed.")
+    if pd.isna(groups).any():
+        raise ValueError("groups must name the group of every image; some are missing.")
+    return pd.factorize(groups)[0]
+
+
 def encode(y: np.ndarray, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the class labels, sorted, and y as indices into them.
 

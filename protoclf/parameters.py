@@ -71,6 +71,10 @@ def _is_percentile(value: Any) -> bool:
     return isinstance(value, Real) and 0 <= float(value) < 100
 
 
+def _is_class_weight(value: Any) -> bool:
+    return value is None or isinstance(value, Mapping) or value == "balanced"
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, (bool, np.bool_))
 
@@ -91,6 +95,7 @@ RULES: dict[str, Rule] = {
     "prototype_init": _one_of("selected", "kmeans", "random"),
     "distinct": _one_of(None, "patches", "images"),
     "self_matches": _one_of("median", "keep"),
+    "class_weight": (_is_class_weight, 'None, "balanced" or a dict of a weight for each class'),
     "lambda_clst": _non_negative(),
     "lambda_sep": _non_negative(),
     "lambda_l1": _either("cv", _non_negative()),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from protoclf.last_layer import LastLayerResult, last_layer_path
@@ -77,7 +77,11 @@ class Activations:
 
 
 def penalty_path(
-    activations: Activations, penalties: Sequence[float], folds: int, seed: int
+    activations: Activations,
+    penalties: Sequence[float],
+    folds: int,
+    seed: int,
+    groups: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Solve the last layer for each penalty, on all images and by cross-validation.
 
@@ -91,6 +95,8 @@ def penalty_path(
         lower the number, down to 2.
     seed : int
         For the folds.
+    groups : ndarray of shape (N,), optional
+        Images of one group stay in one fold.
 
     Returns
     -------
@@ -100,7 +106,8 @@ def penalty_path(
         the folds), cross_entropy and cross_entropy_std (held out), weight (C, m).
     """
     penalties = sorted(penalties, reverse=True)
-    held_out = _held_out_scores(activations, penalties, folds, seed)  # (folds, penalties, 2)
+    splits = _splits(activations.y.cpu().numpy(), folds, seed, groups)
+    held_out = _held_out_scores(activations, penalties, splits)  # (folds, penalties, 2)
     rows = []
     for i, result in enumerate(activations.solve(penalties)):
         weight = result.weight
@@ -119,18 +126,28 @@ def penalty_path(
     return pd.DataFrame(rows)
 
 
+Splits = list[tuple[np.ndarray, np.ndarray]]
+
+
+def _splits(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> Splits:
+    """Return stratified folds, (train, test) indices each; none where there are not two."""
+    smallest = int(np.bincount(y)[np.unique(y)].min())
+    folds = min(folds, max(2, smallest)) if folds else 0
+    if groups is not None:
+        folds = min(folds, len(np.unique(groups)))
+    if folds < 2:
+        return []
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    return list(kind(folds, shuffle=True, random_state=seed).split(y, y, groups))
+
+
 def _held_out_scores(
-    activations: Activations, penalties: list[float], folds: int, seed: int
+    activations: Activations, penalties: list[float], splits: Splits
 ) -> np.ndarray:
     """Accuracy and cross-entropy of images left out, (folds, penalties, 2)."""
-    y = activations.y.cpu().numpy()
-    folds = min(folds, max(2, int(np.bincount(y)[np.unique(y)].min()))) if folds else 0
-    if folds < 2:
-        return np.empty((0, len(penalties), 2))
-    splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)
     scores = []
     for train, test in splits:
         results = activations.take(train).solve(penalties, tol=_TOLERANCE)
         left_out = activations.take(test)
         scores.append([left_out.scores(result.weight) for result in results])
-    return np.array(scores)
+    return np.array(scores).reshape(len(splits), len(penalties), 2)

@@ -192,7 +192,7 @@ class LastLayer:
         module, train = net.module_, data.train_features
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
-            net.lambda_l1_ = self._penalty(net, g, train)
+            net.lambda_l1_ = self._penalty(net, g, data)
             views = [module.activations(_distances(net, view)) for view in data.view_features]
             shown = self._shown(net, g, train).with_views(views)
             (result,) = shown.solve([net.lambda_l1_])
@@ -217,12 +217,13 @@ class LastLayer:
         g = g if g.device.type == "mps" else g.double()
         return Activations(g, y, owner, len(net.module_.last_layer.weight), train.sample_weight)
 
-    def _penalty(self, net: SkorchProtoPNet, g: Tensor, train: FeatureDataset) -> float:
+    def _penalty(self, net: SkorchProtoPNet, g: Tensor, data: FitData) -> float:
         """Return the penalty; where it is to be chosen, no image left out may be a source."""
         if not isinstance(self.lambda_l1, str):
             return self.lambda_l1
         penalties = [p * float(g.amax().clamp_min(1e-6)) for p in PENALTIES]
-        path = penalty_path(self._shown(net, g, train, median=True), penalties, 4, net.seed_)
+        shown = self._shown(net, g, data.train_features, median=True)
+        path = penalty_path(shown, penalties, 4, net.seed_, data.groups)
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
 

@@ -1,0 +1,266 @@
+"""The classifier inside scikit-learn's searches, ensembles, curves and tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import BaggingClassifier, VotingClassifier
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    HalvingGridSearchCV,
+    RandomizedSearchCV,
+    StratifiedKFold,
+    cross_val_score,
+    learning_curve,
+    permutation_test_score,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from skorch.callbacks import Checkpoint, EarlyStopping, EpochScoring, LRScheduler, ProgressBar
+from skorch.dataset import ValidSplit
+
+from protoclf import ProtoPNetClassifier
+from protoclf.last_layer import solve_last_layer
+from protoclf.penalty import _splits
+from protoclf.scorers import n_prototypes_scorer
+
+FOLDS = StratifiedKFold(2)
+
+
+def small(**parameters):
+    """Frozen: a fit takes a tenth of a second."""
+    torch.manual_seed(7)
+    settings = {"train_backbone": False, "image_size": 16, "prototypes_per_class": 2}
+    backbone = torch.nn.Conv2d(3, 8, 4, 4)
+    settings |= {"random_state": 0, "verbose": 0}
+    return ProtoPNetClassifier(backbone, **{**settings, **parameters})
+
+
+@pytest.fixture(scope="module")
+def paths(squares, tmp_path_factory):
+    import PIL.Image
+
+    folder = tmp_path_factory.mktemp("around")
+    made = [str(folder / f"{i}.png") for i in range(len(squares[0]))]
+    for path, pixels in zip(made, squares[0], strict=True):
+        PIL.Image.fromarray(pixels).save(path)
+    return np.array(made, dtype=object)
+
+
+# ---- weights and groups -----------------------------------------------------------------------
+
+
+def test_balanced_classes_are_weights_of_images(paths, squares):
+    y = np.where(np.arange(24) < 18, "common", squares[1])
+    share = pd.Series(y).map(pd.Series(y).value_counts())
+    weight = (24 / (len(set(y)) * share)).to_numpy()
+    balanced = small(class_weight="balanced").fit(paths, y)
+    weighted = small().fit(paths, y, sample_weight=weight)
+    plain = small().fit(paths, y)
+    assert np.array_equal(balanced.coef_, weighted.coef_)
+    assert not np.array_equal(balanced.coef_, plain.coef_)
+    named = small(class_weight=dict(zip(y, weight, strict=True))).fit(paths, y)
+    assert np.array_equal(named.coef_, weighted.coef_)
+    twice = np.where(y == "common", 1, 2)
+    both = small(class_weight="balanced").fit(paths, y, sample_weight=twice)
+    assert np.array_equal(both.coef_, small().fit(paths, y, sample_weight=twice * weight).coef_)
+
+
+def test_class_weights_reach_the_joint_loss(paths, squares):
+    settings = {"train_backbone": True, "joint_epochs": 1, "augmentation": None, "batch_size": 24}
+    weight = {"blue": 1.0, "green": 2.0, "red": 5.0}
+    plain, weighted = (
+        small(class_weight=w, prototype_init="random", **settings).fit(paths, squares[1])
+        for w in (None, weight)
+    )
+    assert plain.history[0]["train_loss"] != weighted.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("wrong", ["even", 2])
+def test_a_wrong_class_weight_is_refused(paths, squares, wrong):
+    with pytest.raises(ValueError, match='class_weight must be None, "balanced" or a dict'):
+        small(class_weight=wrong).fit(paths, squares[1])
+
+
+def test_weight_two_is_a_row_twice_in_the_last_layer():
+    rng = np.random.default_rng(0)
+    g, y = torch.from_numpy(rng.random((30, 6))), torch.arange(30) % 3
+    owner, twice = torch.arange(6) % 3, torch.arange(30) % 4 == 0
+    weighted = solve_last_layer(g, y, owner, 1e-2, sample_weight=1.0 + twice, tol=1e-9)
+    doubled = solve_last_layer(
+        torch.cat([g, g[twice]]), torch.cat([y, y[twice]]), owner, 1e-2, tol=1e-9
+    )
+    torch.testing.assert_close(weighted.weight, doubled.weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("folds", [2, 4, 10])
+def test_no_split_takes_a_group_apart(folds):
+    y = np.repeat([0, 1, 2], 12)
+    groups = np.arange(36) // 2 % 9
+    splits = _splits(y, folds, 0, groups)
+    assert len(splits) == min(folds, 9)
+    for train, test in splits:
+        assert not set(groups[train]) & set(groups[test])
+    assert sorted(np.concatenate([test for _, test in splits])) == list(range(36))
+    assert _splits(y, folds, 0, np.zeros(36)) == []
+
+
+def test_groups_reach_every_split_inside_fit(paths, squares, monkeypatch):
+    seen = []
+
+    class Watched(ValidSplit):
+        def __call__(self, dataset, y=None, groups=None):
+            seen.append(groups)
+            return super().__call__(dataset, y, groups)
+
+    groups = np.array([f"bird {i}" for i in np.arange(24) // 3])
+    from protoclf import penalty
+
+    splits = penalty._splits
+    monkeypatch.setattr(penalty, "_splits", lambda *args: seen.append(args[-1]) or splits(*args))
+    clf = small(lambda_l1="cv", train_split=Watched(GroupKFold(4)))
+    clf.fit(paths, squares[1], groups=groups)
+    of_split, of_penalty = seen
+    assert (of_split == np.arange(24) // 3).all()
+    assert len(np.unique(of_penalty)) == 6  # those that are not for validation
+    path = clf.last_layer_path(paths, squares[1], [1e-3], folds=2, groups=groups)
+    assert len(path) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [([0] * 23, "X has 24 images and groups 23"), ([None] * 24, "some are missing")],
+)
+def test_wrong_groups_are_refused(paths, squares, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        small().fit(paths, squares[1], groups=wrong)
+
+
+# ---- searches ---------------------------------------------------------------------------------
+
+
+def test_a_search_by_accuracy_and_sparsity(paths, squares):
+    scoring = {"accuracy": "accuracy", "sparsity": n_prototypes_scorer}
+    grid = {"prototypes_per_class": [1, 2], "lambda_l1": [1e-4, 1e-1]}
+    search = GridSearchCV(small(), grid, scoring=scoring, refit="accuracy", cv=FOLDS)
+    search.fit(paths, squares[1])
+    results = pd.DataFrame(search.cv_results_)
+    assert results["mean_test_sparsity"].between(-6, 0).all()
+    by_penalty = results.groupby("param_lambda_l1")["mean_test_sparsity"].mean()
+    assert by_penalty[1e-1] >= by_penalty[1e-4]
+    best = search.best_estimator_
+    assert n_prototypes_scorer(best) == -(best.coef_ != 0).any(0).sum()
+    assert n_prototypes_scorer(make_pipeline("passthrough", best)) == n_prototypes_scorer(best)
+
+
+@pytest.mark.parametrize("kind", [RandomizedSearchCV, HalvingGridSearchCV])
+def test_other_searches(paths, squares, kind):
+    grid = {"prototypes_per_class": [1, 2], "lambda_l1": [1e-4, 1e-2]}
+    few = {"n_iter": 2} if kind is RandomizedSearchCV else {"min_resources": 48, "factor": 2}
+    search = kind(small(), grid, cv=FOLDS, random_state=0, error_score="raise", **few)
+    search.fit(np.tile(paths, 4), np.tile(squares[1], 4))
+    assert set(search.best_params_) == set(grid)
+    assert search.score(paths, squares[1]) > 0.5
+
+
+def test_a_candidate_that_fails_costs_its_own_score_alone(paths, squares):
+    search = GridSearchCV(small(), {"prototypes_per_class": [1, 0]}, cv=FOLDS, error_score=np.nan)
+    with pytest.warns(UserWarning, match="fits failed|non-finite"):
+        search.fit(paths, squares[1])
+    assert np.isnan(search.cv_results_["mean_test_score"]).tolist() == [False, True]
+
+
+def test_groups_and_weights_are_routed(paths, squares):
+    import sklearn
+
+    groups = np.arange(24) // 3
+    with sklearn.config_context(enable_metadata_routing=True):
+        clf = small(lambda_l1="cv").set_fit_request(sample_weight=True, groups=True)
+        clf.set_score_request(sample_weight=False)
+        scores = cross_val_score(
+            clf,
+            paths,
+            squares[1],
+            cv=GroupKFold(2),
+            params={"groups": groups, "sample_weight": np.ones(24)},
+            error_score="raise",
+        )
+    assert len(scores) == 2
+
+
+# ---- around it --------------------------------------------------------------------------------
+
+
+def test_a_path_column_beside_others(paths, squares):
+    X, y = squares
+    frame = pd.DataFrame({"photo": paths, "brightness": X.mean((1, 2, 3)), "n": np.arange(24)})
+    table = ColumnTransformer(
+        [("parts", small(), "photo"), ("numbers", StandardScaler(), ["brightness", "n"])]
+    )
+    model = make_pipeline(table, LogisticRegression()).fit(frame, y)
+    assert model.score(frame, y) > 0.8
+    assert model[0].get_feature_names_out()[0] == "parts__prototype0 (blue)"
+    assert model[0].transform(frame).shape == (24, 8)
+
+
+@pytest.mark.parametrize("method", ["sigmoid", "isotonic"])
+def test_calibration(paths, squares, method):
+    model = CalibratedClassifierCV(small(), method=method, cv=FOLDS).fit(paths, squares[1])
+    np.testing.assert_allclose(model.predict_proba(paths).sum(1), 1)
+    assert model.score(paths, squares[1]) > 0.8
+
+
+@pytest.mark.parametrize("voting", ["hard", "soft"])
+def test_voting(paths, squares, voting):
+    members = [("one", small(prototypes_per_class=1)), ("two", small(similarity="log"))]
+    model = VotingClassifier(members, voting=voting).fit(paths, squares[1])
+    assert model.score(paths, squares[1]) > 0.8
+
+
+def test_bagging(paths, squares):
+    model = BaggingClassifier(small(), n_estimators=2, max_samples=0.8, random_state=0)
+    model.fit(paths.reshape(-1, 1), squares[1])
+    assert model.score(paths.reshape(-1, 1), squares[1]) > 0.5
+
+
+def test_curves_and_permutations(paths, squares):
+    sizes, _, scores = learning_curve(
+        small(), paths, squares[1], train_sizes=[0.5, 1.0], cv=FOLDS, error_score="raise"
+    )
+    assert scores.shape == (2, 2)
+    assert sizes.tolist() == [6, 12]
+    score, permuted, p = permutation_test_score(
+        small(), paths, squares[1], cv=FOLDS, n_permutations=4, random_state=0
+    )
+    assert score > permuted.mean()
+    assert p <= 0.4
+
+
+# ---- skorch's own -----------------------------------------------------------------------------
+
+
+def test_skorchs_callbacks_work(paths, squares, tmp_path):
+    callbacks = [
+        EarlyStopping(patience=1),
+        Checkpoint(dirname=str(tmp_path), monitor="valid_loss_best"),
+        LRScheduler("StepLR", step_size=1),
+        EpochScoring("balanced_accuracy", name="balanced", lower_is_better=False),
+        ProgressBar(),
+    ]
+    clf = small(
+        train_backbone=True,
+        joint_epochs=2,
+        train_split=ValidSplit(3, stratified=True),
+        callbacks=callbacks,
+    )
+    clf.fit(paths, squares[1])
+    history = pd.DataFrame(clf.history.to_list())
+    assert {"stage", "balanced", "valid_loss"} <= set(history.columns)
+    assert history["stage"].iloc[-2:].tolist() == ["projection", "last layer"]
+    assert (tmp_path / "params.pt").exists()
+    assert clf.score(paths, squares[1]) > 0.5
