@@ -57,7 +57,7 @@ from protoclf.stages import schedule
 
 _FITTED = (
     *("prototypes_", "source_images_", "last_layer_result_", "last_layer_path_", "lambda_l1_"),
-    "classes_inferred_",
+    *("classes_inferred_", "activations_", "edits_"),
 )
 
 
@@ -181,6 +181,11 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         The penalty that the last layer was solved for.
     last_layer_path_ : DataFrame
         With ``lambda_l1="cv"`` only: see `last_layer_path`.
+    activations_ : Activations
+        The training images' activations, 4 n m bytes, that edits solve the last layer on: see
+        `protoclf.editing`.
+    edits_ : DataFrame
+        After an edit: the prototypes that went, when, how and why.
     history : skorch.history.History
         One row an epoch, with its stage, and one for each projection and last layer.
     module_ : ProtoPNet
@@ -467,6 +472,19 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         if dataset.images.paths is None:  # paths lead to the pictures; pixels would be lost
             for i in np.unique(sources["image"]):
                 self.source_images_[int(i)] = np.asarray(dataset.images.open(i))
+
+    def renew_table(self, kept: np.ndarray) -> None:
+        """Renew numbers and weights of the prototypes that an edit kept."""
+        owner = self.module_.owner.cpu().numpy()
+        self.prototypes_ = self.prototypes_.iloc[kept].assign(
+            prototype=np.arange(len(kept)),
+            weight=self.coef_[owner, np.arange(len(kept))].astype(float),
+            strongest_share=self.strongest_share_,
+        )
+        self.prototypes_ = self.prototypes_.reset_index(drop=True)
+        self._source_boxes = {}
+        used = set(self.prototypes_["source_index"].tolist())
+        self.source_images_ = {i: v for i, v in self.source_images_.items() if i in used}
 
     # Using it -----------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from protoclf.last_layer import LastLayerResult
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet, PrototypeSpec
 from protoclf.parameters import NOT_OURS, normalization, prototype_counts, refuse_unknown
+from protoclf.penalty import Activations
 from protoclf.receptive_field import BackboneGeometry, measure
 
 _NETWORK_INPUTS = ("images", "features")
@@ -46,6 +47,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     strongest_share_: np.ndarray
     last_layer_result_: LastLayerResult
     last_layer_path_: pd.DataFrame
+    activations_: Activations
     lambda_l1_: float
 
     def initialize_module(self):

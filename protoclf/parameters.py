@@ -127,6 +127,14 @@ REPORT_RULES: dict[str, Rule] = {
 NEAREST_RULES: dict[str, Rule] = {"k": _integer(1), "percentile": EXPLAIN_RULES["percentile"]}
 
 
+EDIT_RULES: dict[str, Rule] = {
+    "k": _integer(1),
+    "t": _integer(1),
+    "min_weight": _optional(_non_negative()),
+}
+MERGE_RULES: dict[str, Rule] = {"max_distance": _non_negative()}
+
+
 def check_rules(params: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     """Raise ValueError that names the parameter, what is allowed and what was given."""
     for name, (holds, allowed) in rules.items():

@@ -42,7 +42,7 @@ class Activations:
     ) -> None:
         self.g, self.y, self.owner, self.n_classes, self.weight = g, y, owner, n_classes, weight
 
-    def with_views(self, views: list[Tensor]) -> Activations:
+    def with_views(self, views: Sequence[Tensor]) -> Activations:
         """Add activations (N, m) of the same images, transformed."""
         if not views:
             return self
@@ -50,6 +50,16 @@ class Activations:
         weight = None if self.weight is None else self.weight.repeat(times)
         g = torch.cat([self.g, *(view.to(self.g) for view in views)])
         return Activations(g, self.y.repeat(times), self.owner, self.n_classes, weight)
+
+    def of_prototypes(self, index: Tensor) -> Activations:
+        """Return the activations of some prototypes."""
+        g, owner = self.g[:, index.to(self.g.device)], self.owner[index.to(self.owner.device)]
+        return Activations(g, self.y, owner, self.n_classes, self.weight)
+
+    def cpu(self) -> Activations:
+        """Return the activations in main memory."""
+        weight = None if self.weight is None else self.weight.cpu()
+        return Activations(self.g.cpu(), self.y.cpu(), self.owner.cpu(), self.n_classes, weight)
 
     def take(self, index: np.ndarray) -> Activations:
         """Return the activations of some images."""

@@ -8,7 +8,7 @@ skorch's own loop, so that callbacks and the history see every stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -192,55 +192,81 @@ class LastLayer:
         module, train = net.module_, data.train_features
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
-            net.lambda_l1_ = self._penalty(net, g, data)
             views = [module.activations(_distances(net, view)) for view in data.view_features]
-            shown = self._shown(net, g, train).with_views(views)
-            (result,) = shown.solve([net.lambda_l1_])
-            module.last_layer.weight.copy_(result.weight)
+            n_classes = len(module.last_layer.weight)
+            net.activations_ = Activations(
+                g, train.y.to(g.device), module.owner, n_classes, train.sample_weight
+            )
+            net.lambda_l1_ = self._penalty(net, data)
+            self.solve(net, views)
             if self.drop_unused:
-                g = self._drop_unused(net, data, g)
-            net.last_layer_result_ = replace(result, weight=module.last_layer.weight.clone())
-            net.strongest_share_ = g.argmax(1).bincount(minlength=g.shape[1]).cpu().numpy() / len(g)
-            net.history.record("objective", result.objective)
-            net.history.record("residual", result.residual)
+                self._drop_unused(net, data)
+            net.activations_ = net.activations_.cpu()
+            net.history.record("objective", net.last_layer_result_.objective)
+            net.history.record("residual", net.last_layer_result_.residual)
             _record_train_loss(net, data)
             _validate(net, data.valid_features)
 
-    def _shown(
-        self, net: SkorchProtoPNet, g: Tensor, train: FeatureDataset, median: bool = False
-    ) -> Activations:
+    @torch.no_grad()
+    def solve(self, net: SkorchProtoPNet, views: Sequence[Tensor] = ()) -> None:
+        """Set W to the optimum for the activations that the net holds, and for those of views."""
+        (result,) = self._shown(net).with_views(views).solve([net.lambda_l1_])
+        weight = net.module_.last_layer.weight
+        weight.copy_(result.weight)
+        net.last_layer_result_ = replace(result, weight=weight.clone())
+        net.strongest_share_ = _strongest_share(net.activations_.g)
+
+    def _shown(self, net: SkorchProtoPNet, median: bool = False) -> Activations:
         """Return what the solver is shown: in float64, where rounding W costs no optimality."""
-        owner, y = net.module_.owner, train.y.to(g.device)
+        a = net.activations_
+        g = a.g
         if median or self.self_matches == "median":
             source = torch.from_numpy(net.sources_["image"]).to(g.device)
-            g = replace_self_matches(g, y, owner, source)
+            g = replace_self_matches(g, a.y, a.owner, source)
         g = g if g.device.type == "mps" else g.double()
-        return Activations(g, y, owner, len(net.module_.last_layer.weight), train.sample_weight)
+        return Activations(g, a.y, a.owner, a.n_classes, a.weight)
 
-    def _penalty(self, net: SkorchProtoPNet, g: Tensor, data: FitData) -> float:
+    def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
         """Return the penalty; where it is to be chosen, no image left out may be a source."""
         if not isinstance(self.lambda_l1, str):
             return self.lambda_l1
-        penalties = [p * float(g.amax().clamp_min(1e-6)) for p in PENALTIES]
-        shown = self._shown(net, g, data.train_features, median=True)
+        largest = float(net.activations_.g.amax().clamp_min(1e-6))
+        penalties = [p * largest for p in PENALTIES]
+        shown = self._shown(net, median=True)
         path = penalty_path(shown, penalties, 4, net.seed_, data.groups)
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
 
-    def _drop_unused(self, net: SkorchProtoPNet, data: FitData, g: Tensor) -> Tensor:
-        """Keep the prototypes with weight, and one of each class; return their activations."""
+    def _drop_unused(self, net: SkorchProtoPNet, data: FitData) -> None:
+        """Keep the prototypes with weight, and one of each class."""
         module = net.module_
         used = (module.last_layer.weight != 0).any(0)  # (m,)
         for c in range(len(module.last_layer.weight)):
             own = (module.owner == c).nonzero()[:, 0]
             used[own[:1]] |= not used[own].any()
-        net.replace_prototypes(
-            module.prototypes[used], module.owner[used], module.last_layer.weight[:, used]
-        )
-        kept = used.cpu().numpy()
-        net.sources_ = {name: values[kept] for name, values in net.sources_.items()}
         data.train_distance = data.train_distance[:, used]
-        return g[:, used]
+        net.activations_ = net.activations_.of_prototypes(used)
+        net.last_layer_result_ = replace(
+            net.last_layer_result_, weight=net.last_layer_result_.weight[:, used]
+        )
+        net.strongest_share_ = _strongest_share(net.activations_.g)
+        keep_prototypes(net, used)
+
+
+@torch.no_grad()
+def keep_prototypes(net: SkorchProtoPNet, index: Tensor) -> None:
+    """Go on with some of the prototypes, by index or mask, and with their sources and weights."""
+    module = net.module_
+    index = index.to(module.owner.device)
+    weight = module.last_layer.weight[:, index].clone()
+    net.replace_prototypes(module.prototypes[index].clone(), module.owner[index], weight)
+    kept = index.cpu().numpy()
+    net.sources_ = {name: values[kept] for name, values in net.sources_.items()}
+
+
+def _strongest_share(g: Tensor) -> np.ndarray:
+    """Return the share of images in which each prototype is the strongest, (m,)."""
+    return g.argmax(1).bincount(minlength=g.shape[1]).cpu().numpy() / len(g)
 
 
 class _Row:

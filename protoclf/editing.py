@@ -1,0 +1,221 @@
+"""Removing prototypes from a fitted classifier, and living with those that are left.
+
+Every edit returns a new classifier and leaves the one that it was given as it is. The last layer
+is solved again for the prototypes that stay, on activations that `fit` keeps: no image is read,
+and the backbone does not run. What was done is in the new classifier's ``edits_``.
+
+Prototypes are numbered anew after each edit; ``edits_`` names them as they were before it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+
+from protoclf.labels import encode, read_labels
+from protoclf.parameters import EDIT_RULES, MERGE_RULES, check_rules
+from protoclf.penalty import Activations
+from protoclf.stages import LastLayer, keep_prototypes
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+EDIT_COLUMNS = ["step", "action", "prototype", "class", "source", "source_index", "reason"]
+
+
+def select_prototypes(
+    clf: ProtoPNetClassifier,
+    ids: ArrayLike,
+    *,
+    action: str = "select",
+    reason: str | dict[int, str] = "",
+    X: Any = None,
+    y: ArrayLike | None = None,
+) -> ProtoPNetClassifier:
+    """Return a classifier with these prototypes alone, its last layer solved again.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    ids : array-like of int
+        Prototypes to keep: at least one of each class.
+    action : str
+        What the record calls it.
+    reason : str or dict of int to str
+        For the record: why prototypes go, for all or for each of them.
+    X, y : images and labels, optional
+        What to solve the last layer on, in place of the activations of the training images. They
+        are needed for a classifier that does not hold those.
+
+    Returns
+    -------
+    ProtoPNetClassifier
+        A new one, fitted; ``edits_`` has one more row for each prototype that went.
+
+    Raises
+    ------
+    ValueError
+        If an id is unknown, a class would be left without prototypes, or activations are missing.
+    """
+    kept = np.array(sorted(_known(clf, ids)), dtype=int)
+    table = clf.prototypes_
+    bare = sorted(set(clf.classes_.tolist()) - set(table["class"].iloc[kept].tolist()))
+    if bare:
+        raise ValueError(f"Keep a prototype of each class: none would be left of {bare}.")
+    activations = activations_of(clf, X, y)
+    edited = copy.deepcopy(clf)
+    edited.activations_ = activations.of_prototypes(torch.from_numpy(kept))
+    keep_prototypes(edited, torch.from_numpy(kept))
+    self_matches = clf.self_matches if X is None else "keep"  # X need not hold the sources
+    LastLayer(clf.lambda_l1_, self_matches).solve(edited)
+    edited.renew_table(kept)
+    gone = table.drop(index=table.index[kept])
+    edited.edits_ = pd.concat([_edits(clf), _record(clf, gone, action, reason)], ignore_index=True)
+    return edited
+
+
+def remove(
+    clf: ProtoPNetClassifier, ids: ArrayLike, reason: str = "", X: Any = None, y: Any = None
+) -> ProtoPNetClassifier:
+    """Return a classifier without some prototypes, such as one that looks at the background.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+    ids : array-like of int
+        Prototypes to remove.
+    reason : str, default=""
+        For the record.
+    X, y
+        As in `select_prototypes`.
+    """
+    kept = sorted(set(range(clf.n_prototypes_)) - set(_known(clf, ids)))
+    return select_prototypes(clf, kept, action="remove", reason=reason, X=X, y=y)
+
+
+def keep(
+    clf: ProtoPNetClassifier, ids: ArrayLike, reason: str = "", X: Any = None, y: Any = None
+) -> ProtoPNetClassifier:
+    """Return a classifier with these prototypes alone; as `remove` of all others."""
+    return select_prototypes(clf, ids, action="keep", reason=reason, X=X, y=y)
+
+
+def prune(
+    clf: ProtoPNetClassifier,
+    *,
+    k: int = 6,
+    t: int = 3,
+    min_weight: float | None = None,
+    X: Any = None,
+    y: ArrayLike | None = None,
+) -> ProtoPNetClassifier:
+    """Return a classifier without the prototypes that do not stand for their class.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+    k, t : int, default=6, 3
+        A prototype goes if, of the k training images that are most similar to it, fewer than t are
+        of its class: it then looks at something that other classes have too, such as background
+        (Chen et al., NeurIPS 2019, supplement: pruning).
+    min_weight : float, optional
+        The rule is then another one: a prototype goes if its weight for its own class is less.
+    X, y
+        As in `select_prototypes`; nearest images are then looked for among these.
+
+    Notes
+    -----
+    Of each class the best prototype stays, even where the rule would take it.
+    """
+    check_rules({"k": k, "t": t, "min_weight": min_weight}, EDIT_RULES)
+    table, activations = clf.prototypes_, activations_of(clf, X, y)
+    if min_weight is not None:
+        value, least = table["weight"].to_numpy(), min_weight
+        text = f"weight {{:.3g}} < {min_weight:g}"
+    else:
+        value, least = own_among_nearest(activations, k), t
+        text = f"{{}} of the {k} nearest images are of its class, fewer than {t}"
+    best = table.assign(value=value).groupby("class")["value"].idxmax()
+    stays = (value >= least) | table.index.isin(best)
+    reasons = {j: text.format(value[j]) for j in np.flatnonzero(~stays).tolist()}
+    ids = np.flatnonzero(stays)
+    return select_prototypes(clf, ids, action="prune", reason=reasons, X=X, y=y)
+
+
+def merge_duplicates(
+    clf: ProtoPNetClassifier, max_distance: float = 1e-6, X: Any = None, y: Any = None
+) -> ProtoPNetClassifier:
+    """Return a classifier without prototypes that repeat another one of their class.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+    max_distance : float, default=1e-6
+        Squared distance between two prototypes, as latents are compared, up to which they are the
+        same: those of one patch at least, and with a larger value those of patches alike. The
+        first of them stays, and takes over the weight when the last layer is solved.
+    X, y
+        As in `select_prototypes`.
+    """
+    check_rules({"max_distance": max_distance}, MERGE_RULES)
+    with torch.no_grad():
+        p = clf.module_.scaled_prototypes().flatten(1).double().cpu()
+    distance, owner = torch.cdist(p, p).square().numpy(), clf.module_.owner.cpu().numpy()
+    stays: list[int] = []
+    reasons: dict[int, str] = {}
+    for j in range(len(p)):
+        same = [i for i in stays if owner[i] == owner[j] and distance[i, j] <= max_distance]
+        if same:
+            reasons[j] = f"the same as prototype {same[0]}"
+        else:
+            stays.append(j)
+    return select_prototypes(clf, stays, action="merge", reason=reasons, X=X, y=y)
+
+
+def activations_of(clf: ProtoPNetClassifier, X: Any = None, y: Any = None) -> Activations:
+    """Return the activations of the training images that `fit` kept, or those of other images."""
+    if X is None:
+        if not hasattr(clf, "activations_"):
+            raise ValueError("This classifier holds no activations of training images: pass X, y.")
+        return clf.activations_
+    g = torch.from_numpy(clf.transform(X))
+    _, codes = encode(read_labels(y, len(g)), clf.classes_)
+    return Activations(g, torch.from_numpy(codes), clf.module_.owner.cpu(), len(clf.classes_))
+
+
+def own_among_nearest(activations: Activations, k: int) -> np.ndarray:
+    """Return, for each prototype, how many of its k most similar images are of its class, (m,)."""
+    nearest = activations.g.argsort(dim=0, descending=True, stable=True)[:k]  # (k, m)
+    return (activations.y[nearest] == activations.owner).sum(0).cpu().numpy()
+
+
+def _known(clf: ProtoPNetClassifier, ids: ArrayLike) -> list[int]:
+    given: Iterable[Any] = np.atleast_1d(np.asarray(ids)).ravel().tolist()
+    unknown = [j for j in given if type(j) is not int or not 0 <= j < clf.n_prototypes_]
+    if unknown:
+        raise ValueError(
+            f"ids must be those of prototypes, from 0 to {clf.n_prototypes_ - 1}; got {unknown}."
+        )
+    return list(dict.fromkeys(given))
+
+
+def _edits(clf: ProtoPNetClassifier) -> pd.DataFrame:
+    return getattr(clf, "edits_", pd.DataFrame(columns=EDIT_COLUMNS))
+
+
+def _record(
+    clf: ProtoPNetClassifier, gone: pd.DataFrame, action: str, reason: str | dict[int, str]
+) -> pd.DataFrame:
+    """Return the rows of `edits_` for the prototypes that go."""
+    steps = _edits(clf)["step"]
+    why = [reason if isinstance(reason, str) else reason.get(j, "") for j in gone["prototype"]]
+    about = gone[["prototype", "class", "source", "source_index"]]
+    step = 1 + (int(steps.max()) if len(steps) else 0)
+    return about.assign(step=step, action=action, reason=why)[EDIT_COLUMNS]

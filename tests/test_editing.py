@@ -1,0 +1,184 @@
+"""Edited classifiers: what goes, what stays, and a last layer that is optimal for it."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+
+from protoclf.editing import EDIT_COLUMNS, keep, merge_duplicates, prune, remove, select_prototypes
+from protoclf.last_layer import solve_last_layer
+from protoclf.nearest_patches import nearest_patches, purity
+
+
+@pytest.fixture(scope="module")
+def three_each(fitted, squares):
+    """Three prototypes a class, and weights that are not 0."""
+    return clone(fitted).set_params(prototypes_per_class=3, lambda_l1=1e-5).fit(*squares)
+
+
+def codes(clf, y):
+    return torch.from_numpy((y[:, None] == clf.classes_).argmax(1))
+
+
+def assert_consistent(clf, X):
+    """The sheet, the table and the network of an edited classifier say the same."""
+    sheet, logits = clf.explain(X, "all"), clf.decision_function(X)
+    totals = sheet.groupby(["sample", "class"])["contribution"].sum()
+    for (i, label), total in totals.items():
+        assert total == pytest.approx(logits[i, clf.classes_.tolist().index(label)], abs=1e-4)
+    table = clf.prototypes_
+    assert table["prototype"].tolist() == list(range(clf.n_prototypes_))
+    assert clf.coef_.shape == (3, clf.n_prototypes_)
+    owner = clf.module_.owner.numpy()
+    assert table["class"].tolist() == clf.classes_[owner].tolist()
+    np.testing.assert_array_equal(table["weight"], clf.coef_[owner, np.arange(len(owner))])
+    g = clf.transform(X)
+    own = g[table["source_index"], np.arange(len(owner))]
+    np.testing.assert_allclose(own, 1, atol=1e-6)  # every prototype is still its patch
+    strongest = np.bincount(g.argmax(1), minlength=len(owner)) / len(X)
+    np.testing.assert_allclose(table["strongest_share"], strongest)
+
+
+def test_what_is_removed_is_gone_and_the_rest_is_solved_anew(three_each, squares):
+    X, y = squares
+    before = three_each.decision_function(X)
+    edited = remove(three_each, [1, 5], reason="looks at the sky")
+    stays = [0, 2, 3, 4, 6, 7, 8]
+    assert_consistent(edited, X)
+    np.testing.assert_array_equal(edited.transform(X), three_each.transform(X)[:, stays])
+    sources = three_each.prototypes_.iloc[stays]
+    assert edited.prototypes_["source_index"].tolist() == sources["source_index"].tolist()
+    g = torch.from_numpy(edited.transform(X)).double()
+    alone = solve_last_layer(g, codes(edited, y), edited.module_.owner, 1e-5)
+    np.testing.assert_allclose(edited.coef_, alone.weight, atol=2e-2)
+    assert edited.last_layer_result_.residual < 1e-6
+    assert edited.last_layer_result_.objective == pytest.approx(alone.objective, rel=1e-5)
+    np.testing.assert_array_equal(three_each.decision_function(X), before)  # as it was
+    assert three_each.n_prototypes_ == 9
+    assert not hasattr(three_each, "edits_")
+
+
+def test_the_record_says_what_went_and_why(three_each):
+    once = remove(three_each, [8, 1], reason="sky")
+    twice = remove(once, [0])
+    record = twice.edits_
+    assert record.columns.tolist() == EDIT_COLUMNS
+    assert record["step"].tolist() == [1, 1, 2]
+    assert record["prototype"].tolist() == [1, 8, 0]
+    assert record["reason"].tolist() == ["sky", "sky", ""]
+    assert record["class"].tolist() == ["blue", "red", "blue"]
+    assert len(once.edits_) == 2
+
+
+def test_keep_is_removing_the_others(three_each, squares):
+    kept, removed = keep(three_each, [0, 4, 8]), remove(three_each, [1, 2, 3, 5, 6, 7])
+    np.testing.assert_array_equal(kept.coef_, removed.coef_)
+    assert kept.edits_["action"].unique().tolist() == ["keep"]
+    assert_consistent(kept, squares[0])
+
+
+def test_an_edited_classifier_is_a_classifier(three_each, squares):
+    X, y = squares
+    edited = remove(three_each, [2])
+    again = pickle.loads(pickle.dumps(edited))
+    np.testing.assert_array_equal(again.predict_proba(X), edited.predict_proba(X))
+    assert again.edits_.equals(edited.edits_)
+    refitted = clone(edited).fit(X, y)
+    assert refitted.n_prototypes_ == 9
+    assert not hasattr(edited.fit(X, y), "edits_")
+    assert edited.n_prototypes_ == 9
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([9], "ids must be those of prototypes, from 0 to 8; got \\[9\\]"),
+        ([-1], "ids must be"),
+        ([1.5], "ids must be"),
+        ([0, 1, 2], "Keep a prototype of each class: none would be left of \\['blue'\\]"),
+    ],
+)
+def test_edits_that_cannot_be_are_refused(three_each, ids, message):
+    with pytest.raises(ValueError, match=message):
+        remove(three_each, ids)
+
+
+def test_nothing_removed_is_the_same_model(three_each, squares):
+    same = select_prototypes(three_each, range(9))
+    np.testing.assert_allclose(same.coef_, three_each.coef_, atol=1e-3)
+    assert len(same.edits_) == 0
+
+
+@pytest.mark.parametrize("k", [1, 4, 6])
+@pytest.mark.parametrize("t", [1, 3, 6])
+def test_pruning_goes_by_the_nearest_images(three_each, squares, k, t):
+    X, y = squares
+    shares = purity(nearest_patches(three_each, X, k, y))
+    own = (shares * k).round().astype(int)
+    pruned = prune(three_each, k=k, t=t)
+    gone = set(pruned.edits_["prototype"])
+    best = {own[three_each.prototypes_["class"] == c].idxmax() for c in three_each.classes_}
+    assert gone == set(own.index[own < t]) - best
+    for row in pruned.edits_.to_dict("records"):
+        text = f"{own[row['prototype']]} of the {k} nearest images are of its class, fewer than {t}"
+        assert row["reason"] == text
+    assert_consistent(pruned, X)
+
+
+def test_pruning_by_weight(three_each):
+    weight = three_each.prototypes_["weight"]
+    least = float(weight.median())
+    pruned = prune(three_each, min_weight=least)
+    best = weight.groupby(three_each.prototypes_["class"]).idxmax()
+    assert set(pruned.edits_["prototype"]) == set(weight.index[weight < least]) - set(best)
+
+
+def test_duplicates_are_merged(three_each, squares):
+    twice = remove(three_each, [])
+    with torch.no_grad():
+        twice.module_.prototypes[4] = twice.module_.prototypes[3]
+        twice.activations_.g[:, 4] = twice.activations_.g[:, 3]
+    merged = merge_duplicates(twice)
+    assert merged.edits_["prototype"].tolist() == [4]
+    assert merged.edits_["reason"].tolist() == ["the same as prototype 3"]
+    assert merge_duplicates(three_each, max_distance=5).n_prototypes_ == 3
+    assert_consistent(merged, squares[0])
+
+
+@pytest.mark.parametrize(
+    ("edit", "wrong", "message"),
+    [
+        (prune, {"k": 0}, "k must be an int >= 1"),
+        (prune, {"t": 1.5}, "t must be an int >= 1"),
+        (prune, {"min_weight": -1}, "min_weight must be"),
+        (merge_duplicates, {"max_distance": -1}, "max_distance must be"),
+    ],
+)
+def test_wrong_arguments_are_refused(three_each, edit, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        edit(three_each, **wrong)
+
+
+def test_other_images_can_stand_in_for_the_activations(three_each, squares):
+    X, y = squares
+    expected = remove(three_each, [0])
+    bare = remove(three_each, [])
+    del bare.activations_
+    with pytest.raises(ValueError, match="holds no activations of training images: pass X, y"):
+        remove(bare, [0])
+    np.testing.assert_allclose(remove(bare, [0], X=X, y=y).coef_, expected.coef_, atol=1e-3)
+
+
+def test_no_image_is_read_and_the_backbone_does_not_run(three_each, backbone_images):
+    prune(three_each)
+    remove(three_each, [3])
+    assert backbone_images == []
+
+
+@pytest.mark.parametrize("per_class", [2, "auto"])
+def test_activations_are_those_of_the_training_images(fitted, squares, per_class):
+    clf = clone(fitted).set_params(prototypes_per_class=per_class).fit(*squares)
+    np.testing.assert_allclose(clf.activations_.g, clf.transform(squares[0]), atol=1e-5)
+    assert clf.activations_.owner.equal(clf.module_.owner.cpu())
