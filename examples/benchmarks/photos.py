@@ -18,9 +18,9 @@ def photos(folder, quick=False, n_per_class=20):
 
 
 def backbone_of(name):
-    """Return (backbone, normalization): "efficientnet_lite0" with weights, or another, random."""
-    if name != "efficientnet_lite0":
+    """Return (backbone, normalization): "efficientnet_lite0" to 2 with weights, others random."""
+    if not name.startswith("efficientnet_lite"):
         return name, "imagenet"
-    from efficientnet_lite import NORMALIZATION, EfficientNetLite0
+    from efficientnet_lite import NORMALIZATION, EfficientNetLite
 
-    return EfficientNetLite0(), NORMALIZATION
+    return EfficientNetLite(int(name[-1])), NORMALIZATION

@@ -1,0 +1,390 @@
+"""`ProtoPNetEnsemble`: several ProtoPNets that add up their logits, and one sheet over all of them.
+
+Chen et al., NeurIPS 2019, section 2.5. Last layers have no bias, so that a sum of the members'
+logits is itself a sum of contributions: those of the prototypes of all members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import ClassifierMixin, MetaEstimatorMixin, TransformerMixin, clone
+from sklearn.ensemble import VotingClassifier
+from sklearn.utils import Bunch, _safe_indexing
+from sklearn.utils.metaestimators import _BaseComposition
+from sklearn.utils.parallel import Parallel, delayed
+from sklearn.utils.validation import check_is_fitted
+
+from protoclf.augmentation import augmentation_of
+from protoclf.classifier import ProtoPNetClassifier
+from protoclf.decoding import check_files
+from protoclf.explanation import truncated
+from protoclf.images import Images, conflicting_labels
+from protoclf.labels import encode, read_labels
+from protoclf.parameters import (
+    EXPLAIN_RULES,
+    check_enough_images,
+    check_parameters,
+    check_rules,
+    prototype_counts,
+)
+
+_FITTED = ("estimators_", "named_estimators_", "classes_")
+
+
+class ProtoPNetEnsemble(ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _BaseComposition):
+    """Several ProtoPNets whose logits are added up, and whose sheets are one.
+
+    Its members can differ in all that a `ProtoPNetClassifier` has parameters for; what pays is
+    that they err on different images, as with different backbones. Chen et al., "This Looks Like
+    That: Deep Learning for Interpretable Image Recognition", NeurIPS 2019, section 2.5.
+
+    Parameters
+    ----------
+    estimators : list of (str, ProtoPNetClassifier)
+        The members and their names. They are cloned, never changed. Their parameters are set by
+        nested names, such as ``set_params(first__lr=1e-3)``. Two members with the same
+        parameters, an int as `random_state` among them, are the same model twice.
+    n_jobs : int or None, default=None
+        Members fitted at the same time, each in a process of its own, as in joblib; on a GPU they
+        share its memory.
+    verbose : int, default=1
+        0 prints nothing; the members have a `verbose` of their own.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (C,)
+        The labels of y, sorted.
+    estimators_ : list of ProtoPNetClassifier
+        The fitted members.
+    named_estimators_ : sklearn.utils.Bunch
+        The same by their names.
+    n_prototypes_ : int
+        Prototypes of all members together.
+    prototypes_ : DataFrame
+        One row a prototype of a member: see `prototypes_`.
+    coef_ : ndarray of shape (C, m)
+        The members' last layers, side by side.
+
+    Examples
+    --------
+    >>> from protoclf import ProtoPNetClassifier, ProtoPNetEnsemble
+    >>> from protoclf.datasets import make_birds
+    >>> import tempfile
+    >>> paths, labels, _ = make_birds(tempfile.mkdtemp(), n_per_class=4, image_size=64)
+    >>> small = ProtoPNetClassifier("small_cnn", image_size=32, prototypes_per_class=2,
+    ...                             joint_epochs=1, random_state=0, verbose=0)
+    >>> large = ProtoPNetClassifier("small_cnn", image_size=64, prototypes_per_class=2,
+    ...                             joint_epochs=1, random_state=1, verbose=0)
+    >>> ensemble = ProtoPNetEnsemble([("small", small), ("large", large)], verbose=0)
+    >>> sheet = ensemble.fit(paths, labels).explain(paths[:1])
+    >>> bool(abs(sheet["contribution"].sum() - sheet["logit"].iloc[0]) < 1e-4)
+    True
+    """
+
+    estimators_: list[ProtoPNetClassifier]
+    named_estimators_: dict[str, ProtoPNetClassifier]
+    classes_: np.ndarray
+
+    def __init__(
+        self,
+        estimators: list[tuple[str, ProtoPNetClassifier]],
+        *,
+        n_jobs: int | None = None,
+        verbose: int = 1,
+    ) -> None:
+        self.estimators = estimators
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+    # Fitting ------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None):
+        """Fit clones of all members to the same images.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As in `ProtoPNetClassifier.fit`.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ImageError
+            If an image cannot be used: before any member is trained.
+        ValueError
+            If y, or a parameter of the ensemble or of a member, cannot be used: likewise.
+        """
+        members = self._checked_members()
+        y, classes = self._checked_data(X, y, members)
+        for name in _FITTED:  # an interrupted fit cannot be taken for an earlier one
+            self.__dict__.pop(name, None)
+        parallel = Parallel(n_jobs=self.n_jobs, return_as="generator")  # as members are done
+        fits = parallel(delayed(_fitted)(clone(m), X, y, sample_weight) for _, m in members)
+        fitted = {}
+        for (name, _), member in zip(members, fits, strict=True):
+            fitted[name] = member
+            if self.verbose:
+                print(f"Member {name!r} is fitted, {len(fitted)} of {len(members)}.", flush=True)
+        self.classes_ = classes
+        self.estimators_ = list(fitted.values())
+        self.named_estimators_ = Bunch(**fitted)
+        return self
+
+    def _checked_members(self) -> list[tuple[str, ProtoPNetClassifier]]:
+        expected = "estimators must be a list of one or more pairs (name, ProtoPNetClassifier)"
+        if not isinstance(self.estimators, list) or not self.estimators:
+            raise ValueError(f"{expected}; got {self.estimators!r}.")
+        for position, item in enumerate(self.estimators):
+            if not _is_member(item):
+                raise ValueError(f"{expected}; at position {position} it has {item!r}.")
+        self._validate_names([name for name, _ in self.estimators])
+        return self.estimators
+
+    def _checked_data(self, X: Any, y: Any, members: list) -> tuple[np.ndarray, np.ndarray]:
+        """Check whatever can be checked before a member is trained; return y and its classes."""
+        images = Images(X)
+        y = read_labels(y, len(images))
+        classes, codes = encode(y, None)
+        conflicting_labels(images, y)
+        for name, member in members:
+            try:
+                _check_member(member, codes, classes)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"Member {name!r}: {error}") from error
+        check_files(images, progress=None if self.verbose else False)
+        return y, classes
+
+    # Using it -----------------------------------------------------------------------------------
+
+    @property
+    def n_prototypes_(self) -> int:
+        """Number m of prototypes, of all members together."""
+        return sum(member.n_prototypes_ for _, member, _ in self._members())
+
+    @property
+    def coef_(self) -> np.ndarray:
+        """The members' last layers side by side, (C, m): logits are `transform` times its rows."""
+        return np.concatenate([member.coef_ for _, member, _ in self._members()], axis=1)
+
+    @property
+    def prototypes_(self) -> pd.DataFrame:
+        """One row a prototype: the members' tables, one after the other.
+
+        - prototype : its number in the ensemble, which counts on from member to member
+        - member, member_prototype : whose it is, and its number there
+        - the other columns are those of `ProtoPNetClassifier.prototypes_`
+        """
+        tables = []
+        for name, member, first in self._members():
+            table = member.prototypes_.copy()
+            table.insert(1, "member", name)
+            table.insert(2, "member_prototype", table["prototype"])
+            tables.append(table.assign(prototype=table["prototype"] + first))
+        return pd.concat(tables, ignore_index=True)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the class label of each image, (n,)."""
+        indices = self._logits(X).argmax(1)
+        return self.classes_[indices]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the probability of each class, (n, C): the softmax of the summed logits."""
+        return _softmax(self._logits(X))
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return the logits, (n, C): the sums of the members'.
+
+        For two classes, as everywhere in scikit-learn, the logit of the second minus that of the
+        first, (n,).
+        """
+        logits = self._logits(X)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Return the activations of all members' prototypes side by side, (n, m)."""
+        return np.concatenate([member.transform(X) for _, member, _ in self._members()], axis=1)
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the names of the columns of `transform`, (m,); numbers as in `prototypes_`."""
+        rows = self.prototypes_[["member", "prototype", "class"]].values
+        return np.asarray([f"{name}__prototype{i} ({c})" for name, i, c in rows], dtype=object)
+
+    def explain(
+        self,
+        X: Any,
+        classes: str | ArrayLike = "predicted",
+        top: int | None = None,
+        *,
+        attribution: str = "upsampled",
+        percentile: float = 95,
+    ) -> pd.DataFrame:
+        """Return the scoring sheet over all members: why each image got its logits.
+
+        Each member runs over the images twice, once for the logits that say which classes are
+        asked for; with `memory` its frozen backbone does so once.
+
+        Parameters
+        ----------
+        X, classes, top, attribution, percentile
+            As in `ProtoPNetClassifier.explain`. The predicted class and its rival are those of
+            the ensemble, and `top` counts the prototypes of all members together.
+
+        Returns
+        -------
+        DataFrame
+            The columns of `ProtoPNetClassifier.explain` and, behind `path`, `member`. Here
+
+            - is_predicted, logit, probability : are the ensemble's
+            - member : name of the member that compared the image with this prototype
+            - rank : is among the contributions of all members
+            - prototype : is the number in the ensemble's `prototypes_`; no two members share one
+            - row, col : are cells of the member's own latent map
+
+            The contributions of a sample and class sum to the ensemble's logit, float32 rounding
+            aside.
+        """
+        check_is_fitted(self)
+        given = {"top": top, "attribution": attribution, "percentile": percentile}
+        check_rules(given, EXPLAIN_RULES)
+        asked = self.estimators_[0]._class_indices(classes)
+        logits = self._logits(X)  # (n, C)
+        sheets = []
+        for codes, samples in _alike(_chosen_classes(logits, asked)):
+            images = _safe_indexing(X, samples)
+            for name, member, first in self._members():
+                sheet = member.explain(
+                    images,
+                    self.classes_[codes],
+                    top,
+                    attribution=attribution,
+                    percentile=percentile,
+                )
+                sheet["sample"] = samples[sheet["sample"]]
+                sheet["prototype"] += first
+                sheet.insert(2, "member", name)
+                sheets.append(sheet)
+        sheet = self._ranked(pd.concat(sheets, ignore_index=True), logits)
+        return sheet if top is None else truncated(sheet, top)
+
+    def _ranked(self, sheet: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:
+        """Give the rows of all members the ensemble's logits (n, C), and its order.
+
+        What the members summed up in "(rest)" comes last. Where there is such a row, the member
+        has `top` others, so that it will be summed up here too.
+        """
+        sample = sheet["sample"].to_numpy()
+        code = pd.Index(self.classes_).get_indexer(sheet["class"])
+        sheet["is_predicted"] = logits.argmax(1)[sample] == code
+        sheet["logit"] = logits[sample, code].astype(float)
+        sheet["probability"] = _softmax(logits)[sample, code].astype(float)
+        rest = sheet["prototype"].isna().to_numpy()
+        order = np.lexsort((-sheet["contribution"], rest, code, -sheet["logit"], sample))
+        sheet = sheet.iloc[order].reset_index(drop=True)
+        sheet["rank"] = sheet.groupby(["sample", "class"], sort=False).cumcount() + 1
+        return sheet
+
+    def source_image(self, prototype: int, member: str | None = None) -> np.ndarray:
+        """Return the training image (H, W, 3), uint8, that a prototype is a part of.
+
+        Parameters
+        ----------
+        prototype : int
+            Its number in `prototypes_`; with a `member` its number in the member's own table.
+        member : str, optional
+            The member's name.
+        """
+        if member is None:
+            row = self.prototypes_.iloc[prototype]
+            prototype, member = int(row["member_prototype"]), row["member"]
+        check_is_fitted(self)
+        if member not in self.named_estimators_:
+            raise ValueError(
+                f"member must be one of {list(self.named_estimators_)}; got {member!r}."
+            )
+        return self.named_estimators_[member].source_image(prototype)
+
+    def _members(self) -> Iterator[tuple[str, ProtoPNetClassifier, int]]:
+        """Yield each fitted member with its name and the number of its first prototype."""
+        check_is_fitted(self)
+        first = 0
+        for name, member in self.named_estimators_.items():
+            yield name, member, first
+            first += member.n_prototypes_
+
+    def _logits(self, X: Any) -> np.ndarray:
+        return np.sum([member._logits(X) for _, member, _ in self._members()], axis=0)  # (n, C)
+
+    # The estimator contract ---------------------------------------------------------------------
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters; with `deep`, the members and theirs by nested names too."""
+        return self._get_params("estimators", deep=deep)
+
+    def set_params(self, **params: Any):
+        """Set parameters; a member by its name, its parameters by nested ones."""
+        return self._set_params("estimators", **params)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "estimators_")
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        tags.input_tags.three_d_array = True
+        tags.input_tags.string = True
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    def _sk_visual_block_(self):
+        """Draw the members side by side, as scikit-learn draws its own ensembles."""
+        return VotingClassifier(self.estimators)._sk_visual_block_()
+
+
+def _is_member(item: Any) -> bool:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        return False
+    name, member = item
+    return isinstance(name, str) and name != "" and isinstance(member, ProtoPNetClassifier)
+
+
+def _check_member(member: ProtoPNetClassifier, codes: np.ndarray, classes: np.ndarray) -> None:
+    """Raise now what the member's fit would raise, which may be after the fits of others."""
+    check_parameters(vars(member))
+    augmentation_of(member.augmentation)
+    counts = prototype_counts(member.prototypes_per_class, classes)
+    if member.prototypes_per_class != "auto":
+        check_enough_images(counts, codes, classes)
+
+
+def _fitted(member: ProtoPNetClassifier, X: Any, y: np.ndarray, sample_weight: Any):
+    return member.fit(X, y, sample_weight)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).softmax(1).numpy()
+
+
+def _chosen_classes(logits: np.ndarray, asked: str | list[int]) -> np.ndarray:
+    """Class indices (n, c) to explain for each sample, by the logits (n, C) of the ensemble."""
+    n, n_classes = logits.shape
+    if not isinstance(asked, str):
+        return np.tile(asked, (n, 1))
+    count = {"predicted": 1, "top2": 2, "all": n_classes}[asked]
+    return np.argsort(-logits, axis=1, kind="stable")[:, :count]
+
+
+def _alike(chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each set of classes (c,) that stands in rows of `chosen` (n, c), and those rows."""
+    sets, which = np.unique(np.sort(chosen, axis=1), axis=0, return_inverse=True)
+    for i, codes in enumerate(sets):
+        yield codes, np.flatnonzero(which.reshape(-1) == i)
