@@ -82,7 +82,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
         device = torch.device(self.device)
         if self.tune_allocator and device.type == "cpu":
             keep_freed_memory()
-        fast = self.precision == "auto" and has_fast_bfloat16(device)
+        trained = self.backbone_trained_ or (self.train_backbone and self.joint_epochs > 0)
+        fast = self.precision == "auto" and not trained and has_fast_bfloat16(device)
         self.module_.half_precision = fast or self.precision == "bfloat16"
         if self.channels_last_ and (device.type == "cpu" or self.module_.half_precision):
             self.module_.memory_format = torch.channels_last

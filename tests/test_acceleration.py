@@ -10,7 +10,7 @@ import torch
 from sklearn.base import clone
 from torch import nn
 
-from protoclf import ProtoPNetClassifier
+from protoclf import ProtoPNetClassifier, net
 from protoclf import acceleration as fast
 
 RESIDENT = """
@@ -85,6 +85,26 @@ def test_a_fit_in_bfloat16_keeps_its_invariants(fitted, squares):
     own = clf.transform(X)[clf.prototypes_["source_index"], np.arange(clf.n_prototypes_)]
     np.testing.assert_allclose(own, 1, atol=1e-6)
     assert clf.module_.prototypes.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "half"),
+    [
+        ({"train_backbone": False}, True),
+        ({"joint_epochs": 0}, True),
+        ({}, False),
+        ({"precision": "bfloat16"}, True),
+        ({"train_backbone": False, "precision": "float32"}, False),
+    ],
+)
+def test_auto_is_bfloat16_for_a_frozen_backbone_on_a_fast_processor(
+    fitted, squares, monkeypatch, settings, half
+):
+    monkeypatch.setattr(net, "has_fast_bfloat16", lambda device: True)
+    clf = clone(fitted).set_params(**settings).fit(*squares)
+    assert clf.module_.half_precision is half
+    clf.set_params(train_backbone=False).predict(squares[0])  # what is trained stays so
+    assert clf.module_.half_precision is half
 
 
 @pytest.mark.parametrize("wrong", ["half", 16, None])
