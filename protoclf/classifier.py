@@ -53,6 +53,7 @@ from protoclf.parameters import (
 )
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
+from protoclf.saved_sources import sources_among
 from protoclf.stages import schedule
 
 _FITTED = (
@@ -150,9 +151,10 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
     callbacks : None, "disable" or list of skorch callbacks, default=None
         Early stopping ends the stage in which it strikes, not the fit.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        What the backbone computes in; all that follows it is in float32. "auto" is bfloat16 on
-        processors that are faster at it: GPUs since compute capability 8, x86 CPUs with
-        AVX512-BF16 or AMX.
+        What the backbone computes in; all that follows it is in float32. "auto" is bfloat16 for a
+        frozen backbone on processors that are faster at it: GPUs since compute capability 8, x86
+        CPUs with AVX512-BF16 or AMX. A backbone that is trained computes in float32 unless asked
+        otherwise: trained in bfloat16, fine differences between patches are lost.
     tune_allocator : bool, default=True
         On a CPU, and with glibc, let the process keep the memory that it frees, which makes
         convolutions several times as fast. It is given back at the end of `fit`; `predict`
@@ -468,10 +470,11 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             self.strongest_share_,
         )
         self._source_boxes: dict[Any, np.ndarray] = {}
-        self.source_images_ = {}
-        if dataset.images.paths is None:  # paths lead to the pictures; pixels would be lost
-            for i in np.unique(sources["image"]):
-                self.source_images_[int(i)] = np.asarray(dataset.images.open(i))
+        # paths lead to the pictures; pixels would be lost
+        used = np.unique(sources["image"]).tolist() if dataset.images.paths is None else []
+        self.source_images_: Mapping[int, np.ndarray] = {
+            i: np.asarray(dataset.images.open(i)) for i in used
+        }
 
     def renew_table(self, kept: np.ndarray) -> None:
         """Renew numbers and weights of the prototypes that an edit kept."""
@@ -484,7 +487,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         self.prototypes_ = self.prototypes_.reset_index(drop=True)
         self._source_boxes = {}
         used = set(self.prototypes_["source_index"].tolist())
-        self.source_images_ = {i: v for i, v in self.source_images_.items() if i in used}
+        self.source_images_ = sources_among(self.source_images_, used)
 
     # Using it -----------------------------------------------------------------------------------
 

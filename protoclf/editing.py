@@ -75,6 +75,8 @@ def select_prototypes(
     keep_prototypes(edited, torch.from_numpy(kept))
     self_matches = clf.self_matches if X is None else "keep"  # X need not hold the sources
     LastLayer(clf.lambda_l1_, self_matches).solve(edited)
+    if X is not None:  # another edit without images would take them for the training images
+        del edited.activations_
     edited.renew_table(kept)
     gone = table.drop(index=table.index[kept])
     edited.edits_ = pd.concat([_edits(clf), _record(clf, gone, action, reason)], ignore_index=True)

@@ -168,7 +168,10 @@ def test_other_images_can_stand_in_for_the_activations(three_each, squares):
     del bare.activations_
     with pytest.raises(ValueError, match="holds no activations of training images: pass X, y"):
         remove(bare, [0])
-    np.testing.assert_allclose(remove(bare, [0], X=X, y=y).coef_, expected.coef_, atol=1e-3)
+    edited = remove(bare, [0], X=X, y=y)
+    np.testing.assert_allclose(edited.coef_, expected.coef_, atol=1e-3)
+    with pytest.raises(ValueError, match="holds no activations"):
+        remove(edited, [1])
 
 
 def test_no_image_is_read_and_the_backbone_does_not_run(three_each, backbone_images):

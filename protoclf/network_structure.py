@@ -1,0 +1,64 @@
+"""What a network is made of, without its weights: layers, names, types and shapes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from protoclf.network import ProtoPNet
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+Kind = tuple[str, tuple[Any, ...]]
+"""Type and shape of a tensor; None is any length but 0."""
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Lets layers be built without memory for their weights, of which only shapes are asked."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones, torch.rand):
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
+def network_of(clf: ProtoPNetClassifier) -> ProtoPNet:
+    """Return the network itself, where it is compiled too."""
+    return getattr(clf.module_, "_orig_mod", clf.module_)
+
+
+def layers_of(module: nn.Module) -> dict[str, str]:
+    """Return the name of each layer's class."""
+    return {name: type(layer).__name__ for name, layer in module.named_modules()}
+
+
+def kinds_of(module: nn.Module) -> dict[str, Kind]:
+    """Return types and shapes of what a module's state holds."""
+    state = module.state_dict().items()
+    return {name: kind_of(tensor) for name, tensor in state if isinstance(tensor, Tensor)}
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    """Return type and shape of a tensor."""
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+@torch.no_grad()
+def probe(module: ProtoPNet, image_size: int) -> Tensor:
+    """Return what the backbone makes of a fixed pattern, averaged over cells: (channels,)."""
+    steps = torch.arange(3 * image_size**2, dtype=torch.float64) * 0.6180339887498949
+    pattern = (2 * (steps % 1) - 1).float().view(1, 3, image_size, image_size)
+    features = module.eval().backbone(pattern.to(module.prototypes.device))
+    return features.float().mean(dim=(2, 3))[0].nan_to_num().cpu()

@@ -1,0 +1,82 @@
+"""The parameters of a classifier, as JSON holds them: plain values, and optimizers by name."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from protoclf.model_files import encode, refusal
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+_GIVEN_AT_LOAD = ("backbone", "device")
+_OF_THE_MACHINE = ("compile", "memory", "torch_load_kwargs")  # compilers, paths, rights to unpickle
+_CLASSES = ("iterator_train", "iterator_valid")
+_MOST_WORKERS = 256  # processes that a file may ask for
+_OPTIMIZERS = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
+    if kind is not torch.optim.Optimizer
+}
+
+
+def parameters_to_json(clf: ProtoPNetClassifier) -> tuple[dict[str, Any], list[str]]:
+    """Return the parameters that JSON can hold, and the names of others that were set.
+
+    A parameter that is left out takes those nested in it along.
+    """
+    signature = inspect.signature(type(clf).__init__).parameters
+    kept: dict[str, Any] = {}
+    left_out: list[str] = []
+    for name, value in sorted(clf.get_params(deep=False).items()):
+        if name in _GIVEN_AT_LOAD:
+            continue
+        try:
+            if name.partition("__")[0] in left_out:
+                raise TypeError("it belongs to what is left out")
+            kept[name] = _encoded(name, value)
+        except TypeError:
+            if name not in signature or value is not signature[name].default:
+                left_out.append(name)
+    return kept, left_out
+
+
+def _encoded(name: str, value: Any) -> Any:
+    if not _may_be_kept(name):
+        raise TypeError(f"{name} is not saved")
+    if name != "optimizer":
+        return encode(value)
+    for known, kind in _OPTIMIZERS.items():
+        if value is kind:
+            return known
+    raise TypeError(f"{value} is no optimizer of torch.optim")
+
+
+def _may_be_kept(name: str) -> bool:
+    return name.partition("__")[0] not in _OF_THE_MACHINE and name not in _CLASSES
+
+
+def checked_parameters(decoded: dict[Any, Any], file: Path) -> dict[str, Any]:
+    """Return parameters to build a classifier with, of what a file names."""
+    parameters = dict(decoded)
+    for name, value in decoded.items():
+        if type(name) is not str or name in _GIVEN_AT_LOAD:
+            raise refusal(file, f"has {name!r} among its parameters.")
+        if not _may_be_kept(name):
+            raise refusal(file, f"sets the parameter {name!r}, which no file may.")
+        if name.endswith("__num_workers") and not _is_few(value):
+            raise refusal(file, f"asks for more than {_MOST_WORKERS} processes, {name!r}.")
+        if name == "optimizer":
+            if type(value) is not str or value not in _OPTIMIZERS:
+                raise refusal(file, "names an optimizer that torch.optim does not have.")
+            parameters[name] = _OPTIMIZERS[value]
+    return parameters
+
+
+def _is_few(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_WORKERS
