@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
-from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import _check_sample_weight
 from skorch.utils import is_dataset
 from torch import nn
@@ -37,13 +36,14 @@ from protoclf.features import FitData, feature_batches
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import ImageError, Images, conflicting_labels
-from protoclf.labels import encode, read_groups, read_labels
+from protoclf.labels import class_weights, encode, read_groups, read_labels
 from protoclf.localization import upsample
 from protoclf.losses import ProtoPNetLoss
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import (
     EXPLAIN_RULES,
+    check_apart,
     check_enough_images,
     check_parameters,
     check_rules,
@@ -340,7 +340,8 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             Weights of the images in the joint loss and in the last layer.
         groups : array-like of shape (n,), optional
             What belongs together, such as photos of one specimen or patient: no split inside
-            `fit`, of ``lambda_l1="cv"`` or `train_split`, takes a group apart.
+            `fit` takes a group apart. A `train_split` has to heed them itself, as
+            ``ValidSplit(GroupKFold(5))`` does; one that does not is refused.
 
         Returns
         -------
@@ -405,13 +406,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         y = read_labels(y, len(images))
         labels, codes = encode(y, None if first else self.classes_)
         conflicting_labels(images, y)
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(
-                sample_weight, np.empty((len(y), 1)), ensure_non_negative=True
-            )
-        if self.class_weight is not None:
-            of_classes = compute_sample_weight(self.class_weight, y)
-            sample_weight = of_classes if sample_weight is None else of_classes * sample_weight
+        sample_weight = self.weights_of(codes, labels, sample_weight)
         preprocessing = Preprocessing(self.image_size, self.resize)
         dataset = ImageDataset(images, preprocessing, codes, sample_weight)
         show = None if self.verbose else False
@@ -420,6 +415,19 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         else:
             check_files(images, progress=show)
         return dataset, labels
+
+    def weights_of(
+        self, codes: np.ndarray, classes: np.ndarray, sample_weight: Any
+    ) -> np.ndarray | None:
+        """Return the weights of images (n,), by themselves and by their classes."""
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(
+                sample_weight, np.empty((len(codes), 1)), ensure_non_negative=True
+            )
+        if self.class_weight is None:
+            return sample_weight
+        of_classes = class_weights(self.class_weight, codes, classes)
+        return of_classes if sample_weight is None else of_classes * sample_weight
 
     def fit_loop(
         self,
@@ -433,7 +441,9 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         """Walk the stages over a data set of images (called by `fit`)."""
         together = {} if groups is None else {"groups": groups}
         train, valid = self.get_split_datasets(X, y, **together)
-        positions = in_whole(train)[1]
+        whole, positions = in_whole(train)
+        if groups is not None and valid is not None and in_whole(valid)[0] is whole:
+            check_apart(groups[positions], groups[in_whole(valid)[1]])
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
         if self.prototypes_per_class != "auto":
             check_enough_images(counts, y[positions], self.classes_)
@@ -524,8 +534,12 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the activations g: the similarity of each image to each prototype, (n, m)."""
+        return self.similarities(X).numpy()
+
+    def similarities(self, X: Any) -> torch.Tensor:
+        """Return what `transform` does as a tensor, whatever `set_output` says."""
         distances = torch.cat([distance for _, distance, _ in self._outputs(X)])
-        return self.module_.activations(distances).cpu().numpy()
+        return self.module_.activations(distances).cpu()
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the names of the columns of `transform`, (m,)."""
@@ -664,14 +678,15 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
               and standard deviation over the folds
             - weight : the solution for all images, an array (C, m)
         """
-        transformed = torch.from_numpy(self.transform(X)).double()
-        labels, codes = encode(read_labels(y, len(transformed)), self.classes_)
+        g = self.similarities(X).double()
+        labels, codes = encode(read_labels(y, len(g)), self.classes_)
+        weight = self.weights_of(codes, labels, sample_weight)
         activations = Activations(
-            transformed,
+            g,
             torch.from_numpy(codes),
             self.module_.owner.cpu(),
             len(labels),
-            None if sample_weight is None else torch.as_tensor(sample_weight),
+            None if weight is None else torch.from_numpy(weight),
         )
         groups = None if groups is None else read_groups(groups, len(codes))
         return penalty_path(activations, penalties, folds, self.seed_, groups)

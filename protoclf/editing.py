@@ -12,11 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
+from sklearn.utils.validation import check_is_fitted
 
 from protoclf.labels import encode, read_labels
 from protoclf.parameters import EDIT_RULES, MERGE_RULES, check_rules
@@ -51,8 +53,9 @@ def select_prototypes(
     reason : str or dict of int to str
         For the record: why prototypes go, for all or for each of them.
     X, y : images and labels, optional
-        What to solve the last layer on, in place of the activations of the training images. They
-        are needed for a classifier that does not hold those.
+        What to solve the last layer on, in place of the activations of the training images, with
+        the classifier's `class_weight`, and with `self_matches` as "keep". They are needed for a
+        classifier that does not hold those activations.
 
     Returns
     -------
@@ -64,6 +67,7 @@ def select_prototypes(
     ValueError
         If an id is unknown, a class would be left without prototypes, or activations are missing.
     """
+    check_is_fitted(clf)
     kept = np.array(sorted(_known(clf, ids)), dtype=int)
     table = clf.prototypes_
     bare = sorted(set(clf.classes_.tolist()) - set(table["class"].iloc[kept].tolist()))
@@ -74,7 +78,14 @@ def select_prototypes(
     edited.activations_ = activations.of_prototypes(torch.from_numpy(kept))
     keep_prototypes(edited, torch.from_numpy(kept))
     self_matches = clf.self_matches if X is None else "keep"  # X need not hold the sources
+    if clf.augmented_views and X is None:
+        warn(
+            "The last layer of this classifier was solved on augmented views of the training "
+            "images too; an edit solves it on the images as they are.",
+            stacklevel=2,
+        )
     LastLayer(clf.lambda_l1_, self_matches).solve(edited)
+    edited.__dict__.pop("last_layer_path_", None)
     if X is not None:  # another edit without images would take them for the training images
         del edited.activations_
     edited.renew_table(kept)
@@ -134,15 +145,20 @@ def prune(
 
     Notes
     -----
-    Of each class the best prototype stays, even where the rule would take it.
+    Of each class the best prototype stays, even where the rule would take it. A class of fewer
+    than t images needs all of them among the nearest.
     """
+    check_is_fitted(clf)
     check_rules({"k": k, "t": t, "min_weight": min_weight}, EDIT_RULES)
+    if t > k:
+        raise ValueError(f"t must be at most k; got t={t} and k={k}.")
     table, activations = clf.prototypes_, activations_of(clf, X, y)
     if min_weight is not None:
         value, least = table["weight"].to_numpy(), min_weight
         text = f"weight {{:.3g}} < {min_weight:g}"
     else:
-        value, least = own_among_nearest(activations, k), t
+        images = activations.y.bincount(minlength=activations.n_classes)[activations.owner]  # (m,)
+        value, least = own_among_nearest(activations, k), np.minimum(t, images.cpu().numpy())
         text = f"{{}} of the {k} nearest images are of its class, fewer than {t}"
     best = table.assign(value=value).groupby("class")["value"].idxmax()
     stays = (value >= least) | table.index.isin(best)
@@ -166,6 +182,7 @@ def merge_duplicates(
     X, y
         As in `select_prototypes`.
     """
+    check_is_fitted(clf)
     check_rules({"max_distance": max_distance}, MERGE_RULES)
     with torch.no_grad():
         p = clf.module_.scaled_prototypes().flatten(1).double().cpu()
@@ -183,13 +200,17 @@ def merge_duplicates(
 
 def activations_of(clf: ProtoPNetClassifier, X: Any = None, y: Any = None) -> Activations:
     """Return the activations of the training images that `fit` kept, or those of other images."""
+    if (X is None) != (y is None):
+        raise ValueError("X and y go together: give both, or neither.")
     if X is None:
         if not hasattr(clf, "activations_"):
             raise ValueError("This classifier holds no activations of training images: pass X, y.")
         return clf.activations_
-    g = torch.from_numpy(clf.transform(X))
-    _, codes = encode(read_labels(y, len(g)), clf.classes_)
-    return Activations(g, torch.from_numpy(codes), clf.module_.owner.cpu(), len(clf.classes_))
+    g = clf.similarities(X)
+    classes, codes = encode(read_labels(y, len(g)), clf.classes_)
+    weights = clf.weights_of(codes, classes, None)
+    weight = None if weights is None else torch.from_numpy(weights)
+    return Activations(g, torch.from_numpy(codes), clf.module_.owner.cpu(), len(classes), weight)
 
 
 def own_among_nearest(activations: Activations, k: int) -> np.ndarray:

@@ -31,6 +31,7 @@ from protoclf.parameters import (
     check_enough_images,
     check_parameters,
     check_rules,
+    normalization,
     prototype_counts,
 )
 
@@ -104,12 +105,18 @@ class ProtoPNetEnsemble(ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _
 
     # Fitting ------------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None):
+    def fit(
+        self,
+        X: Any,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ):
         """Fit clones of all members to the same images.
 
         Parameters
         ----------
-        X, y, sample_weight
+        X, y, sample_weight, groups
             As in `ProtoPNetClassifier.fit`.
 
         Returns
@@ -121,14 +128,15 @@ class ProtoPNetEnsemble(ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _
         ImageError
             If an image cannot be used: before any member is trained.
         ValueError
-            If y, or a parameter of the ensemble or of a member, cannot be used: likewise.
+            If y, or a parameter of the ensemble or of a member, cannot be used: likewise, but for
+            a member's backbone and what depends on it.
         """
         members = self._checked_members()
         y, classes = self._checked_data(X, y, members)
         for name in _FITTED:  # an interrupted fit cannot be taken for an earlier one
             self.__dict__.pop(name, None)
         parallel = Parallel(n_jobs=self.n_jobs, return_as="generator")  # as members are done
-        fits = parallel(delayed(_fitted)(clone(m), X, y, sample_weight) for _, m in members)
+        fits = parallel(delayed(_fitted)(clone(m), X, y, sample_weight, groups) for _, m in members)
         fitted = {}
         for (name, _), member in zip(members, fits, strict=True):
             fitted[name] = member
@@ -360,14 +368,16 @@ def _is_member(item: Any) -> bool:
 def _check_member(member: ProtoPNetClassifier, codes: np.ndarray, classes: np.ndarray) -> None:
     """Raise now what the member's fit would raise, which may be after the fits of others."""
     check_parameters(vars(member))
+    normalization(member.normalization)
+    member.weights_of(codes, classes, None)
     augmentation_of(member.augmentation)
     counts = prototype_counts(member.prototypes_per_class, classes)
     if member.prototypes_per_class != "auto":
         check_enough_images(counts, codes, classes)
 
 
-def _fitted(member: ProtoPNetClassifier, X: Any, y: np.ndarray, sample_weight: Any):
-    return member.fit(X, y, sample_weight)
+def _fitted(member: ProtoPNetClassifier, X: Any, y: Any, sample_weight: Any, groups: Any):
+    return member.fit(X, y, sample_weight, groups)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

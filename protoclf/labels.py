@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.utils import column_or_1d
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 
 
@@ -39,6 +40,23 @@ def read_groups(groups: Any, n: int) -> np.ndarray:
     if pd.isna(groups).any():
         raise ValueError("groups must name the group of every image; some are missing.")
     return pd.factorize(groups)[0]
+
+
+def class_weights(spec: Any, codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return the weight of each image (n,) by its class: "balanced", or a dict by label.
+
+    `codes` (n,) are indices into `classes`. Labels that a dict leaves out have weight 1.
+    """
+    if isinstance(spec, str):
+        return compute_sample_weight(spec, codes)
+    labels = classes.tolist()
+    unknown = [label for label in spec if label not in labels]
+    if unknown:
+        raise ValueError(f"class_weight names labels that y does not have: {unknown}.")
+    weights = np.array([spec.get(label, 1.0) for label in labels], dtype=float)
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise ValueError(f"class_weight must hold finite weights >= 0, not all 0; got {spec!r}.")
+    return weights[codes]
 
 
 def encode(y: np.ndarray, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from protoclf.explanation import BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
+from protoclf.parameters import DELETION_RULES, check_rules
 
 DELETION_COLUMNS = [
     *("area", "similarity_drop", "control_similarity_drop", "logit_drop", "control_logit_drop")
@@ -38,7 +39,7 @@ def deletion_score(
     """Cover the boxes of the scoring sheets, and see whether that takes the evidence away.
 
     A box is faithful if covering it lowers the similarity of its prototype, and the logit, more
-    than covering a region of the same size elsewhere does.
+    than covering a region of the same size at a random place does.
 
     Parameters
     ----------
@@ -71,9 +72,11 @@ def deletion_score(
 
     Notes
     -----
-    Boxes are covered in the model's input, with the mean colour of the image. A box that fills
-    the input leaves no other place: its scores are 0.
+    Boxes are covered in the model's input, with the mean colour of the image. Random places can
+    overlap the box, a large one more than a small one: that pulls its scores towards 0, which
+    they are for a box that fills the input. Compare ways to find boxes at like areas.
     """
+    check_rules({"top": top, "n_controls": n_controls}, DELETION_RULES)
     table = clf.explain(X, top=top, attribution=attribution, percentile=percentile)
     table = table[table["prototype"].notna() & (table["weight"] > 0)].reset_index(drop=True)
     dataset = ImageDataset(Images(X), clf.preprocessing_)

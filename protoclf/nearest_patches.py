@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
+from sklearn.utils.validation import check_is_fitted
 
 from protoclf.explanation import BOX
 from protoclf.features import feature_batches
@@ -67,6 +68,7 @@ def nearest_patches(
     number of images.
     """
     check_rules({"k": k, "percentile": percentile}, NEAREST_RULES)
+    check_is_fitted(clf)
     owners = clf.prototypes_
     images = Images(X)
     labels = None if y is None else read_labels(y, len(images))

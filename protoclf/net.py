@@ -28,6 +28,10 @@ from protoclf.parameters import NOT_OURS, normalization, prototype_counts, refus
 from protoclf.penalty import Activations
 from protoclf.receptive_field import BackboneGeometry, measure
 
+_OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
+    **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
+    **{"augmented_views": 0, "_source_boxes": {}},
+}
 _NETWORK_INPUTS = ("images", "features")
 _STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
 
@@ -188,6 +192,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         return sorted(n for n in names if not n.startswith("_") and n not in NOT_OURS)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = _OF_OLDER_STATES | state
         device = state["device"]
         state = state | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
         super().__setstate__(state if device == "auto" else state | {"device": device})

@@ -72,7 +72,9 @@ def _is_percentile(value: Any) -> bool:
 
 
 def _is_class_weight(value: Any) -> bool:
-    return value is None or isinstance(value, Mapping) or value == "balanced"
+    if isinstance(value, str):
+        return value == "balanced"
+    return value is None or isinstance(value, Mapping)
 
 
 def _is_flag(value: Any) -> bool:
@@ -132,6 +134,7 @@ EDIT_RULES: dict[str, Rule] = {
     "t": _integer(1),
     "min_weight": _optional(_non_negative()),
 }
+DELETION_RULES: dict[str, Rule] = {"top": _integer(1), "n_controls": _integer(1)}
 MERGE_RULES: dict[str, Rule] = {"max_distance": _non_negative()}
 
 
@@ -187,6 +190,16 @@ def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -
         raise ValueError(
             f"Some classes have fewer training images than prototypes: {'; '.join(short)}. Lower "
             "prototypes_per_class (a dict sets it for each class), or add images."
+        )
+
+
+def check_apart(train: np.ndarray, valid: np.ndarray) -> None:
+    """Raise ValueError where the groups of two parts of the data have one in common."""
+    both = np.intersect1d(train, valid)
+    if len(both):
+        raise ValueError(
+            f"train_split takes {len(both)} groups apart. Give it a splitter that heeds groups, "
+            "such as ValidSplit(GroupKFold(5))."
         )
 
 

@@ -141,7 +141,10 @@ Splits = list[tuple[np.ndarray, np.ndarray]]
 
 def _splits(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> Splits:
     """Return stratified folds, (train, test) indices each; none where there are not two."""
-    smallest = int(np.bincount(y)[np.unique(y)].min())
+    counts = np.bincount(y)[np.unique(y)]
+    if counts.max() < 2:
+        return []
+    smallest = int(counts.min())
     folds = min(folds, max(2, smallest)) if folds else 0
     if groups is not None:
         folds = min(folds, len(np.unique(groups)))

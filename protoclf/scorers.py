@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
 
 
 def n_prototypes_scorer(estimator: Any, X: Any = None, y: Any = None) -> float:
@@ -25,4 +26,5 @@ def n_prototypes_scorer(estimator: Any, X: Any = None, y: Any = None) -> float:
         At most 0.
     """
     clf = estimator[-1] if isinstance(estimator, Pipeline) else estimator
+    check_is_fitted(clf)
     return -float((clf.coef_ != 0).any(0).sum())

@@ -27,6 +27,8 @@ def class_totals(sheet: pd.DataFrame) -> pd.DataFrame:
         - own, others : sums of the contributions of the class's own prototypes and of those of
           other classes; of a truncated sheet without its "(rest)"
         - n_prototypes : rows that name a prototype
+
+        A class without any weight has no rows in a sheet and none here: its logit is 0.
     """
     named = sheet["prototype"].notna()
     own = named & (sheet["prototype_class"] == sheet["class"])
@@ -89,7 +91,8 @@ def _compared(rows: pd.DataFrame) -> pd.DataFrame:
     if len(sides) != 2:
         raise ValueError(
             'compare needs two classes for each sample: explain(X, classes="top2"), or two '
-            f"labels; sample {first['sample']} has {len(sides)}."
+            f"labels; sample {first['sample']} has {len(sides)}. A class without weights has no "
+            "rows: its logit is 0."
         )
     winner, rival = sides
     match = pd.concat([winner[_MATCH], rival[_MATCH]])

@@ -234,6 +234,11 @@ class LastLayer:
         penalties = [p * largest for p in PENALTIES]
         shown = self._shown(net, median=True)
         path = penalty_path(shown, penalties, 4, net.seed_, data.groups)
+        if path["cross_entropy"].isna().all():
+            raise ValueError(
+                'lambda_l1="cv" needs a class of two images at least, and two groups where there '
+                "are groups; give lambda_l1 a number."
+            )
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
 

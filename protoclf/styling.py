@@ -12,7 +12,7 @@ import pandas as pd
 import PIL.Image
 
 from protoclf.explanation import BOX, SOURCE_BOX
-from protoclf.images import Images
+from protoclf.images import ImageError, Images
 from protoclf.thumbnails import thumbnail_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def style_sheet(
     """
     if X is None and sheet["path"].isna().any():
         raise ValueError("The sheet has no paths: pass the images as X.")
-    pictures: dict[Any, PIL.Image.Image] = {}
+    pictures: dict[Any, PIL.Image.Image | None] = {}
+    images = None if X is None else Images(X)
     parts, sources = [], []
     for row in sheet.to_dict("records"):
         if pd.isna(row["prototype"]):
@@ -60,12 +61,11 @@ def style_sheet(
             continue
         sample, j = row["sample"], int(row["prototype"])
         if sample not in pictures:
-            pictures[sample] = (
-                Images([row["path"]]).open(0) if X is None else Images(X).open(sample)
-            )
+            one = Images([row["path"]]) if images is None else images.take([sample])
+            pictures[sample] = one.open(0)
         source = ("source", row["source_index"])
         if source not in pictures:
-            pictures[source] = PIL.Image.fromarray(clf.source_image(j))
+            pictures[source] = _source(clf, j)
         parts.append(_patch(pictures[sample], [row[name] for name in BOX], side))
         sources.append(_patch(pictures[source], [row[name] for name in SOURCE_BOX], side))
     shown = sheet[["sample", "class", "logit", "prototype"]].copy()
@@ -82,7 +82,17 @@ def style_sheet(
     )
 
 
-def _patch(picture: PIL.Image.Image, box: list[Any], side: int) -> str:
+def _source(clf: ProtoPNetClassifier, prototype: int) -> PIL.Image.Image | None:
+    """Return the training image of a prototype, where it is still to be found."""
+    try:
+        return PIL.Image.fromarray(clf.source_image(prototype))
+    except ImageError:
+        return None
+
+
+def _patch(picture: PIL.Image.Image | None, box: list[Any], side: int) -> str:
+    if picture is None:
+        return ""
     x0, y0, x1, y1 = map(int, box)
     return thumbnail_of(picture.crop((x0, y0, x1, y1)), side).uri
 

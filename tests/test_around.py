@@ -7,6 +7,7 @@ import torch
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import BaggingClassifier, VotingClassifier
+from sklearn.exceptions import NotFittedError
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import (
@@ -264,3 +265,67 @@ def test_skorchs_callbacks_work(paths, squares, tmp_path):
     assert history["stage"].iloc[-2:].tolist() == ["projection", "last layer"]
     assert (tmp_path / "params.pt").exists()
     assert clf.score(paths, squares[1]) > 0.5
+
+
+# ---- what must not pass in silence ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [ValidSplit(3), ValidSplit(3, stratified=True)])
+def test_a_validation_split_that_takes_groups_apart_is_refused(paths, squares, split):
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(6), 4))
+    with pytest.raises(ValueError, match=r"train_split takes \d groups apart"):
+        small(train_split=split).fit(paths, squares[1], groups=groups)
+
+
+@pytest.mark.parametrize("how", ["one group", "one image a class"])
+def test_a_penalty_that_cannot_be_chosen_is_refused(paths, squares, how):
+    clf = small(lambda_l1="cv", prototypes_per_class=1)
+    X, y, groups = paths, squares[1], np.zeros(24)
+    if how == "one image a class":
+        X, y, groups = X[:3], y[:3], None
+    with pytest.raises(ValueError, match='lambda_l1="cv" needs a class of two images'):
+        clf.fit(X, y, groups=groups)
+
+
+def test_class_weights_by_labels_that_look_like_numbers(paths):
+    y = np.array(["0", "1", "007"] * 8)
+    clf = small(class_weight={"0": 5.0, "007": 0.5}).fit(paths, y)
+    weight = np.array([5.0, 1.0, 0.5] * 8)
+    assert np.array_equal(clf.coef_, small().fit(paths, y, sample_weight=weight).coef_)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pink": 1.0}, r"class_weight names labels that y does not have: \['pink'\]"),
+        ({"red": -1.0}, "class_weight must hold finite weights >= 0"),
+        (np.ones(3), "class_weight must be None"),
+    ],
+)
+def test_class_weights_that_cannot_be_are_refused(paths, squares, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        small(class_weight=wrong).fit(paths, squares[1])
+
+
+@pytest.mark.parametrize("wrong", [[1.0] * 23, [-1.0] * 24])
+def test_weights_of_the_path_are_checked(paths, squares, wrong):
+    clf = small().fit(paths, squares[1])
+    with pytest.raises(ValueError, match="sample_weight"):
+        clf.last_layer_path(paths, squares[1], [1e-3], sample_weight=wrong)
+
+
+def test_a_state_from_before_a_parameter_still_loads(paths, squares):
+    clf = small(precision="float32").fit(paths, squares[1])
+    expected = clf.predict_proba(paths)
+    state = clf.__getstate__()
+    for name in ("precision", "tune_allocator", "class_weight", "_source_boxes"):
+        state.pop(name)
+    older = ProtoPNetClassifier.__new__(ProtoPNetClassifier)
+    older.__setstate__(state)
+    assert np.array_equal(older.predict_proba(paths), expected)
+    assert len(older.explain(paths[:1], attribution="gradient"))
+
+
+def test_a_scorer_of_an_unfitted_classifier(paths):
+    with pytest.raises(NotFittedError):
+        n_prototypes_scorer(small())

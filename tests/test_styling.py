@@ -61,3 +61,15 @@ def test_names_are_escaped(fitted, squares):
 
 def test_an_empty_sheet_has_a_view(fitted, squares):
     assert "contribution" in style_sheet(fitted, fitted.explain(squares[0][:1]).head(0)).to_html()
+
+
+def test_a_source_that_is_gone_has_no_picture(fitted, squares, tmp_path):
+    X, y = squares
+    paths = [tmp_path / f"{i}.png" for i in range(len(X))]
+    for path, pixels in zip(paths, X, strict=True):
+        PIL.Image.fromarray(pixels).save(path)
+    clf = clone(fitted).fit(paths, y)
+    for path in paths:
+        path.unlink()
+    sheet = clf.explain(X[:1], top=2)
+    assert len(pictures_in(style_sheet(clf, sheet, X[:1]).to_html())) == sheet["prototype"].count()
