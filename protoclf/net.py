@@ -30,7 +30,7 @@ from protoclf.receptive_field import BackboneGeometry, measure
 
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
-    **{"augmented_views": 0, "_source_boxes": {}},
+    "augmented_views": 0,
 }
 _NETWORK_INPUTS = ("images", "features")
 _STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
@@ -193,6 +193,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = _OF_OLDER_STATES | state
+        if "prototypes_" in state:
+            state.setdefault("_source_boxes", {})
         device = state["device"]
         state = state | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
         super().__setstate__(state if device == "auto" else state | {"device": device})
