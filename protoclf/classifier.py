@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight
+from skorch import NeuralNet
 from skorch.utils import is_dataset
 from torch import nn
 from torch.utils.data import Dataset
@@ -38,6 +39,7 @@ from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import ImageError, Images, conflicting_labels
 from protoclf.labels import class_weights, encode, read_groups, read_labels
 from protoclf.localization import upsample
+from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Outputs, ProtoPNet
@@ -49,7 +51,7 @@ from protoclf.parameters import (
     check_rules,
     prototype_counts,
     refuse_unknown,
-    with_skorch_parameters,
+    with_parameters_of,
 )
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
@@ -62,8 +64,8 @@ _FITTED = (
 )
 
 
-@with_skorch_parameters
-class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
+@with_parameters_of(NeuralNet)
+class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
     """ProtoPNet: an image classifier whose every prediction is a scoring sheet.
 
     These image parts look like those parts of those training images; similarity times weight is a
@@ -365,7 +367,16 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         """
         return self._fit(X, y, sample_weight, groups, first=not self._is_trained())
 
+    _fitting = False
+
     def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
+        self._fitting = True
+        try:
+            return self._fit_all(X, y, sample_weight, groups, first)
+        finally:
+            del self._fitting
+
+    def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         check_parameters(vars(self))
         augmentation_of(self.augmentation)  # a wrong one is refused now
         dataset, labels = self._training_data(X, y, sample_weight, first)
@@ -374,7 +385,8 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
             self._forget()
             self.classes_inferred_ = labels
         self.preprocessing_ = dataset.preprocessing
-        self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self.seed_ = self.processes.agreed(seed)
         data: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
         try:
             with torch.random.fork_rng(devices=_cuda_devices(self.device)):
@@ -516,21 +528,7 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
         For a torch Dataset, whose targets are class indices, these are class indices too.
         """
-        indices = self._logits(X).argmax(1)
-        return indices if is_dataset(X) else self.classes_[indices]
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Return the probability of each class, (n, C): the softmax of the logits."""
-        return torch.from_numpy(self._logits(X)).softmax(1).numpy()
-
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Return the logits, (n, C).
-
-        For two classes, as everywhere in scikit-learn, the logit of the second minus that of the
-        first, (n,).
-        """
-        logits = self._logits(X)
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+        return self._logits(X).argmax(1) if is_dataset(X) else super().predict(X)
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the activations g: the similarity of each image to each prototype, (n, m)."""
@@ -821,6 +819,35 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
         """
         return load_classifier(cls, folder, backbone, device)
 
+    def save_params(self, *args: Any, **kwargs: Any) -> None:
+        """Write weights, optimizer or history alone, as skorch's callbacks do during a fit.
+
+        Raises
+        ------
+        ValueError
+            For a fitted classifier: the table of its prototypes would be lost.
+        """
+        self._refuse_without_table("save_params", "save(folder) writes both")
+        super().save_params(*args, **kwargs)
+
+    def load_params(self, *args: Any, **kwargs: Any) -> None:
+        """Read what `save_params` wrote, as skorch's callbacks do during a fit.
+
+        Raises
+        ------
+        ValueError
+            For a fitted classifier: the table of its prototypes would be wrong.
+        """
+        self._refuse_without_table("load_params", "ProtoPNetClassifier.load(folder) reads both")
+        super().load_params(*args, **kwargs)
+
+    def _refuse_without_table(self, name: str, other: str) -> None:
+        if self._is_trained() and not self._fitting:
+            raise ValueError(
+                f"{name} knows the weights but not the table of prototypes, prototypes_, which "
+                f"says where each comes from; {other}."
+            )
+
     def shown_region(self, sizes: ArrayLike) -> np.ndarray:
         """Return the part of each original that the model sees: boxes (n, 4), in its pixels.
 
@@ -869,15 +896,6 @@ class ProtoPNetClassifier(TransformerMixin, SkorchProtoPNet):
 
     def __sklearn_is_fitted__(self) -> bool:
         return self._is_trained()
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.one_d_array = True
-        tags.input_tags.two_d_array = False
-        tags.input_tags.three_d_array = True
-        tags.input_tags.string = True
-        tags.transformer_tags.preserves_dtype = ["float32"]
-        return tags
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         return BaseEstimator.__repr__(self, N_CHAR_MAX)

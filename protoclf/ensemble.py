@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import ArrayLike
 from sklearn.base import ClassifierMixin, MetaEstimatorMixin, TransformerMixin, clone
 from sklearn.ensemble import VotingClassifier
@@ -26,6 +25,7 @@ from protoclf.decoding import check_files
 from protoclf.explanation import truncated
 from protoclf.images import Images, conflicting_labels
 from protoclf.labels import encode, read_labels
+from protoclf.logits import LogitsMixin, probabilities
 from protoclf.parameters import (
     EXPLAIN_RULES,
     check_enough_images,
@@ -38,7 +38,9 @@ from protoclf.parameters import (
 _FITTED = ("estimators_", "named_estimators_", "classes_")
 
 
-class ProtoPNetEnsemble(ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _BaseComposition):
+class ProtoPNetEnsemble(
+    LogitsMixin, ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _BaseComposition
+):
     """Several ProtoPNets whose logits are added up, and whose sheets are one.
 
     Its members can differ in all that a `ProtoPNetClassifier` has parameters for; what pays is
@@ -199,24 +201,6 @@ class ProtoPNetEnsemble(ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _
             tables.append(table.assign(prototype=table["prototype"] + first))
         return pd.concat(tables, ignore_index=True)
 
-    def predict(self, X: Any) -> np.ndarray:
-        """Return the class label of each image, (n,)."""
-        indices = self._logits(X).argmax(1)
-        return self.classes_[indices]
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Return the probability of each class, (n, C): the softmax of the summed logits."""
-        return _softmax(self._logits(X))
-
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Return the logits, (n, C): the sums of the members'.
-
-        For two classes, as everywhere in scikit-learn, the logit of the second minus that of the
-        first, (n,).
-        """
-        logits = self._logits(X)
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
-
     def transform(self, X: Any) -> np.ndarray:
         """Return the activations of all members' prototypes side by side, (n, m)."""
         return np.concatenate([member.transform(X) for _, member, _ in self._members()], axis=1)
@@ -293,7 +277,7 @@ class ProtoPNetEnsemble(ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _
         code = pd.Index(self.classes_).get_indexer(sheet["class"])
         sheet["is_predicted"] = logits.argmax(1)[sample] == code
         sheet["logit"] = logits[sample, code].astype(float)
-        sheet["probability"] = _softmax(logits)[sample, code].astype(float)
+        sheet["probability"] = probabilities(logits)[sample, code].astype(float)
         rest = sheet["prototype"].isna().to_numpy()
         order = np.lexsort((-sheet["contribution"], rest, code, -sheet["logit"], sample))
         sheet = sheet.iloc[order].reset_index(drop=True)
@@ -344,15 +328,6 @@ class ProtoPNetEnsemble(ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "estimators_")
 
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.one_d_array = True
-        tags.input_tags.two_d_array = False
-        tags.input_tags.three_d_array = True
-        tags.input_tags.string = True
-        tags.transformer_tags.preserves_dtype = ["float32"]
-        return tags
-
     def _sk_visual_block_(self):
         """Draw the members side by side, as scikit-learn draws its own ensembles."""
         return VotingClassifier(self.estimators)._sk_visual_block_()
@@ -378,10 +353,6 @@ def _check_member(member: ProtoPNetClassifier, codes: np.ndarray, classes: np.nd
 
 def _fitted(member: ProtoPNetClassifier, X: Any, y: Any, sample_weight: Any, groups: Any):
     return member.fit(X, y, sample_weight, groups)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(logits).softmax(1).numpy()
 
 
 def _chosen_classes(logits: np.ndarray, asked: str | list[int]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -79,24 +79,30 @@ class FeatureViews(Dataset):
 
 def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset) -> FeatureDataset:
     """Run the backbone once over all images, in evaluation mode and without gradients."""
+    processes, n = net.processes, len(dataset)
+    own = processes.own_rows(n, net.batch_size)
     rows, targets, weights, start = None, [], [], 0
-    show = bool(net.verbose)
-    for inputs, y in feature_batches(net, dataset, progress=show):
+    show = bool(net.verbose) and processes.is_first
+    for inputs, y in feature_batches(net, dataset, progress=show, rows=own):
         batch = inputs["features"].permute(0, 2, 3, 1)  # (n, H, W, C), as it lies in memory
         if rows is None:
-            shape = (len(dataset), *batch.shape[1:])
+            shape = (len(own), *batch.shape[1:])
             rows = allocate(shape, batch.dtype, net.device, net.memory_folder)
         rows[start : start + len(y)] = batch
         start += len(y)
         targets.append(y)
         weights.extend([inputs["sample_weight"]] if "sample_weight" in inputs else [])
     assert rows is not None, "a data set has at least one image"
-    weight = torch.cat(weights) if weights else None
-    return FeatureDataset(rows.permute(0, 3, 1, 2), torch.cat(targets), weight)
+    weight = processes.in_order(torch.cat(weights), n) if weights else None
+    rows, y = processes.in_order(rows, n), processes.in_order(torch.cat(targets), n)
+    return FeatureDataset(rows.permute(0, 3, 1, 2), y, weight)
 
 
 def feature_batches(
-    net: SkorchProtoPNet, dataset: Dataset, progress: bool = False
+    net: SkorchProtoPNet,
+    dataset: Dataset,
+    progress: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Yield batches with the backbone's features in place of the images, on the net's device.
 
@@ -108,7 +114,7 @@ def feature_batches(
     if folder is not None and isinstance(dataset, ImagePart):
         cache = FeatureCache(folder, module, net.preprocessing_)
         dataset = CachedImages(dataset, cache)
-    for inputs, y in _with_progress(net, dataset, progress):
+    for inputs, y in _with_progress(net, dataset, progress, rows):
         with torch.no_grad():
             if cache is not None:
                 inputs["features"] = _completed(net, cache, inputs, len(y))
@@ -134,8 +140,10 @@ def _completed(net: SkorchProtoPNet, cache: FeatureCache, inputs: dict, n: int) 
     return rows.to(net.device).permute(0, 3, 1, 2)
 
 
-def _with_progress(net: SkorchProtoPNet, dataset: Dataset, progress: bool) -> Iterable[Batch]:
-    batches = net.get_iterator(dataset, training=False)
+def _with_progress(
+    net: SkorchProtoPNet, dataset: Dataset, progress: bool, rows: Sequence[int] | None
+) -> Iterable[Batch]:
+    batches = net.get_iterator(dataset, training=False, rows=rows)
     bar = tqdm(batches, "features", delay=2, leave=False, disable=not progress)
     return _read_ahead(bar) if _reads_files(dataset) else bar
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from skorch import NeuralNetClassifier
 from skorch.callbacks import PrintLog
 from skorch.utils import is_dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory, takes_channels_last
@@ -26,6 +27,7 @@ from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet, PrototypeSpec
 from protoclf.parameters import NOT_OURS, normalization, prototype_counts, refuse_unknown
 from protoclf.penalty import Activations
+from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry, measure
 
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
@@ -115,11 +117,14 @@ class SkorchProtoPNet(NeuralNetClassifier):
         """Return batches of images for X (called by skorch)."""
         return X if is_dataset(X) else ImageDataset(Images(X), self.preprocessing_, y)
 
-    def get_iterator(self, dataset: Dataset, training: bool = False):
-        """Return a loader of batches (called by skorch)."""
+    def get_iterator(
+        self, dataset: Dataset, training: bool = False, rows: Sequence[int] | None = None
+    ):
+        """Return a loader of batches (called by skorch); of some rows of the data set alone."""
         name = "iterator_train" if training else "iterator_valid"
         kwargs = {"batch_size": self.batch_size, "collate_fn": ImageDataset.collate}
-        kwargs |= {"shuffle": training} | self.get_params_for(name)
+        kwargs |= {"shuffle": training} if rows is None else {"sampler": rows}
+        kwargs |= self.get_params_for(name)
         if getattr(dataset, "in_memory", False):
             kwargs["num_workers"] = 0  # workers would only copy
         elif torch.device(self.device).type == "cuda":
@@ -129,7 +134,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     def infer(self, x: Mapping[str, Tensor], **fit_params: Any) -> Outputs:
         """Run the network on a batch (called by skorch)."""
         used = {k: x[k].to(self.device, non_blocking=True) for k in _NETWORK_INPUTS if k in x}
-        return self.module_(**used)
+        return self.network_of(training=torch.is_grad_enabled())(**used)
 
     def get_loss(self, y_pred: Outputs, y_true: Tensor, X=None, training=False) -> Tensor:
         """Return the joint loss of a batch (called by skorch)."""
@@ -137,11 +142,29 @@ class SkorchProtoPNet(NeuralNetClassifier):
         weight = None if weight is None else weight.to(self.device)
         return self.criterion_(y_pred, y_true.to(self.device), weight)
 
-    def latents(self, features: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
+    def latents(
+        self, features: Dataset, rows: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield latent maps and classes of cached features, always in the same batches."""
-        for inputs, y in self.get_iterator(features, training=False):
+        for inputs, y in self.get_iterator(features, training=False, rows=rows):
             with torch.no_grad():
                 yield self.module_.latents(inputs["features"].to(self.device)), y
+
+    @property
+    def processes(self) -> OneProcess:
+        """The processes that fit the network together."""
+        return OneProcess()
+
+    def data_parallel(self) -> AbstractContextManager[None]:
+        """Average gradients over the processes, for the parts that a stage trains."""
+        return nullcontext()
+
+    def network_of(self, training: bool) -> nn.Module:
+        """Return what runs batches."""
+        return self.module_
+
+    def agree(self) -> None:
+        """Take over the network of the first of several processes, whose rounding may differ."""
 
     @property
     def memory_folder(self) -> Path | None:

@@ -9,7 +9,6 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import numpy as np
-from skorch import NeuralNet
 
 T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]
@@ -233,21 +232,25 @@ def _triple(values: np.ndarray) -> Triple:
     return red, green, blue
 
 
-def with_skorch_parameters(cls: type[T]) -> type[T]:
-    """Name skorch's parameters in the signature of a class, in the place of its ``**`` one.
+def with_parameters_of(base: type) -> Callable[[type[T]], type[T]]:
+    """Name the parameters of a base class in a class's signature, in the place of its ``**`` one.
 
     scikit-learn reads signatures: its repr leaves out what equals the default there.
     """
-    init: Any = vars(cls)["__init__"]
-    own = [p for p in inspect.signature(init).parameters.values() if p.kind != p.VAR_KEYWORD]
-    hidden = {*NOT_OURS, *(p.name for p in own)}
-    theirs = [
-        p.replace(kind=p.KEYWORD_ONLY)
-        for p in inspect.signature(NeuralNet.__init__).parameters.values()
-        if p.name not in hidden and p.kind != p.VAR_KEYWORD
-    ]
-    init.__signature__ = inspect.Signature(own + theirs)
-    return cls
+
+    def decorate(cls: type[T]) -> type[T]:
+        init: Any = vars(cls)["__init__"]
+        own = [p for p in inspect.signature(init).parameters.values() if p.kind != p.VAR_KEYWORD]
+        hidden = {*NOT_OURS, *(p.name for p in own)}
+        theirs = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for p in inspect.signature(vars(base)["__init__"]).parameters.values()
+            if p.name not in hidden and p.kind != p.VAR_KEYWORD
+        ]
+        init.__signature__ = inspect.Signature(own + theirs)
+        return cls
+
+    return decorate
 
 
 def refuse_unknown(

@@ -6,7 +6,7 @@ training images of its own class. N images, m prototypes, D channels, H x W cell
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,7 @@ def find_sources(
     prototypes: Tensor,
     owner: Tensor,
     distinct: str | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> Sources:
     """Find the training patch that each prototype is projected onto, in one pass.
 
@@ -57,6 +58,9 @@ def find_sources(
         None: each takes the nearest patch of its class; among equally near ones the first image,
         then the first cell. Otherwise no two prototypes of a class share a patch, or an image;
         the sum of the distances is the smallest possible.
+    gather : callable
+        Where several processes each search a part of the images: from one's rows to those of all,
+        in the order of the images.
 
     Returns
     -------
@@ -73,7 +77,7 @@ def find_sources(
         distances.append(distance)
         cells.append(cell)
         targets.append(y)
-    arrays = [torch.cat(parts).cpu().numpy() for parts in (distances, cells, targets)]
+    arrays = [gather(torch.cat(parts)).cpu().numpy() for parts in (distances, cells, targets)]
     return _choose(arrays[0], arrays[1], arrays[2], owner.cpu().numpy(), distinct)
 
 

@@ -69,6 +69,7 @@ class Start:
             kmeans_prototypes(net, data)
         elif self.prototype_init == "selected":
             selected_prototypes(net, data)
+        net.agree()
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,15 @@ class Training:
         train = data.augmented_train_images if on_images else data.features_to_learn_from
         valid = data.valid_images if on_images else data.valid_features
         batches = net.get_iterator(train, training=True)
-        for epoch in range(self.epochs):
-            self._set_learning_rates(net.optimizer_, epoch)
-            with _history_row(net, data, self.name) as row:
-                net.run_single_epoch(batches, True, "train", net.train_step)
-                _validate(net, valid)
-            if row.stopped:
-                break
+        with net.data_parallel():
+            for epoch in range(self.epochs):
+                self._set_learning_rates(net.optimizer_, epoch)
+                with _history_row(net, data, self.name) as row:
+                    net.run_single_epoch(batches, True, "train", net.train_step)
+                    net.agree()
+                    _validate(net, valid)
+                if row.stopped:
+                    break
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         for group in optimizer.param_groups:
@@ -141,15 +144,19 @@ class Projection:
         module = net.module_.eval()
         module.train_only(())
         with _history_row(net, data, self.name):
+            train = data.train_features
+            own = net.processes.own_rows(len(train), net.batch_size)
             sources = find_sources(
-                net.latents(data.train_features),
+                net.latents(train, own),
                 module.scaled_prototypes(),
                 module.owner,
                 self.distinct,
+                gather=lambda rows: net.processes.in_order(rows, len(train)),
             )
-            net.sources_ = _take_patches(net, data.train_features, sources)
+            net.sources_ = _take_patches(net, train, sources)
+            net.agree()
             self._record_distinct(net, sources)
-            data.train_distance = _distances(net, data.train_features)
+            data.train_distance = _distances(net, train)
             _record_train_loss(net, data)
             _validate(net, data.valid_features)
 
@@ -199,6 +206,7 @@ class LastLayer:
             )
             net.lambda_l1_ = self._penalty(net, data)
             self.solve(net, views)
+            net.agree()
             if self.drop_unused:
                 self._drop_unused(net, data)
             net.activations_ = net.activations_.cpu()
@@ -288,6 +296,7 @@ def _history_row(net: SkorchProtoPNet, data: FitData, stage: str) -> Iterator[_R
     net.history.record("stage", stage)
     row = _Row()
     yield row
+    net.history[-1:] = net.processes.agreed(net.history[-1:])
     try:
         net.notify("on_epoch_end", **datasets)
     except KeyboardInterrupt:  # skorch's early stopping speaks so; it ends the stage, not the fit
@@ -322,7 +331,9 @@ def _record_train_loss(net: SkorchProtoPNet, data: FitData) -> None:
 @torch.no_grad()
 def _distances(net: SkorchProtoPNet, features: FeatureDataset) -> Tensor:
     """Squared distances (N, m) of the training images to all prototypes."""
-    return torch.cat([net.module_.compare(z)[1] for z, _ in net.latents(features)])
+    own = net.processes.own_rows(len(features), net.batch_size)
+    distance = torch.cat([net.module_.compare(z)[1] for z, _ in net.latents(features, own)])
+    return net.processes.in_order(distance, len(features))
 
 
 @torch.no_grad()

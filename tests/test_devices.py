@@ -201,7 +201,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
     dataset = ImageDataset(images, Preprocessing(32), y, np.ones(len(y))).keep()
     clf.initialize().device = "cuda"
 
-    def sources(latents, prototypes, owner, distinct):
+    def sources(latents, prototypes, owner, distinct, gather):
         assert on_gpu([z for z, _ in latents] + [prototypes, owner])
         return projection.Sources(np.arange(4), np.zeros(4, int), np.zeros(4))
 

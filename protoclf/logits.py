@@ -1,0 +1,49 @@
+"""What all classifiers of images make of their logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Return the softmax of logits (n, C), in their own precision."""
+    return torch.from_numpy(logits).softmax(1).numpy()
+
+
+class LogitsMixin:
+    """Predictions of a classifier of images whose `_logits` are (n, C), for its `classes_`."""
+
+    classes_: np.ndarray
+
+    def _logits(self, X: Any) -> np.ndarray:
+        raise NotImplementedError
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the class label of each image, (n,)."""
+        indices = self._logits(X).argmax(1)
+        return self.classes_[indices]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the probability of each class, (n, C): the softmax of the logits."""
+        return probabilities(self._logits(X))
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return the logits, (n, C).
+
+        For two classes, as everywhere in scikit-learn, the logit of the second minus that of the
+        first, (n,).
+        """
+        logits = self._logits(X)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()  # type: ignore[misc]
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        tags.input_tags.three_d_array = True
+        tags.input_tags.string = True
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags

@@ -1,0 +1,143 @@
+"""Two processes that fit one classifier together, by gloo on this machine, against one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from accelerate import Accelerator
+from fit_together import FITS, backbone, parameters, photos
+from sklearn.base import clone
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from protoclf import ProtoPNetClassifier
+from protoclf.distributed import DistributedProtoPNetClassifier, PartOfBatch, SeveralProcesses
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What one process and what two of them got: (name, processes, rank) -> its file."""
+    folder = tmp_path_factory.mktemp("together")
+    worker = Path(__file__).parent / "fit_together.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(count), str(worker), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def read(results, name, count, rank):
+    return torch.load(results / f"{name}.{count}.{rank}", weights_only=False)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_both_processes_end_with_the_same_model_and_history(results, name):
+    state, table, result, history = read(results, name, 2, 0)
+    other_state, other_table, other_result, other_history = read(results, name, 2, 1)
+    assert state.keys() == other_state.keys()
+    assert all(torch.equal(state[key], other_state[key]) for key in state)
+    pd.testing.assert_frame_equal(table, other_table)
+    assert result.objective == other_result.objective
+    assert history == other_history
+
+
+@pytest.mark.parametrize("name", [name for name, p in FITS.items() if p["random_state"] == 0])
+def test_two_processes_find_what_one_finds(results, name):
+    one, table_of_one, result_of_one, _ = read(results, name, 1, 0)
+    two, table_of_two, result_of_two, _ = read(results, name, 2, 0)
+    source = ["class", "source_index", "row", "col"]
+    pd.testing.assert_frame_equal(table_of_one[source], table_of_two[source])
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4)
+    assert result_of_two.objective == pytest.approx(result_of_one.objective, rel=1e-4)
+    assert result_of_two.residual <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["frozen", "distinct", "auto", "few batches"])
+def test_one_process_finds_what_an_ordinary_fit_finds(results, name):
+    X, y, weight = photos()
+    clf = ProtoPNetClassifier(**parameters(name)).fit(X, y, sample_weight=weight)
+    for count in (1, 2):
+        state, table, _, _ = read(results, name, count, 0)
+        pd.testing.assert_frame_equal(table, clf.prototypes_)
+        assert torch.equal(state["prototypes"], clf.module_.prototypes)
+        torch.testing.assert_close(state["last_layer.weight"], clf.module_.last_layer.weight)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_what_the_first_process_saved_is_an_ordinary_classifier(results, name):
+    X, y, _ = photos()
+    clf = ProtoPNetClassifier.load(
+        results / f"{name} 2", backbone=None if "backbone" in FITS[name] else backbone()
+    )
+    state = read(results, name, 2, 0)[0]
+    assert all(torch.equal(state[key], value) for key, value in clf.module_.state_dict().items())
+    assert clf.predict(X).shape == y.shape
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_of_a_batch_are_the_batch(n, count):
+    whole = list(BatchSampler(SequentialSampler(range(n)), 4, drop_last=False))
+    parts = [list(PartOfBatch(whole, rank, count)) for rank in range(count)]
+    for batch, *own in zip(whole, *parts, strict=True):
+        if len(batch) < count:
+            assert own == [batch] * count
+        else:
+            assert [i for part in own for i in part] == batch
+            assert max(map(len, own)) - min(map(len, own)) <= 1
+
+
+class _Rank:
+    is_main_process = False
+
+    def __init__(self, rank, count):
+        self.process_index, self.num_processes = rank, count
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 4), (8, 4), (9, 4), (33, 8), (100, 7)])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_rows_of_processes_are_whole_batches_in_order(n, size, count):
+    rows = [SeveralProcesses(_Rank(rank, count)).own_rows(n, size) for rank in range(count)]
+    if -(-n // size) < count:
+        assert rows == [range(n)] * count
+        return
+    assert np.concatenate(rows).tolist() == list(range(n))
+    assert all(part[0] % size == 0 for part in rows)
+
+
+def classifier(accelerator=None, **given):
+    settings = parameters("frozen") | given
+    return DistributedProtoPNetClassifier(
+        accelerator=accelerator or Accelerator(cpu=True), **settings
+    )
+
+
+def test_it_is_an_estimator_of_one_process_too():
+    X, y, _ = photos()
+    clf = clone(classifier(backbone="small_cnn"))
+    assert "accelerator" in repr(clf)
+    assert "lambda_clst" not in repr(clf)
+    clf.fit(X, y).partial_fit(X, y)
+    assert clf.get_params()["device"] == "auto"
+    assert clone(clf).fit(X, y).score(X, y) >= 0.5
+
+
+def test_options_that_would_not_be_heeded_are_refused():
+    X, y, _ = photos()
+    accumulating = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="accumulate gradients"):
+        classifier(accumulating).fit(X, y)
+    with pytest.raises(ValueError, match="device"):
+        classifier(device="cpu").fit(X, y)
+    with pytest.raises(TypeError, match="joint_epochs"):
+        classifier(joint_epoch=3)
