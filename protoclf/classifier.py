@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -24,6 +27,7 @@ from torch.utils.data import Dataset
 from protoclf.acceleration import return_freed_memory
 from protoclf.attribution import gradient_boxes, image_boxes
 from protoclf.augmentation import augmentation_of
+from protoclf.checkpoint import Checkpoint
 from protoclf.decoding import check_files
 from protoclf.explanation import (
     BOX,
@@ -34,6 +38,7 @@ from protoclf.explanation import (
     sheet_rows,
 )
 from protoclf.features import FitData, feature_batches
+from protoclf.fit_key import fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import ImageError, Images, conflicting_labels
@@ -56,7 +61,7 @@ from protoclf.parameters import (
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
 from protoclf.saved_sources import sources_among
-from protoclf.stages import schedule
+from protoclf.stages import Stage, Training, schedule
 
 _FITTED = (
     *("prototypes_", "source_images_", "last_layer_result_", "last_layer_path_", "lambda_l1_"),
@@ -138,6 +143,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         `predict`, in this process or another: a search then runs it once for each image. They are
         looked up by the contents of image and backbone, never by a name. Nothing is ever removed
         from the folder; delete it when done.
+    checkpoint : None or path, default=None
+        Folder in which a fit keeps its state after the start and after every epoch, until it is
+        done. The same fit, with the same data, goes on from there should it have been stopped,
+        and ends in the same model. One folder is for one fit at a time.
     optimizer : class, default=torch.optim.Adam
     lr : float, default=3e-3
         Learning rate of add-on layers and prototypes.
@@ -234,6 +243,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         augmentation: Any = "default",
         augmented_views: int = 0,
         memory: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         optimizer: Any = torch.optim.Adam,
         lr: float = 3e-3,
         backbone_lr: float = 1e-4,
@@ -284,6 +294,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         self.augmentation = augmentation
         self.augmented_views = augmented_views
         self.memory = memory
+        self.checkpoint = checkpoint
         self.backbone_lr = backbone_lr
         self.lr_schedule = lr_schedule
         self.precision = precision
@@ -370,11 +381,31 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
     _fitting = False
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
+        before = None if first else self._copied_state()
         self._fitting = True
         try:
             return self._fit_all(X, y, sample_weight, groups, first)
+        except BaseException as error:
+            if before is not None:
+                self.__dict__ = before
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(self._after_interrupt()) from error
+            raise
         finally:
-            del self._fitting
+            self.__dict__.pop("_fitting", None)
+
+    def _copied_state(self) -> dict[str, Any]:
+        """Return what `partial_fit` goes on from, to go back to should it fail."""
+        state = dict(self.__dict__)
+        for names in (("module_", "criterion_", "optimizer_"), ("history_",)):
+            copies = copy.deepcopy([state[name] for name in names])  # one refers to another
+            state |= dict(zip(names, copies, strict=True))
+        return state
+
+    def _after_interrupt(self) -> str:
+        left = "is as it was before" if self._is_trained() else "is not fitted"
+        how = "" if self.checkpoint is None else " The same call goes on from its checkpoint."
+        return f"The fit was interrupted; the classifier {left}.{how}"
 
     def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         check_parameters(vars(self))
@@ -385,8 +416,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
             self._forget()
             self.classes_inferred_ = labels
         self.preprocessing_ = dataset.preprocessing
+        checkpoint = self._checkpoint(dataset, labels, groups, first)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self.seed_ = self.processes.agreed(seed)
+        begun = None if checkpoint is None else checkpoint.seed
+        self.seed_ = self.processes.agreed(seed if begun is None else begun)
         data: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
         try:
             with torch.random.fork_rng(devices=_cuda_devices(self.device)):
@@ -395,7 +428,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
                     self.initialize()
                 self.prepare_processor()
                 self.notify("on_train_begin", **data)
-                self.fit_loop(**data, first=first, groups=groups)
+                self.fit_loop(**data, first=first, groups=groups, checkpoint=checkpoint)
         finally:
             return_freed_memory()
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
@@ -449,6 +482,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         *,
         first: bool = True,
         groups: np.ndarray | None = None,
+        checkpoint: Checkpoint | None = None,
     ):
         """Walk the stages over a data set of images (called by `fit`)."""
         together = {} if groups is None else {"groups": groups}
@@ -461,8 +495,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
             check_enough_images(counts, y[positions], self.classes_)
         data = FitData(self, train, valid, None if groups is None else groups[positions])
         stages = schedule(self, first)
-        for stage in stages:
-            stage.run(self, data)
+        self._run(stages, data, positions, checkpoint)
         settled = [p.clone() for p in (self.module_.prototypes, self.module_.last_layer.weight)]
         self.notify("on_train_end", X=X, y=y)
         if not self._is_settled(settled):  # a callback with load_best went back to an earlier epoch
@@ -470,7 +503,40 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
             for stage in stages[-2:]:
                 stage.run(self, data)
         self._keep_sources(train)
+        if checkpoint is not None:
+            checkpoint.remove()
         return self
+
+    def _run(
+        self,
+        stages: list[Stage],
+        data: FitData,
+        train: np.ndarray,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Take the steps that are left, and keep the state after each that is costly."""
+        if checkpoint is None:
+            for stage in stages:
+                stage.run(self, data)
+            return
+        checkpoint.restore(self, train)
+        for position in range(checkpoint.stage, len(stages)):
+            stage = stages[position]
+            if isinstance(stage, Training):
+                stage = replace(stage, done=checkpoint.epochs)
+                data.after_epoch = partial(checkpoint.write, self, position)
+            stage.run(self, data)
+            if stage.costly and stage is not stages[-1]:
+                checkpoint.write(self, position + 1, 0)
+
+    def _checkpoint(
+        self, dataset: ImageDataset, classes: np.ndarray, groups: Any, first: bool
+    ) -> Checkpoint | None:
+        if self.checkpoint is None:
+            return None
+        network = None if first else self.module_
+        key = fit_key(self.get_params(deep=False), dataset, classes, groups, network)
+        return Checkpoint(self.checkpoint, key, writes=self.processes.is_first)
 
     def _is_settled(self, settled: list[torch.Tensor]) -> bool:
         now = (self.module_.prototypes, self.module_.last_layer.weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from skorch.callbacks import PrintLog
 from skorch.dataset import unpack_data
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclf.classifier import ProtoPNetClassifier
 from protoclf.parameters import with_parameters_of
@@ -103,7 +103,6 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
         if self.accelerator.num_processes > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.__dict__["_replica"] = DistributedDataParallel(self.module_, device_ids=ids)
-        torch.manual_seed(self.seed_ + self.accelerator.process_index)  # of random augmentation
         try:
             yield
         finally:
@@ -121,10 +120,11 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
         loader = super().get_iterator(dataset, training, rows)
         if not training:
             return loader
-        draws = torch.Generator().manual_seed(self.seed_ + len(self.history))
-        order = RandomSampler(range(len(loader.dataset)), generator=draws)
-        rank, count = self.accelerator.process_index, self.accelerator.num_processes
-        parts = PartOfBatch(BatchSampler(order, loader.batch_size, drop_last=False), rank, count)
+        parts = PartOfBatch(
+            *(len(loader.dataset), loader.batch_size),
+            *(self.accelerator.process_index, self.accelerator.num_processes),
+            lambda: self.seed_ + len(self.history),
+        )
         return DataLoader(
             loader.dataset,
             batch_sampler=parts,
@@ -225,6 +225,10 @@ class SeveralProcesses(OneProcess):
         whole = torch.cat([part[:k] for part, k in zip(parts, counts, strict=True)])
         return whole.to(rows.device)
 
+    def own_seed(self, seed: int) -> int:
+        """Return the seed of this process's random transforms, of one that all share."""
+        return seed + self.accelerator.process_index * 2**32
+
     def agreed(self, value: Any) -> Any:
         """Return the first process's value."""
         from accelerate.utils import broadcast_object_list
@@ -249,21 +253,29 @@ class PartOfBatch(Sampler[list[int]]):
 
     Parameters
     ----------
-    batches : BatchSampler
-        The same in each process.
+    n, batch_size : int
+        Images of the data set, and of a batch of all processes.
     rank, count : int
         Number of this process, and of processes.
+    seed : callable
+        Returns that of an epoch, the same in each process.
     """
 
-    def __init__(self, batches: BatchSampler, rank: int, count: int) -> None:
-        self.batches = batches
+    def __init__(
+        self, n: int, batch_size: int, rank: int, count: int, seed: Callable[[], int]
+    ) -> None:
+        self.n = n
+        self.batch_size = batch_size
         self.rank = rank
         self.count = count
+        self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
+        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed()))
+        for batch in order.split(self.batch_size):
             whole = len(batch) < self.count
-            yield batch if whole else np.array_split(batch, self.count)[self.rank].tolist()
+            part = batch if whole else batch.tensor_split(self.count)[self.rank]
+            yield part.tolist()

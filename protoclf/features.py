@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -192,6 +192,7 @@ class FitData:
         self.valid_images = valid
         self.groups = groups
         self.train_distance = torch.empty(0, 0)  # (N, m), once prototypes are projected
+        self.after_epoch: Callable[[int], None] = lambda done: None  # but for a stage's last one
         self._train_features: FeatureDataset | None = None
         self._valid_features: FeatureDataset | None = None
         self._view_features: list[FeatureDataset] | None = None
@@ -218,7 +219,10 @@ class FitData:
         if self._view_features is None:
             augmented = self.augmented_train_images
             count = 0 if augmented is self.train_images else self.net.augmented_views
-            self._view_features = [extract_features(self.net, augmented) for _ in range(count)]
+            device = torch.device(self.net.device)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self.net.seed_)  # the same again after an interruption
+                self._view_features = [extract_features(self.net, augmented) for _ in range(count)]
         return self._view_features
 
     @property

@@ -27,6 +27,10 @@ class OneProcess:
         """Return the rows (n, ...) of all processes, each of which passes its own."""
         return rows
 
+    def own_seed(self, seed: int) -> int:
+        """Return the seed of this process's random transforms, of one that all share."""
+        return seed
+
     def agreed(self, value: Any) -> Any:
         """Return the first process's value."""
         return value

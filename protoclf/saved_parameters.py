@@ -13,8 +13,10 @@ from protoclf.model_files import encode, refusal
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
 
-_GIVEN_AT_LOAD = ("backbone", "device")
-_OF_THE_MACHINE = ("compile", "memory", "torch_load_kwargs")  # compilers, paths, rights to unpickle
+_NOT_SAVED = ("accelerator", "backbone", "device")
+_OF_THE_MACHINE = (  # compilers, paths, rights to unpickle
+    *("checkpoint", "compile", "memory", "torch_load_kwargs"),
+)
 _CLASSES = ("iterator_train", "iterator_valid")
 _MOST_WORKERS = 256  # processes that a file may ask for
 _OPTIMIZERS = {
@@ -34,7 +36,7 @@ def parameters_to_json(clf: ProtoPNetClassifier) -> tuple[dict[str, Any], list[s
     kept: dict[str, Any] = {}
     left_out: list[str] = []
     for name, value in sorted(clf.get_params(deep=False).items()):
-        if name in _GIVEN_AT_LOAD:
+        if name in _NOT_SAVED:
             continue
         try:
             if name.partition("__")[0] in left_out:
@@ -65,7 +67,7 @@ def checked_parameters(decoded: dict[Any, Any], file: Path) -> dict[str, Any]:
     """Return parameters to build a classifier with, of what a file names."""
     parameters = dict(decoded)
     for name, value in decoded.items():
-        if type(name) is not str or name in _GIVEN_AT_LOAD:
+        if type(name) is not str or name in _NOT_SAVED:
             raise refusal(file, f"has {name!r} among its parameters.")
         if not _may_be_kept(name):
             raise refusal(file, f"sets the parameter {name!r}, which no file may.")

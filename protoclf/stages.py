@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 from warnings import warn
 
 import numpy as np
@@ -31,7 +31,15 @@ from protoclf.self_matches import replace_self_matches
 
 
 class Stage(Protocol):
-    """One step of the schedule."""
+    """One step of the schedule.
+
+    Attributes
+    ----------
+    costly : bool
+        Whether an interrupted fit should not have to take it again.
+    """
+
+    costly: ClassVar[bool]
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Take the step."""
@@ -61,6 +69,7 @@ class Start:
 
     prototype_init: str
     name: str = "start"
+    costly: ClassVar[bool] = True
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Centre cosines, and replace the random prototypes where another start is asked for."""
@@ -87,6 +96,8 @@ class Training:
         stage, or to a tenth every 5 epochs (the paper's).
     epochs_before : int
         Epochs of this kind in earlier cycles, which count for the steps.
+    done : int
+        Epochs of this stage that a fit which was interrupted has done.
     """
 
     name: str
@@ -94,6 +105,8 @@ class Training:
     learning_rates: Mapping[str, float]
     lr_schedule: str | None = None
     epochs_before: int = 0
+    done: int = 0
+    costly: ClassVar[bool] = True
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Train; on cached features wherever the backbone is frozen."""
@@ -101,8 +114,9 @@ class Training:
             return
         net.module_.train_only(self.learning_rates)
         net.module_.reset_last_layer()
-        net.optimizer_.state.clear()
-        _forget_misses(net)
+        if not self.done:
+            net.optimizer_.state.clear()
+            _forget_misses(net)
         on_images = "backbone" in self.learning_rates
         if on_images:
             net.backbone_trained_ = True
@@ -111,14 +125,17 @@ class Training:
         valid = data.valid_images if on_images else data.valid_features
         batches = net.get_iterator(train, training=True)
         with net.data_parallel():
-            for epoch in range(self.epochs):
+            for epoch in range(self.done, self.epochs):
                 self._set_learning_rates(net.optimizer_, epoch)
+                torch.manual_seed(net.processes.own_seed(net.seed_ + len(net.history)))
                 with _history_row(net, data, self.name) as row:
                     net.run_single_epoch(batches, True, "train", net.train_step)
                     net.agree()
                     _validate(net, valid)
                 if row.stopped:
                     break
+                if epoch + 1 < self.epochs:
+                    data.after_epoch(epoch + 1)
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         for group in optimizer.param_groups:
@@ -138,6 +155,7 @@ class Projection:
 
     distinct: str | None
     name: str = "projection"
+    costly: ClassVar[bool] = False  # it needs the features that the last layer needs too
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Search all training images in one pass, then read the chosen patches."""
@@ -193,6 +211,7 @@ class LastLayer:
     self_matches: str = "keep"
     drop_unused: bool = False
     name: str = "last layer"
+    costly: ClassVar[bool] = True
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Solve and set W."""

@@ -15,7 +15,6 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from fit_together import FITS, backbone, parameters, photos
 from sklearn.base import clone
-from torch.utils.data import BatchSampler, SequentialSampler
 
 from protoclf import ProtoPNetClassifier
 from protoclf.distributed import DistributedProtoPNetClassifier, PartOfBatch, SeveralProcesses
@@ -87,9 +86,11 @@ def test_what_the_first_process_saved_is_an_ordinary_classifier(results, name):
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 17])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_parts_of_a_batch_are_the_batch(n, count):
-    whole = list(BatchSampler(SequentialSampler(range(n)), 4, drop_last=False))
-    parts = [list(PartOfBatch(whole, rank, count)) for rank in range(count)]
-    for batch, *own in zip(whole, *parts, strict=True):
+    (whole,) = [list(PartOfBatch(n, 4, 0, 1, lambda: 7))]
+    samplers = [PartOfBatch(n, 4, rank, count, lambda: 7) for rank in range(count)]
+    assert sorted(i for batch in whole for i in batch) == list(range(n))
+    assert all(len(sampler) == len(whole) for sampler in samplers)
+    for batch, *own in zip(whole, *samplers, strict=True):
         if len(batch) < count:
             assert own == [batch] * count
         else:

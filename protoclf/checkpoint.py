@@ -1,0 +1,200 @@
+"""The state of an unfinished fit on disk, from which the same fit goes on.
+
+One file, written whole or not at all, after the start and after every epoch. It holds tensors and
+plain values alone, so that reading one runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protoclf.fit_key import changes, described
+
+if TYPE_CHECKING:
+    from protoclf.net import SkorchProtoPNet
+
+FILE = "checkpoint.pt"
+_FORMAT = "protoclf checkpoint 1"
+_FIELDS = frozenset(
+    {
+        *("format", "key", "seed", "split", "stage", "epochs", "history", "backbone_trained"),
+        *("network", "optimizer", "callbacks"),
+    }
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written, or is one of another fit."""
+
+
+class Checkpoint:
+    """Where an unfinished fit is kept.
+
+    Parameters
+    ----------
+    folder : path
+        Made if need be.
+    key : dict of str to str
+        What the fit depends on: see `fit_key`.
+    writes : bool, default=True
+        Whether this process is the one that writes.
+
+    Attributes
+    ----------
+    stage, epochs : int
+        Where the fit goes on: position of a stage in the schedule, and its epochs that are done.
+    seed : int or None
+        The seed of the fit, once one was begun.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds a checkpoint that is damaged, or of other parameters or other data.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], key: dict[str, str], writes: bool = True
+    ) -> None:
+        self.file = Path(folder) / FILE
+        self.key = key
+        self.writes = writes
+        self._state = self._read() if self.file.exists() else None
+        self.stage = self._state["stage"] if self._state else 0
+        self.epochs = self._state["epochs"] if self._state else 0
+        self.seed: int | None = self._state["seed"] if self._state else None
+
+    def restore(self, net: SkorchProtoPNet, train: np.ndarray) -> None:
+        """Give a net, freshly initialized, the state that was kept, if there is one.
+
+        `train` are the positions of the training images.
+        """
+        self._split = described(train)
+        if self._state is None:
+            return
+        state, self._state = self._state, None
+        if state["split"] != self._split:
+            raise self._refusal("is of another train_split, which may lack a random_state")
+        try:
+            network = state["network"]
+            names = ("prototypes", "owner", "last_layer.weight")
+            prototypes, owner, weight = (network[name].to(net.device) for name in names)
+            if prototypes.shape[1:] != net.module_.prototypes.shape[1:]:
+                raise ValueError(f"prototypes of shape {tuple(prototypes.shape)}")
+            net.replace_prototypes(prototypes, owner, weight)
+            net.module_.load_state_dict(network)
+            net.optimizer_.load_state_dict(state["optimizer"])
+            net.history[:] = json.loads(state["history"])
+            net.backbone_trained_ = state["backbone_trained"]
+            _restore_callbacks(net, state["callbacks"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self._refusal(f"does not fit the network: {error}") from error
+
+    def write(self, net: SkorchProtoPNet, stage: int, epochs: int) -> None:
+        """Keep the state of a net at a place in the schedule, in place of the one before.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be written; what was kept before stays.
+        """
+        self.stage, self.epochs = stage, epochs
+        if not self.writes:
+            return
+        state = {
+            "format": _FORMAT,
+            "key": self.key,
+            "seed": net.seed_,
+            "split": self._split,
+            "stage": stage,
+            "epochs": epochs,
+            "history": json.dumps(net.history.to_list(), default=_json),
+            "backbone_trained": net.backbone_trained_,
+            "network": net.module_.state_dict(),
+            "optimizer": net.optimizer_.state_dict(),
+            "callbacks": _states_of_callbacks(net),
+        }
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(state, self.file)
+        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
+            raise CheckpointError(
+                f"The checkpoint {str(self.file)!r} cannot be written ({error}). The one before "
+                "is as it was: with room on the disk, the same fit goes on from it."
+            ) from error
+
+    def remove(self) -> None:
+        """Forget the fit, which is done."""
+        if self.writes:
+            self.file.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever damage does to zip files and pickles
+            raise self._refusal("is damaged, or no checkpoint at all") from error
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise self._refusal("is not one of this version of protoclf")
+        if not state.keys() >= _FIELDS:
+            raise self._refusal("is damaged")
+        differing = changes(state["key"], self.key)
+        if differing:
+            raise self._refusal(f"is of another fit: {differing}")
+        return state
+
+    def _refusal(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"The checkpoint {str(self.file)!r} {what}. Delete it to begin anew, or give "
+            "`checkpoint` another folder."
+        )
+
+
+def _write_whole(state: dict[str, Any], file: Path) -> None:
+    """Write to a file of another name first: whoever looks finds the old state or the new one."""
+    handle, name = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _states_of_callbacks(net: SkorchProtoPNet) -> dict[str, dict[str, Any]]:
+    """Return what callbacks remember, as far as it is plain: counts, best values, best weights."""
+    return {
+        name: {key: _plain(value) for key, value in vars(callback).items() if _is_plain(value)}
+        for name, callback in net.callbacks_
+    }
+
+
+def _restore_callbacks(net: SkorchProtoPNet, states: dict[str, dict[str, Any]]) -> None:
+    for name, callback in net.callbacks_:
+        vars(callback).update(states.get(name, {}))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(v) for key, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | np.number | Tensor)
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of numpy as those of Python."""
+    return value.item() if isinstance(value, np.number) else value
+
+
+def _json(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)

@@ -1,0 +1,262 @@
+"""A fit that is stopped goes on from its checkpoint and ends in the same model."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fit_and_die import classifier, pictures
+from skorch.callbacks import Callback, EarlyStopping
+from skorch.dataset import ValidSplit
+
+from protoclf import ProtoPNetClassifier, checkpoint
+from protoclf.checkpoint import FILE, CheckpointError
+
+WORKER = Path(__file__).parent / "fit_and_die.py"
+
+
+class Stop(Callback):
+    """Raises at the beginning of one row of the history; without parameters of its own."""
+
+    def __init__(self, row=None, error=RuntimeError):
+        self.plan_ = SimpleNamespace(row=row, error=error)
+
+    def on_epoch_begin(self, net, **kwargs):
+        if len(net.history) == self.plan_.row:
+            raise self.plan_.error("stopped")
+
+
+def assert_same_model(one, other, X):
+    state = other.module_.state_dict()
+    for name, value in one.module_.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    pd.testing.assert_frame_equal(one.prototypes_, other.prototypes_)
+    columns = ["stage", "train_loss"]
+    histories = [pd.DataFrame(clf.history.to_list())[columns] for clf in (one, other)]
+    pd.testing.assert_frame_equal(*histories)
+    assert np.array_equal(one.decision_function(X), other.decision_function(X))
+
+
+@cache
+def never_stopped(name):
+    return classifier(name).fit(*pictures())
+
+
+ROWS = {"joint": 5, "two cycles": 8, "auto": 4, "frozen": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [(name, row) for name, rows in ROWS.items() for row in range(1, rows + 1)]
+)
+def test_a_fit_that_is_stopped_anywhere_ends_in_the_same_model(tmp_path, monkeypatch, name, row):
+    X, y = pictures()
+    expected = never_stopped(name)
+    assert len(expected.history) == ROWS[name]
+    stopped = classifier(name, checkpoint=tmp_path, callbacks=[Stop(row)])
+    with pytest.raises(RuntimeError, match="stopped"):
+        stopped.fit(X, y)
+    assert not hasattr(stopped, "prototypes_")
+    resumed = classifier(name, checkpoint=tmp_path, callbacks=[Stop()])
+    trained = []
+    train_step = ProtoPNetClassifier.train_step
+    monkeypatch.setattr(
+        ProtoPNetClassifier, "train_step", lambda *args: trained.append(1) or train_step(*args)
+    )
+    assert_same_model(expected, resumed.fit(X, y), X)
+    assert not (tmp_path / FILE).exists()
+    left = [r for r in expected.history[row - 1 :] if r["stage"] in ("warm-up", "joint")]
+    assert len(trained) == sum(len(r["batches"]) for r in left)
+
+
+@pytest.mark.parametrize("moment", ["start", "second epoch", "writing", "projection"])
+def test_a_process_that_is_killed_goes_on(tmp_path, moment):
+    X, y = pictures()
+    command = [sys.executable, str(WORKER), str(tmp_path), moment]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / FILE).exists() == (moment != "start")
+    resumed = classifier("joint", checkpoint=tmp_path).fit(X, y)
+    assert_same_model(never_stopped("joint"), resumed, X)
+
+
+def test_early_stopping_and_a_random_seed_go_on_too(tmp_path):
+    X, y = pictures()
+
+    def made(*more, **given):
+        callbacks = [EarlyStopping("valid_loss", patience=2, load_best=True), *more]
+        split = ValidSplit(3, stratified=True)
+        parameters = {"train_split": split, "joint_epochs": 6, "lr": 0.05} | given
+        return classifier("joint", callbacks=callbacks, **parameters)
+
+    expected = made().fit(X, y)
+    stop = Stop(3)
+    stopped = made(stop, checkpoint=tmp_path)
+    with pytest.raises(RuntimeError):
+        stopped.fit(X, y)
+    resumed = made(Stop(), checkpoint=tmp_path).fit(X, y)
+    assert_same_model(expected, resumed, X)
+    stopped = classifier("joint", random_state=None, checkpoint=tmp_path, callbacks=[Stop(2)])
+    with pytest.raises(RuntimeError):
+        stopped.fit(X, y)
+    resumed = classifier("joint", random_state=None, checkpoint=tmp_path, callbacks=[Stop()])
+    assert resumed.fit(X, y).seed_ == stopped.seed_
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A folder with the checkpoint of a fit that was stopped."""
+    X, y = pictures()
+    with pytest.raises(RuntimeError):
+        classifier("joint", checkpoint=tmp_path, callbacks=[Stop(2)]).fit(X, y)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lambda_clst": 0.5}, "lambda_clst was 0.8, is 0.5"),
+        ({"optimizer__weight_decay": 0.1}, "optimizer__weight_decay was not there, is 0.1"),
+        ({"random_state": 1}, "random_state was 0, is 1"),
+        ({"train_split": ValidSplit(3)}, "train_split was None, is skorch.dataset.ValidSplit"),
+    ],
+)
+def test_other_parameters_are_refused(begun, given, said):
+    X, y = pictures()
+    before = (begun / FILE).read_bytes()
+    with pytest.raises(CheckpointError, match=said):
+        classifier("joint", checkpoint=begun, callbacks=[Stop()], **given).fit(X, y)
+    assert (begun / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["the images", "y", "sample_weight", "groups"])
+def test_other_data_is_refused(begun, what):
+    X, y = pictures()
+    weight = groups = None
+    if what == "the images":
+        X[5, 3, 2] = 255 - X[5, 3, 2]
+    elif what == "y":
+        y[[0, -1]] = y[[-1, 0]]
+    elif what == "sample_weight":
+        weight = np.ones(len(y))
+    else:
+        groups = np.arange(len(y))
+    clf = classifier("joint", checkpoint=begun, callbacks=[Stop()])
+    with pytest.raises(CheckpointError, match=f"another fit: {what} was"):
+        clf.fit(X, y, sample_weight=weight, groups=groups)
+
+
+def test_what_does_not_matter_may_change(begun):
+    X, y = pictures()
+    clf = classifier(
+        "joint", checkpoint=begun, callbacks=[Stop()], memory=begun / "memory", verbose=1
+    )
+    assert_same_model(never_stopped("joint"), clf.fit(X, y), X)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "other tensors", "code"])
+def test_what_is_no_checkpoint_is_refused(begun, damage):
+    X, y = pictures()
+    file = begun / FILE
+    whole = file.read_bytes()
+    state = torch.load(file, weights_only=True)
+    if damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "foreign":
+        torch.save({"model": torch.ones(3)}, file)
+    elif damage == "other tensors":
+        state["network"]["prototypes"] = torch.ones(2, 2)
+        torch.save(state, file)
+    else:
+        torch.save(state | {"seed": Unpickled()}, file)
+    with pytest.raises(CheckpointError, match="Delete it to begin anew"):
+        classifier("joint", checkpoint=begun, callbacks=[Stop()]).fit(X, y)
+    assert Unpickled.ran == []
+
+
+class Unpickled:
+    ran: list = []  # noqa: RUF012
+
+    def __reduce__(self):
+        return Unpickled.ran.append, (1,)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    X, y = pictures()
+    save, writes = checkpoint.torch.save, []
+
+    def full(state, stream):
+        writes.append(state["epochs"])
+        if len(writes) == 3:
+            stream.write(b"some bytes")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, stream)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        classifier("joint", checkpoint=tmp_path).fit(X, y)
+    assert os.listdir(tmp_path) == [FILE]
+    monkeypatch.undo()
+    resumed = classifier("joint", checkpoint=tmp_path).fit(X, y)
+    assert_same_model(never_stopped("joint"), resumed, X)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_fit_says_how_to_go_on(tmp_path, error):
+    X, y = pictures()
+    clf = classifier("joint", checkpoint=tmp_path, callbacks=[Stop(2, error)])
+    said = "is not fitted. The same call goes on" if error is KeyboardInterrupt else "stopped"
+    with pytest.raises(error, match=said):
+        clf.fit(X, y)
+    clf.callbacks[0].plan_.row = None
+    assert_same_model(never_stopped("joint"), clf.fit(X, y), X)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_partial_fit_that_fails_leaves_the_classifier_as_it_was(error):
+    X, y = pictures()
+    stop = Stop(None, error)
+    clf = classifier("joint", callbacks=[stop]).fit(X, y)
+    logits, table, rows = clf.decision_function(X), clf.prototypes_.copy(), len(clf.history)
+    for row in range(rows + 1, rows + 4):
+        stop.plan_.row = row
+        message = "is as it was before" if error is KeyboardInterrupt else "stopped"
+        with pytest.raises(error, match=message):
+            clf.partial_fit(X, y)
+        assert np.array_equal(clf.decision_function(X), logits)
+        pd.testing.assert_frame_equal(clf.prototypes_, table)
+        assert len(clf.history) == rows
+    stop.plan_.row = None
+    again = classifier("joint", callbacks=[Stop()]).fit(X, y).partial_fit(X, y)
+    assert_same_model(clf.partial_fit(X, y), again, X)
+
+
+def test_a_partial_fit_goes_on_too(tmp_path):
+    X, y = pictures()
+    expected = classifier("joint").fit(X, y).partial_fit(X, y)
+    rows = len(expected.history) // 2
+    stop = Stop()
+    clf = classifier("joint", callbacks=[stop]).fit(X, y).set_params(checkpoint=tmp_path)
+    stop.plan_.row = rows + 2
+    with pytest.raises(RuntimeError):
+        clf.partial_fit(X, y)
+    assert (tmp_path / FILE).exists()
+    stop.plan_.row = None
+    assert_same_model(expected, clf.partial_fit(X, y), X)
+
+
+def test_a_file_of_a_model_names_no_checkpoint(tmp_path):
+    X, y = pictures()
+    clf = classifier("joint", checkpoint=tmp_path / "checkpoint").fit(X, y)
+    with pytest.warns(UserWarning, match="checkpoint"):
+        clf.save(tmp_path / "model")
+    assert ProtoPNetClassifier.load(tmp_path / "model").checkpoint is None
