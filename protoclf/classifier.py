@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight
 from skorch import NeuralNet
 from skorch.utils import is_dataset
 from torch import nn
@@ -36,17 +35,19 @@ from protoclf.explanation import (
     prototype_table,
     receptive_fields,
     sheet_rows,
+    without_answer,
 )
 from protoclf.features import FitData, feature_batches
+from protoclf.file_changes import changes_since, stamps
 from protoclf.fit_key import fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
-from protoclf.images import ImageError, Images, conflicting_labels
-from protoclf.labels import class_weights, encode, read_groups, read_labels
+from protoclf.images import ImageError, Images, conflicting_labels, skipped_images
+from protoclf.labels import checked_weights, class_weights, encode, read_groups, read_labels
 from protoclf.localization import upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
-from protoclf.net import SkorchProtoPNet
+from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import (
     EXPLAIN_RULES,
@@ -63,9 +64,11 @@ from protoclf.persistence import load_classifier, save_classifier
 from protoclf.saved_sources import sources_among
 from protoclf.stages import Stage, Training, schedule
 
+_SHOWN = 5  # images that an error names
+
 _FITTED = (
     *("prototypes_", "source_images_", "last_layer_result_", "last_layer_path_", "lambda_l1_"),
-    *("classes_inferred_", "activations_", "edits_"),
+    *("classes_inferred_", "activations_", "edits_", "skipped_"),
 )
 
 
@@ -166,6 +169,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         frozen backbone on processors that are faster at it: GPUs since compute capability 8, x86
         CPUs with AVX512-BF16 or AMX. A backbone that is trained computes in float32 unless asked
         otherwise: trained in bfloat16, fine differences between patches are lost.
+    on_bad_image : {"raise", "skip"}, default="raise"
+        What becomes of an image that cannot be read: an error that names it, or `fit` leaves it
+        out and lists it in `skipped_`, and for other methods it is a row without an answer: None,
+        NaN, or "(unreadable)" as `source` in a sheet.
     tune_allocator : bool, default=True
         On a CPU, and with glibc, let the process keep the memory that it frees, which makes
         convolutions several times as fast. It is given back at the end of `fit`; `predict`
@@ -197,6 +204,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
     activations_ : Activations
         The training images' activations, 4 n m bytes, that edits solve the last layer on: see
         `protoclf.editing`.
+    skipped_ : DataFrame
+        With ``on_bad_image="skip"`` only: position, path and reason of each image left out.
     edits_ : DataFrame
         After an edit: the prototypes that went, when, how and why.
     history : skorch.history.History
@@ -252,6 +261,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         train_split: Any = None,
         callbacks: Any = None,
         precision: str = "auto",
+        on_bad_image: str = "raise",
         tune_allocator: bool = True,
         device: Any = "auto",
         random_state: Any = None,
@@ -298,6 +308,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         self.backbone_lr = backbone_lr
         self.lr_schedule = lr_schedule
         self.precision = precision
+        self.on_bad_image = on_bad_image
         self.tune_allocator = tune_allocator
         self.random_state = random_state
 
@@ -410,30 +421,56 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
     def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         check_parameters(vars(self))
         augmentation_of(self.augmentation)  # a wrong one is refused now
-        dataset, labels = self._training_data(X, y, sample_weight, first)
-        groups = None if groups is None else read_groups(groups, len(dataset))
+        paths = Images(X).paths or []
+        before = stamps(paths)
+        data, skipped = self._training_data(X, y, sample_weight, groups, first)
+        dataset, labels, groups = data
         if first:
             self._forget()
             self.classes_inferred_ = labels
+        if self.on_bad_image == "skip":
+            self.skipped_ = skipped
         self.preprocessing_ = dataset.preprocessing
         checkpoint = self._checkpoint(dataset, labels, groups, first)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         begun = None if checkpoint is None else checkpoint.seed
         self.seed_ = self.processes.agreed(seed if begun is None else begun)
-        data: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
+        whole: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
         try:
             with torch.random.fork_rng(devices=_cuda_devices(self.device)):
                 torch.manual_seed(self.seed_)
                 if first:
                     self.initialize()
                 self.prepare_processor()
-                self.notify("on_train_begin", **data)
-                self.fit_loop(**data, first=first, groups=groups, checkpoint=checkpoint)
+                self.notify("on_train_begin", **whole)
+                self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
+        except NotFinite as error:
+            raise FloatingPointError(self._about(error, dataset.images)) from error
         finally:
             return_freed_memory()
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
         self.module_.eval()
+        changed = changes_since(paths, before)
+        if changed:
+            warn(
+                f"While fit took its time, {changed}. It saw what was there when it read the "
+                "images; the pictures of prototypes may be others now.",
+                stacklevel=4,
+            )
         return self
+
+    def _about(self, error: NotFinite, images: Images) -> str:
+        """Say where a fit came upon NaN, and what may help."""
+        names = [images.name(i) for i in error.index.tolist()]
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        row = self.history[-1] if len(self.history) else {}
+        where = f" in row {row['epoch']} of the history, stage {row['stage']!r}" if row else ""
+        return (
+            f"{error.what}{where}, for the images {shown}. Try lower learning rates (lr is "
+            f"{self.lr:g}, backbone_lr {self.backbone_lr:g}), gradient clipping "
+            '(skorch.callbacks.GradientNormClipping) or precision="float32"; where it happens '
+            "without training, look at the weights of the backbone."
+        )
 
     def _is_trained(self) -> bool:
         return hasattr(self, "prototypes_")
@@ -444,31 +481,35 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
             self.__dict__.pop(name, None)
 
     def _training_data(
-        self, X: Any, y: Any, sample_weight: Any, first: bool
-    ) -> tuple[ImageDataset, np.ndarray]:
-        """Check X and y, and decode all images."""
+        self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool
+    ) -> tuple[tuple[ImageDataset, np.ndarray, np.ndarray | None], pd.DataFrame]:
+        """Check X, y and what goes with them, and decode all images; and say what is left out."""
         images = Images(X)
         y = read_labels(y, len(images))
+        groups = None if groups is None else read_groups(groups, len(images))
         labels, codes = encode(y, None if first else self.classes_)
         conflicting_labels(images, y)
-        sample_weight = self.weights_of(codes, labels, sample_weight)
+        sample_weight = checked_weights(sample_weight, len(images))
         preprocessing = Preprocessing(self.image_size, self.resize)
-        dataset = ImageDataset(images, preprocessing, codes, sample_weight)
+        dataset = ImageDataset(images, preprocessing, on_bad_image=self.on_bad_image)
         show = None if self.verbose else False
-        if self.memory is None or (self.train_backbone and self.joint_epochs):
-            dataset.keep(show, self.memory_folder)
-        else:
+        frozen = not (self.train_backbone and self.joint_epochs)
+        if self.memory is not None and frozen and self.on_bad_image == "raise":
             check_files(images, progress=show)
-        return dataset, labels
+        else:
+            dataset.keep(show, self.memory_folder)
+        good = np.flatnonzero(~dataset.failed(np.arange(len(images))))
+        skipped = skipped_images(dataset.failures.values(), y, good)
+        codes = codes[good]
+        sample_weight, groups = (v if v is None else v[good] for v in (sample_weight, groups))
+        weight = self.weights_of(codes, labels, sample_weight)
+        return (dataset.of(good, codes, weight), labels, groups), skipped
 
     def weights_of(
         self, codes: np.ndarray, classes: np.ndarray, sample_weight: Any
     ) -> np.ndarray | None:
         """Return the weights of images (n,), by themselves and by their classes."""
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(
-                sample_weight, np.empty((len(codes), 1)), ensure_non_negative=True
-            )
+        sample_weight = checked_weights(sample_weight, len(codes))
         if self.class_weight is None:
             return sample_weight
         of_classes = class_weights(self.class_weight, codes, classes)
@@ -547,22 +588,26 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         dataset, positions = in_whole(train)
         sources = dict(self.sources_)
         sources["image"] = positions[sources["image"]]
-        sizes = dataset.sizes(sources["image"])
+        images, sizes = dataset.images, dataset.sizes(sources["image"])
         sources["box"] = dataset.preprocessing.to_original_pixels(sources["box"], sizes)
+        # paths lead to the pictures; pixels would be lost
+        used = np.unique(sources["image"]).tolist() if images.paths is None else []
+        self.source_images_: Mapping[int, np.ndarray] = {
+            int(images.positions[i]): np.asarray(images.open(i)) for i in used
+        }
+        sources["image"] = images.positions[sources["image"]]
+        paths = None
+        if images.paths is not None:
+            paths = dict(zip(images.positions.tolist(), images.paths, strict=True))
         self.prototypes_ = prototype_table(
             self.module_.owner.cpu().numpy(),
             self.classes_,
             sources,
-            dataset.images.paths,
+            paths,
             self.coef_,
             self.strongest_share_,
         )
         self._source_boxes: dict[Any, np.ndarray] = {}
-        # paths lead to the pictures; pixels would be lost
-        used = np.unique(sources["image"]).tolist() if dataset.images.paths is None else []
-        self.source_images_: Mapping[int, np.ndarray] = {
-            i: np.asarray(dataset.images.open(i)) for i in used
-        }
 
     def renew_table(self, kept: np.ndarray) -> None:
         """Renew numbers and weights of the prototypes that an edit kept."""
@@ -661,7 +706,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         chosen = self._class_indices(classes)
         given = {"top": top, "attribution": attribution, "percentile": percentile}
         check_rules(given, EXPLAIN_RULES)
-        dataset = ImageDataset(Images(X), self.preprocessing_)
+        dataset: Any = self.get_dataset(X)
         self.prepare_processor()
         sheets, first = [], 0
         for inputs, y in feature_batches(self, dataset):
@@ -672,7 +717,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
             fields = receptive_fields(self.geometry_, batch, self.module_.prototype_size)
             paths = dataset.images.paths
             paths = None if paths is None else paths[first : first + len(y)]
-            sizes = dataset.sizes(range(first, first + len(y)))
+            sizes = dataset.sizes(range(first, first + len(y)))  # 0 where unreadable
             sheets.append(
                 sheet_rows(
                     *(batch, first, paths, sizes, dataset.preprocessing, fields),
@@ -680,7 +725,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
                 )
             )
             first += len(y)
-        sheet = pd.concat(sheets, ignore_index=True)
+        sheet = without_answer(pd.concat(sheets, ignore_index=True), list(dataset.failures))
         if attribution == "gradient":
             sheet[BOX] = gradient_boxes(self, dataset, sheet, percentile)
             sheet[SOURCE_BOX] = self._gradient_boxes_of_sources(sheet, percentile)
@@ -771,7 +816,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
         """
         self._fitted()
         maps: list[Any] = []
-        dataset = ImageDataset(Images(X), self.preprocessing_)
+        dataset = ImageDataset(Images(X), self.preprocessing_)  # which no missing map could fit
         self.prepare_processor()
         for inputs, y in feature_batches(self, dataset):
             with torch.no_grad():
@@ -933,8 +978,13 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
             return
         self._fitted()
         self.prepare_processor()
-        for inputs, _ in feature_batches(self, self.get_dataset(X)):
-            yield self.module_.compare(self.module_.latents(inputs["features"]))
+        dataset: Any = self.get_dataset(X)
+        for inputs, _ in feature_batches(self, dataset):
+            logits, distance, cell = self.module_.compare(self.module_.latents(inputs["features"]))
+            failed = torch.from_numpy(dataset.failed(inputs["index"]))
+            if failed.any():
+                logits[failed.to(logits.device)] = distance[failed.to(logits.device)] = torch.nan
+            yield logits, distance, cell
 
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
         if isinstance(classes, str) and classes in ("predicted", "top2", "all"):

@@ -28,6 +28,7 @@ def decode(
     out: torch.Tensor | None = None,
     n_jobs: int | None = None,
     progress: bool | None = None,
+    failures: list[Failure] | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Decode images to the model's input, in threads.
 
@@ -47,6 +48,8 @@ def decode(
         CPUs or than torch uses, so that workers do not crowd each other out.
     progress : bool, optional
         A progress bar on stderr; by default only where it takes longer than two seconds.
+    failures : list of Failure, optional
+        Where to put the images that cannot be read, which are then black.
 
     Returns
     -------
@@ -57,7 +60,7 @@ def decode(
     Raises
     ------
     ImageError
-        After all were tried, naming those that cannot be read.
+        After all were tried, naming those that cannot be read; not where `failures` takes them.
     """
     subset = images if indices is None else images.take(indices)
     n, side = len(subset), preprocessing.image_size
@@ -69,12 +72,17 @@ def decode(
         try:
             stored = subset.read(i, side)
         except ImageError as error:
+            view[i] = 0
             return error.failures[0]
         sizes[i] = stored.size
         view[i] = preprocessing.apply(stored)
         return None
 
-    _run(work, n, n_jobs, progress, "decoding images")
+    failed = _run(work, n, n_jobs, progress, "decoding images")
+    if failures is not None:
+        failures += failed
+    elif failed:
+        raise reading_error(failed)
     return pixels, sizes
 
 
@@ -96,7 +104,9 @@ def check_files(images: Images, n_jobs: int | None = None, progress: bool | None
             return Failure(int(images.positions[i]), paths[i], reason_for(error))
         return None
 
-    _run(work, len(paths), n_jobs, progress, "checking files")
+    failed = _run(work, len(paths), n_jobs, progress, "checking files")
+    if failed:
+        raise reading_error(failed)
 
 
 def _output(out: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
@@ -116,16 +126,15 @@ def _run(
     n_jobs: int | None,
     progress: bool | None,
     what: str,
-) -> None:
-    """Call work(0), ..., work(n - 1) in threads; raise one ImageError for all failures."""
+) -> list[Failure]:
+    """Call work(0), ..., work(n - 1) in threads; return all failures."""
     failures: list[Failure] = []
     delay = 0 if progress else 2  # seconds
     with tqdm(total=n, desc=what, delay=delay, disable=progress is False, leave=False) as bar:
         for found, done in _chunks(work, n, _n_threads(n_jobs)):
             failures += found
             bar.update(done)
-    if failures:
-        raise reading_error(failures)
+    return failures
 
 
 def _chunks(

@@ -6,6 +6,7 @@ computed. N images, C classes, m prototypes, H x W cells; boxes are half-open (x
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ SHEET_COLUMNS = [
     *("source", "source_index", "source_class", *SOURCE_BOX),
 ]
 REST = "(rest)"
+UNREADABLE = "(unreadable)"
 
 
 class BatchExplanation(NamedTuple):
@@ -162,19 +164,39 @@ def truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
     rest = sheet["rank"] > top
     about_class = ["sample", "path", "class", "is_predicted", "logit", "probability"]
     about_match = sheet.columns.difference([*about_class, "rank", "contribution"])
-    integers = sheet[about_match].select_dtypes("integer").columns
-    flags = sheet[about_match].select_dtypes("bool").columns  # classes that are True and False
-    sheet = sheet.astype(dict.fromkeys(integers, "Int64") | dict.fromkeys(flags, "boolean"))
+    sheet = _with_missing_values(sheet, about_match)
     sheet[about_match] = sheet[about_match].mask(rest)
     sheet.loc[rest, "source"] = REST
     return sheet
+
+
+def without_answer(sheet: pd.DataFrame, samples: list[int]) -> pd.DataFrame:
+    """Leave one row for each of these samples: it has no class and no number."""
+    if not samples:
+        return sheet
+    keys = ["sample", "path"]
+    sheet = _with_missing_values(sheet, sheet.columns.difference(keys))
+    first = ~sheet.duplicated("sample")
+    bad = sheet["sample"].isin(samples)
+    sheet = sheet[first | ~bad].reset_index(drop=True)
+    bad = sheet["sample"].isin(samples)
+    sheet[sheet.columns.difference(keys)] = sheet[sheet.columns.difference(keys)].mask(bad)
+    sheet.loc[bad, "source"] = UNREADABLE
+    return sheet
+
+
+def _with_missing_values(sheet: pd.DataFrame, columns: pd.Index) -> pd.DataFrame:
+    """Let columns hold missing values beside integers, and beside True and False."""
+    integers = sheet[columns].select_dtypes("integer").columns
+    flags = sheet[columns].select_dtypes("bool").columns
+    return sheet.astype(dict.fromkeys(integers, "Int64") | dict.fromkeys(flags, "boolean"))
 
 
 def prototype_table(
     owner: np.ndarray,
     class_names: np.ndarray,
     sources: dict[str, np.ndarray],
-    paths: list[str] | None,
+    paths: Mapping[int, str] | None,
     coef: np.ndarray,
     strongest_share: np.ndarray,
 ) -> pd.DataFrame:

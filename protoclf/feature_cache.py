@@ -24,6 +24,7 @@ from protoclf.array_store import ArrayStore
 from protoclf.decoding import in_threads
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
+from protoclf.images import ImageError
 from protoclf.network import ProtoPNet
 
 _FORMAT = "1"
@@ -55,13 +56,14 @@ class FeatureCache:
         return features.permute(2, 0, 1)  # (C, h, w)
 
     def write(self, keys: list[str], features: Tensor) -> None:
-        """Keep features (n, C, h, w) in the precision that they have."""
+        """Keep features (n, C, h, w) in the precision that they have; those with a key."""
         rows = features.permute(0, 2, 3, 1).contiguous().cpu()  # (n, h, w, C)
         if rows.dtype == torch.bfloat16:
             arrays = rows.view(torch.int16).numpy().view(np.uint16)
         else:
             arrays = rows.numpy()
-        in_threads(lambda i: self.store.put(keys[i], arrays[i]), len(keys))
+        kept = [i for i, key in enumerate(keys) if key]
+        in_threads(lambda k: self.store.put(keys[kept[k]], arrays[kept[k]]), len(kept))
 
 
 class CachedImages(Dataset):
@@ -69,7 +71,7 @@ class CachedImages(Dataset):
 
     The inputs of a batch are {"images": (k, 3, S, S), "missing": (k,), "keys": k str, "cached":
     n - k tensors (C, h, w)} and the others of the data set: `missing` says which images of the
-    batch have no features yet, `keys` where those are to be kept.
+    batch have no features yet, `keys` where those are to be kept; an empty one if not at all.
     """
 
     def __init__(self, dataset: ImageDataset | Subset, cache: FeatureCache) -> None:
@@ -86,16 +88,20 @@ class CachedImages(Dataset):
         found: list[Tensor | None] = [None] * len(index)
 
         def look_up(i: int) -> None:
-            keys[i] = whole.images.digest(int(index[i]))
+            try:
+                keys[i] = whole.images.digest(int(index[i]))
+            except ImageError:
+                return  # it cannot be decoded either, which says what is to be done
             found[i] = self.cache.read(keys[i])
 
         in_threads(look_up, len(index))
         missing = np.array([i for i, features in enumerate(found) if features is None], np.int64)
         others, y = whole.without_images(index)
+        images, failed = whole.decoded(index[missing]), whole.failed(index[missing])
         inputs: dict[str, Any] = {
-            "images": whole.decoded(index[missing]),
+            "images": images,
             "missing": torch.from_numpy(missing),
-            "keys": [keys[i] for i in missing],
+            "keys": ["" if bad else keys[i] for i, bad in zip(missing, failed, strict=True)],
             "cached": [features for features in found if features is not None],
         }
         return inputs | others, y

@@ -15,8 +15,10 @@ from tqdm import tqdm
 from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_of
 from protoclf.feature_cache import CachedImages, FeatureCache
 from protoclf.image_dataset import Batch, ImageDataset, in_whole
-from protoclf.net import SkorchProtoPNet
+from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.storage import allocate
+
+_KEPT = ("features", "index", "sample_weight")
 
 ImagePart = ImageDataset | Subset
 """All images of a fit, or those of one part of it."""
@@ -31,23 +33,28 @@ class FeatureDataset(Dataset):
     y : Tensor of shape (N,), int64
         Class indices.
     sample_weight : Tensor of shape (N,) or None
+    index : Tensor of shape (N,), int64
+        Which images of X these are.
     """
 
     in_memory = True
 
-    def __init__(self, features: Tensor, y: Tensor, sample_weight: Tensor | None) -> None:
+    def __init__(
+        self, features: Tensor, y: Tensor, sample_weight: Tensor | None, index: Tensor
+    ) -> None:
         self.features = features
         self.y = y
         self.sample_weight = sample_weight
+        self.index = index
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitems__(self, indices: ArrayLike) -> Batch:
-        """Return a whole batch: {"features": (n, C, H, W)[, "sample_weight": (n,)]}, y (n,)."""
+        """Return a whole batch, as `ImageDataset` does, with "features" (n, C, H, W)."""
         index = torch.as_tensor(indices)
         rows = self.features.permute(0, 2, 3, 1)[index.to(self.features.device)]  # (n, H, W, C)
-        inputs = {"features": rows.permute(0, 3, 1, 2)}
+        inputs = {"features": rows.permute(0, 3, 1, 2), "index": self.index[index]}
         if self.sample_weight is not None:
             inputs["sample_weight"] = self.sample_weight[index]
         return inputs, self.y[index]
@@ -81,7 +88,7 @@ def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset
     """Run the backbone once over all images, in evaluation mode and without gradients."""
     processes, n = net.processes, len(dataset)
     own = processes.own_rows(n, net.batch_size)
-    rows, targets, weights, start = None, [], [], 0
+    rows, targets, weights, index, start = None, [], [], [], 0
     show = bool(net.verbose) and processes.is_first
     for inputs, y in feature_batches(net, dataset, progress=show, rows=own):
         batch = inputs["features"].permute(0, 2, 3, 1)  # (n, H, W, C), as it lies in memory
@@ -91,11 +98,22 @@ def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset
         rows[start : start + len(y)] = batch
         start += len(y)
         targets.append(y)
+        index.append(inputs["index"])
         weights.extend([inputs["sample_weight"]] if "sample_weight" in inputs else [])
     assert rows is not None, "a data set has at least one image"
     weight = processes.in_order(torch.cat(weights), n) if weights else None
+    _check_finite(rows, torch.cat(index))
     rows, y = processes.in_order(rows, n), processes.in_order(torch.cat(targets), n)
-    return FeatureDataset(rows.permute(0, 3, 1, 2), y, weight)
+    whole_index = processes.in_order(torch.cat(index), n)
+    return FeatureDataset(rows.permute(0, 3, 1, 2), y, weight, whole_index)
+
+
+def _check_finite(rows: Tensor, index: Tensor) -> None:
+    """Raise NotFinite for images whose features (n, H, W, C) are no numbers."""
+    sums = torch.cat([part.float().sum((1, 2, 3)) for part in rows.split(256)])  # (n,)
+    bad = ~sums.isfinite().cpu()
+    if bad.any():
+        raise NotFinite("The backbone's features are not finite", index[bad])
 
 
 def feature_batches(
@@ -120,7 +138,7 @@ def feature_batches(
                 inputs["features"] = _completed(net, cache, inputs, len(y))
             elif "images" in inputs:
                 inputs["features"] = module.features(inputs["images"].to(net.device))
-        yield {n: v for n, v in inputs.items() if n in ("features", "sample_weight")}, y
+        yield {n: v for n, v in inputs.items() if n in _KEPT}, y
 
 
 def _completed(net: SkorchProtoPNet, cache: FeatureCache, inputs: dict, n: int) -> Tensor:
@@ -217,13 +235,16 @@ class FitData:
     def view_features(self) -> list[FeatureDataset]:
         """Features of the training images, transformed at random `augmented_views` times."""
         if self._view_features is None:
-            augmented = self.augmented_train_images
-            count = 0 if augmented is self.train_images else self.net.augmented_views
-            device = torch.device(self.net.device)
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(self.net.seed_)  # the same again after an interruption
-                self._view_features = [extract_features(self.net, augmented) for _ in range(count)]
+            self._view_features = self._transformed(self.net.augmented_views)
         return self._view_features
+
+    def _transformed(self, count: int) -> list[FeatureDataset]:
+        augmented, device = self.augmented_train_images, torch.device(self.net.device)
+        if not count or augmented is self.train_images:
+            return []
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.net.seed_)  # the same again after an interruption
+            return [extract_features(self.net, augmented) for _ in range(count)]
 
     @property
     def features_to_learn_from(self) -> Dataset:

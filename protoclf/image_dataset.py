@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 
 from protoclf.decoding import decode
 from protoclf.geometry import Preprocessing
-from protoclf.images import Images, as_index
+from protoclf.images import Failure, Images, as_index
 from protoclf.storage import allocate
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -30,9 +30,13 @@ class ImageDataset(Dataset):
     sample_weight : array-like of shape (n,), float, optional
     n_jobs : int, optional
         Threads, as in `decode`.
+    on_bad_image : {"raise", "skip"}, default="raise"
+        Whether an image that cannot be read raises ImageError, or is black and noted.
 
     Attributes
     ----------
+    failures : dict of int to Failure
+        The images that could not be read so far, by their place in the data set.
     pixels : torch.Tensor of shape (n, 3, S, S), uint8, or None
         All images, once `keep` has decoded them. A ``copy.copy`` of the dataset shares them.
     """
@@ -44,6 +48,7 @@ class ImageDataset(Dataset):
         y: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
         n_jobs: int | None = None,
+        on_bad_image: str = "raise",
     ) -> None:
         self.images = images
         self.preprocessing = preprocessing
@@ -52,6 +57,8 @@ class ImageDataset(Dataset):
         if sample_weight is not None:
             self.sample_weight = _column("sample_weight", sample_weight, len(images), torch.float32)
         self.n_jobs = n_jobs
+        self.on_bad_image = on_bad_image
+        self.failures: dict[int, Failure] = {}
         self.pixels: torch.Tensor | None = None
         self._sizes = np.zeros((len(images), 2), dtype=np.int64)  # 0 where not known yet
 
@@ -64,10 +71,35 @@ class ImageDataset(Dataset):
         if self.pixels is None:
             side = self.preprocessing.image_size
             out = allocate((len(self), 3, side, side), torch.uint8, folder=folder)
-            self.pixels, self._sizes = decode(
-                self.images, self.preprocessing, out=out, n_jobs=self.n_jobs, progress=progress
-            )
+            self.pixels, self._sizes = self._decode(np.arange(len(self)), out, progress)
         return self
+
+    def _decode(
+        self, index: np.ndarray, out: torch.Tensor | None, progress: bool | None
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        failures: list[Failure] = []
+        decoded = decode(
+            *(self.images, self.preprocessing, index, out, self.n_jobs, progress),
+            failures=failures if self.on_bad_image == "skip" else None,
+        )
+        if failures:
+            place = dict(zip(self.images.positions[index].tolist(), index.tolist(), strict=True))
+            self.failures |= {place[failure.position]: failure for failure in failures}
+        return decoded
+
+    def failed(self, index: ArrayLike) -> np.ndarray:
+        """Return whether images could not be read, as far as they were tried: (n,) bool."""
+        return np.isin(np.asarray(index), list(self.failures))
+
+    def of(self, index: np.ndarray, y: ArrayLike, sample_weight: ArrayLike | None) -> ImageDataset:
+        """Return the data set of some images, decoded as far as they are here."""
+        part = ImageDataset(
+            *(self.images.take(index), self.preprocessing, y, sample_weight, self.n_jobs)
+        )
+        part._sizes = self._sizes[index]
+        if self.pixels is not None:
+            part.pixels = self.pixels if len(index) == len(self) else self.pixels[index]
+        return part
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,29 +109,32 @@ class ImageDataset(Dataset):
         return {name: value[0] for name, value in inputs.items()}, target[0]
 
     def __getitems__(self, indices: ArrayLike) -> Batch:
-        """Return a whole batch: {"images": (n, 3, S, S)[, "sample_weight": (n,)]}, y (n,)."""
+        """Return a whole batch: {"images": (n, 3, S, S), "index": (n,)[, "sample_weight"]}, y (n,).
+
+        "index" says which images these are, "sample_weight" (n,) what they weigh.
+        """
         index = as_index(indices)
         inputs, y = self.without_images(index)
         return inputs | {"images": self.decoded(index)}, y
 
     def without_images(self, index: np.ndarray) -> Batch:
         """Return what a batch holds beside the images."""
-        inputs = {} if self.sample_weight is None else {"sample_weight": self.sample_weight[index]}
+        inputs = {"index": torch.from_numpy(index)}
+        if self.sample_weight is not None:
+            inputs["sample_weight"] = self.sample_weight[index]
         return inputs, self.y[index]
 
     def decoded(self, index: np.ndarray) -> torch.Tensor:
         """Return images (n, 3, S, S)."""
         if self.pixels is not None:
             return self.pixels[index]
-        pixels, self._sizes[index] = decode(
-            self.images, self.preprocessing, index, n_jobs=self.n_jobs, progress=False
-        )
+        pixels, self._sizes[index] = self._decode(index, None, False)
         return pixels
 
     def sizes(self, index: ArrayLike) -> np.ndarray:
         """Return width and height of originals (n, 2), in pixels; from the file if need be."""
         index = as_index(index)
-        for i in index[self._sizes[index, 0] == 0]:
+        for i in index[(self._sizes[index, 0] == 0) & ~self.failed(index)]:
             self._sizes[i] = self.images.size(int(i))
         return self._sizes[index]
 

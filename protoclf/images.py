@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -89,6 +89,10 @@ class Images:
             subset.paths = [self._items[position] for position in subset.positions]
         return subset
 
+    def name(self, i: int) -> str:
+        """Return what messages call image i: its path, or its position."""
+        return f"{int(self.positions[i])}" if self.paths is None else repr(self.paths[i])
+
     def open(self, i: int) -> PIL.Image.Image:
         """Return image i at its full size, RGB and upright.
 
@@ -160,6 +164,25 @@ def reading_error(failures: list[Failure]) -> ImageError:
         + "\nReplace these images, or leave them out of X (and their labels out of y).",
         failures,
     )
+
+
+def skipped_images(failures: Iterable[Failure], y: np.ndarray, good: np.ndarray) -> pd.DataFrame:
+    """Return what is left out, as a table, unless all images of a class are.
+
+    Parameters
+    ----------
+    failures : iterable of Failure
+    y : ndarray of shape (n,)
+        Labels of all images.
+    good : ndarray of int
+        Positions of the images that are left.
+    """
+    table = pd.DataFrame(sorted(failures), columns=list(Failure._fields))
+    gone = sorted({*y.tolist()} - {*y[good].tolist()})
+    if gone:
+        error = reading_error(sorted(failures))
+        raise ImageError(f"No image is left of {gone}. {error}", error.failures)
+    return table
 
 
 def as_index(indices: ArrayLike) -> np.ndarray:

@@ -9,6 +9,7 @@ import pandas as pd
 from sklearn.utils import column_or_1d
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight
 
 
 def read_labels(y: Any, n: int) -> np.ndarray:
@@ -40,6 +41,13 @@ def read_groups(groups: Any, n: int) -> np.ndarray:
     if pd.isna(groups).any():
         raise ValueError("groups must name the group of every image; some are missing.")
     return pd.factorize(groups)[0]
+
+
+def checked_weights(sample_weight: Any, n: int) -> np.ndarray | None:
+    """Return the weights of n images, finite numbers >= 0, or None where none are given."""
+    if sample_weight is None:
+        return None
+    return _check_sample_weight(sample_weight, np.empty((n, 1)), ensure_non_negative=True)
 
 
 def class_weights(spec: Any, codes: np.ndarray, classes: np.ndarray) -> np.ndarray:

@@ -22,9 +22,14 @@ class LogitsMixin:
         raise NotImplementedError
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the class label of each image, (n,)."""
-        indices = self._logits(X).argmax(1)
-        return self.classes_[indices]
+        """Return the class label of each image, (n,); None where it has no logits."""
+        logits = self._logits(X)
+        labels = self.classes_[logits.argmax(1)]
+        missing = np.isnan(logits[:, 0])
+        if missing.any():
+            labels = labels.astype(object)
+            labels[missing] = None
+        return labels
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probability of each class, (n, C): the softmax of the logits."""

@@ -32,10 +32,26 @@ from protoclf.receptive_field import BackboneGeometry, measure
 
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
-    **{"augmented_views": 0, "checkpoint": None},
+    **{"augmented_views": 0, "checkpoint": None, "on_bad_image": "raise"},
 }
 _NETWORK_INPUTS = ("images", "features")
 _STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
+
+
+class NotFinite(FloatingPointError):
+    """A fit came upon NaN or infinity.
+
+    Parameters
+    ----------
+    what : str
+    index : Tensor of shape (k,)
+        Which of the images.
+    """
+
+    def __init__(self, what: str, index: Tensor) -> None:
+        super().__init__(what)
+        self.what = what
+        self.index = index
 
 
 class SkorchProtoPNet(NeuralNetClassifier):
@@ -115,7 +131,9 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def get_dataset(self, X: Any, y: Any = None) -> Dataset:
         """Return batches of images for X (called by skorch)."""
-        return X if is_dataset(X) else ImageDataset(Images(X), self.preprocessing_, y)
+        if is_dataset(X):
+            return X
+        return ImageDataset(Images(X), self.preprocessing_, y, on_bad_image=self.on_bad_image)
 
     def get_iterator(
         self, dataset: Dataset, training: bool = False, rows: Sequence[int] | None = None
@@ -141,6 +159,13 @@ class SkorchProtoPNet(NeuralNetClassifier):
         weight = X.get("sample_weight") if isinstance(X, Mapping) else None
         weight = None if weight is None else weight.to(self.device)
         return self.criterion_(y_pred, y_true.to(self.device), weight)
+
+    def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Take a step on a batch, whose loss has to be a number (called by skorch)."""
+        step = super().train_step(batch, **fit_params)
+        if not torch.isfinite(step["loss"]):
+            raise NotFinite(f"The loss is {step['loss'].item()}", batch[0]["index"])
+        return step
 
     def latents(
         self, features: Dataset, rows: Sequence[int] | None = None

@@ -86,6 +86,7 @@ NOT_OURS = ("module", "criterion", "dataset", "max_epochs", "predict_nonlinearit
 _NESTED = ("optimizer", "iterator_train", "iterator_valid", "callbacks", "compile")
 
 RULES: dict[str, Rule] = {
+    "on_bad_image": _one_of("raise", "skip"),
     "train_backbone": (_is_flag, "True or False"),
     "image_size": _integer(1),
     "resize": _one_of("crop", "squash"),

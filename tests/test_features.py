@@ -37,14 +37,14 @@ def dataset_of(net, squares, sample_weight=None):
 def test_batches_are_the_rows_asked_for(weighted):
     features, y = torch.rand(6, 3, 2, 2), torch.arange(6)
     weight = torch.rand(6) if weighted else None
-    dataset = FeatureDataset(features, y, weight)
+    dataset = FeatureDataset(features, y, weight, torch.arange(len(y)))
     assert len(dataset) == 6
     assert dataset.in_memory
     for index in ([4, 0, 4], np.array([4, 0, 4]), torch.tensor([4, 0, 4])):
         inputs, target = dataset.__getitems__(index)
         assert torch.equal(inputs["features"], features[[4, 0, 4]])
         assert target.tolist() == [4, 0, 4]
-        assert set(inputs) == ({"features", "sample_weight"} if weighted else {"features"})
+        assert set(inputs) == {"features", "index"} | ({"sample_weight"} if weighted else set())
         if weighted:
             assert torch.equal(inputs["sample_weight"], weight[[4, 0, 4]])
 

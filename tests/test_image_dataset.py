@@ -44,7 +44,7 @@ def test_dataset_batch_equals_singles(paths, keep):
 
 def test_dataset_without_labels_and_with_wrong_ones(paths):
     inputs, target = dataset_of(paths, y=None, sample_weight=None)[1]
-    assert set(inputs) == {"images"}
+    assert set(inputs) == {"images", "index"}
     assert target.item() == 0
     with pytest.raises(ValueError, match=r"y must have shape \(6,\)"):
         dataset_of(paths, y=[1, 2])
