@@ -323,12 +323,15 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, SkorchProtoPNet):
 
         Notes
         -----
-        The paper augments the training images once, before training; here the joint stage
-        augments them anew, and the warm-up sees them as they are. The last layer is solved to its
+        The paper augments the training images once, before training, and its code makes 30 of each,
+        so that an epoch there has 30 times as many steps; here the joint stage augments them
+        anew, and the warm-up sees them as they are (`examples/reproduce_paper.py` makes as many
+        steps). The last layer is solved to its
         optimum in place of the paper's 20 iterations of Adam.
         """
         settings: dict[str, Any] = {
             "backbone": "resnet34",
+            "resize": "squash",
             "latent_dim": 128,
             "similarity": "log",
             "prototype_init": "random",

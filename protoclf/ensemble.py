@@ -105,6 +105,39 @@ class ProtoPNetEnsemble(
         self.n_jobs = n_jobs
         self.verbose = verbose
 
+    @classmethod
+    def of_fitted(
+        cls, members: list[tuple[str, ProtoPNetClassifier]], **parameters: Any
+    ) -> ProtoPNetEnsemble:
+        """Return the ensemble of classifiers that are fitted already, such as loaded ones.
+
+        Parameters
+        ----------
+        members : list of (str, ProtoPNetClassifier)
+            Taken as they are; all of the same classes.
+        **parameters
+            Those of the ensemble.
+
+        Raises
+        ------
+        ValueError
+            If members do not know the same classes.
+        NotFittedError
+            If one is not fitted.
+        """
+        ensemble = cls(list(members), **parameters)
+        for name, member in ensemble._checked_members():
+            check_is_fitted(member)
+            if not np.array_equal(member.classes_, members[0][1].classes_):
+                raise ValueError(
+                    f"Members must have the same classes: {members[0][0]!r} has "
+                    f"{members[0][1].classes_.tolist()}, {name!r} {member.classes_.tolist()}."
+                )
+        ensemble.classes_ = members[0][1].classes_
+        ensemble.estimators_ = [member for _, member in members]
+        ensemble.named_estimators_ = Bunch(**dict(members))
+        return ensemble
+
     # Fitting ------------------------------------------------------------------------------------
 
     def fit(

@@ -34,6 +34,7 @@ _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
     **{"augmented_views": 0, "checkpoint": None, "on_bad_image": "raise"},
 }
+_MODULES_GIVEN = ("backbone", "augmentation")
 _NETWORK_INPUTS = ("images", "features")
 _STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
 
@@ -215,7 +216,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         self.__dict__["device"] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "backbone":  # a parameter, which skorch must not take for one of its modules
+        if name in _MODULES_GIVEN:  # parameters, which skorch must not take for its modules
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)

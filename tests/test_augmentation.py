@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from protoclf import ProtoPNetClassifier
 from protoclf.augmentation import AugmentedDataset, augment_mildly, augmentation_of
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
@@ -93,3 +95,10 @@ def test_loader_workers_augment(paths):
     assert torch.equal(
         inputs["images"], dataset.dataset.__getitems__(range(6))[0]["images"].flip(2)
     )
+
+
+def test_a_module_can_be_a_parameter(squares):
+    clf = ProtoPNetClassifier("small_cnn", augmentation=v2.RandomHorizontalFlip(1.0), verbose=0)
+    clf.set_params(augmentation=v2.RandomVerticalFlip(1.0), image_size=16, joint_epochs=1)
+    clf.set_params(prototypes_per_class=1).fit(*squares)
+    assert isinstance(clone(clf).augmentation, v2.RandomVerticalFlip)

@@ -13,7 +13,7 @@ import protoclf
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = [m.name for m in pkgutil.iter_modules(protoclf.__path__, "protoclf.")]
+MODULES = [m.name for m in pkgutil.walk_packages(protoclf.__path__, "protoclf.")]
 
 
 def code_blocks(page):

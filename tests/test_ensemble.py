@@ -524,3 +524,22 @@ def test_cross_validation_and_searches_of_nested_parameters(squares, image_paths
     search = GridSearchCV(given, grid, cv=folds, error_score="raise").fit(image_paths, y)
     best = search.best_estimator_
     assert best.n_prototypes_ == 3 * search.best_params_["a__prototypes_per_class"] + 6
+
+
+def test_an_ensemble_of_fitted_members_is_that_which_fits_them(fitted, squares):
+    again = clone(fitted).set_params(random_state=1).fit(*squares)
+    ensemble = ProtoPNetEnsemble.of_fitted([("a", fitted), ("b", again)], verbose=0)
+    X = squares[0]
+    logits = fitted.decision_function(X) + again.decision_function(X)
+    np.testing.assert_allclose(ensemble.decision_function(X), logits, rtol=1e-6)
+    assert ensemble.estimators_ == [fitted, again]
+    assert set(ensemble.explain(X[:2])["member"]) == {"a", "b"}
+
+
+def test_fitted_members_must_agree_on_the_classes(fitted, squares):
+    X, y = squares
+    other = clone(fitted).fit(X, np.char.upper(y))
+    with pytest.raises(ValueError, match="same classes: 'a' has"):
+        ProtoPNetEnsemble.of_fitted([("a", fitted), ("b", other)])
+    with pytest.raises(NotFittedError):
+        ProtoPNetEnsemble.of_fitted([("a", fitted), ("b", clone(fitted))])

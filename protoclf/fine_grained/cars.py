@@ -1,0 +1,112 @@
+"""Stanford Cars, in the three forms that it goes about in.
+
+Krause et al., "3D Object Representations for Fine-Grained Categorization", 3dRR 2013.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from protoclf.fine_grained.crops import write_crops
+from protoclf.fine_grained.files import COLUMNS, found, variable
+
+_DEVKIT = ("devkit", "car_devkit/devkit")
+_TEST = "cars_test_annos_withlabels.mat"  # the devkit's own cars_test_annos.mat has no classes
+_SIDES = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2"]
+
+
+def read_cars(
+    root: str | os.PathLike[str], crop_to: str | os.PathLike[str] | None = None
+) -> pd.DataFrame:
+    """Read Stanford Cars: images of cars with boxes.
+
+    Parameters
+    ----------
+    root : str or path
+        A folder that holds either of
+
+        - ``cars_train/``, ``cars_test/``, ``devkit/`` and ``cars_test_annos_withlabels.mat``, the
+          last in ``devkit/`` or beside it
+        - ``car_ims/`` and ``cars_annos.mat``
+        - ``car_data/train/<class>/``, ``car_data/test/<class>/``, ``anno_train.csv`` and
+          ``anno_test.csv``
+
+    crop_to : str or path, optional
+        Write what the boxes show to this folder, and return the crops. Crops that are there
+        already are kept, so that an interrupted call goes on.
+
+    Returns
+    -------
+    DataFrame
+        One row an image: path, class, split ("train" or "test"), and the box of the car x0, y0,
+        x1, y1, int64, half-open, in pixels of the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file of the data set is missing.
+    ValueError
+        If a file cannot be read, or says nothing of an image.
+    """
+    root = Path(root)
+    if (root / "cars_annos.mat").exists():
+        images = _in_one_folder(root)
+    elif (root / "anno_train.csv").exists():
+        images = _in_class_folders(root)
+    else:
+        images = _with_devkit(root)
+    return images if crop_to is None else write_crops(images, root, crop_to)[0]
+
+
+def _with_devkit(root: Path) -> pd.DataFrame:
+    files = {
+        "train": found(root, *(f"{folder}/cars_train_annos.mat" for folder in _DEVKIT)),
+        "test": found(root, _TEST, *(f"{folder}/{_TEST}" for folder in _DEVKIT)),
+    }
+    names = variable(found(root, *(f"{d}/cars_meta.mat" for d in _DEVKIT)), "class_names")
+    rows: list[tuple] = []
+    for split, file in files.items():
+        folder = found(root, f"cars_{split}/cars_{split}", f"cars_{split}")
+        for car in variable(file, "annotations"):
+            rows.append((str(folder / car["fname"]), _name(names, car), split, *_box(car)))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _in_one_folder(root: Path) -> pd.DataFrame:
+    file = root / "cars_annos.mat"
+    names = variable(file, "class_names")
+    rows: list[tuple] = []
+    for car in variable(file, "annotations"):
+        split = "test" if car["test"] else "train"
+        path = str(root / car["relative_im_path"])
+        rows.append((path, _name(names, car), split, *_box(car)))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _in_class_folders(root: Path) -> pd.DataFrame:
+    """Split and file name tell an image; the folder is its class."""
+    rows: list[tuple] = []
+    for split in ("train", "test"):
+        folder = found(root, f"car_data/car_data/{split}", f"car_data/{split}", split)
+        file = found(root, f"anno_{split}.csv")
+        cars = pd.read_csv(file, header=None, names=["fname", *_SIDES, "class"], index_col="fname")
+        for path in sorted(folder.glob("*/*.jpg")):
+            if path.name not in cars.index:
+                raise ValueError(f"'{file}' says nothing of '{path}'.")
+            rows.append((str(path), path.parent.name, split, *_box(cars.loc[path.name])))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _name(names: np.ndarray, car: Any) -> str:
+    return str(names[int(car["class"]) - 1])
+
+
+def _box(car: Any) -> tuple[int, int, int, int]:
+    """Return a half-open box: Matlab counts pixels from 1, and the last one belongs to the car."""
+    x1, y1, x2, y2 = (int(car[side]) for side in _SIDES)
+    return x1 - 1, y1 - 1, x2, y2
