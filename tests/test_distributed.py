@@ -38,6 +38,7 @@ def read(results, name, count, rank):
     return torch.load(results / f"{name}.{count}.{rank}", weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_both_processes_end_with_the_same_model_and_history(results, name):
     state, table, result, history = read(results, name, 2, 0)
@@ -49,6 +50,7 @@ def test_both_processes_end_with_the_same_model_and_history(results, name):
     assert history == other_history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, p in FITS.items() if p["random_state"] == 0])
 def test_two_processes_find_what_one_finds(results, name):
     one, table_of_one, result_of_one, _ = read(results, name, 1, 0)
@@ -61,6 +63,7 @@ def test_two_processes_find_what_one_finds(results, name):
     assert result_of_two.residual <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["frozen", "distinct", "auto", "few batches"])
 def test_one_process_finds_what_an_ordinary_fit_finds(results, name):
     X, y, weight = photos()
@@ -72,6 +75,7 @@ def test_one_process_finds_what_an_ordinary_fit_finds(results, name):
         torch.testing.assert_close(state["last_layer.weight"], clf.module_.last_layer.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_what_the_first_process_saved_is_an_ordinary_classifier(results, name):
     X, y, _ = photos()

@@ -1,0 +1,289 @@
+"""A fit from X and y to the table of prototypes: data, stages, checkpoint, and what is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from warnings import warn
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.utils import check_random_state
+from torch.utils.data import Dataset
+
+from protoclf.acceleration import return_freed_memory
+from protoclf.augmentation import augmentation_of
+from protoclf.checkpoint import Checkpoint
+from protoclf.decoding import check_files
+from protoclf.explanation import prototype_table
+from protoclf.features import FitData
+from protoclf.file_changes import changes_since, stamps
+from protoclf.fit_key import fit_key
+from protoclf.geometry import Preprocessing
+from protoclf.image_dataset import ImageDataset, in_whole
+from protoclf.images import Images, conflicting_labels, skipped_images
+from protoclf.labels import checked_weights, class_weights, encode, read_groups, read_labels
+from protoclf.net import NotFinite, SkorchProtoPNet
+from protoclf.parameters import (
+    check_apart,
+    check_enough_images,
+    check_parameters,
+    prototype_counts,
+)
+from protoclf.saved_sources import sources_among
+from protoclf.stages import Stage, Training, schedule
+
+_SHOWN = 5  # images that an error names
+
+_FITTED = (
+    *("prototypes_", "source_images_", "last_layer_result_", "last_layer_path_", "lambda_l1_"),
+    *("classes_inferred_", "activations_", "edits_", "skipped_"),
+)
+
+
+class StagedNet(SkorchProtoPNet):
+    """A net that is fitted through all stages."""
+
+    prototypes_: pd.DataFrame
+    _fitting = False
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
+        before = None if first else self._copied_state()
+        self._fitting = True
+        try:
+            return self._fit_all(X, y, sample_weight, groups, first)
+        except BaseException as error:
+            if before is not None:
+                self.__dict__ = before
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(self._after_interrupt()) from error
+            raise
+        finally:
+            self.__dict__.pop("_fitting", None)
+
+    def _copied_state(self) -> dict[str, Any]:
+        """Return what `partial_fit` goes on from, to go back to should it fail."""
+        state = dict(self.__dict__)
+        for names in (("module_", "criterion_", "optimizer_"), ("history_",)):
+            copies = copy.deepcopy([state[name] for name in names])  # one refers to another
+            state |= dict(zip(names, copies, strict=True))
+        return state
+
+    def _after_interrupt(self) -> str:
+        left = "is as it was before" if self._is_trained() else "is not fitted"
+        how = "" if self.checkpoint is None else " The same call goes on from its checkpoint."
+        return f"The fit was interrupted; the classifier {left}.{how}"
+
+    def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
+        check_parameters(vars(self))
+        augmentation_of(self.augmentation)  # a wrong one is refused now
+        paths = Images(X).paths or []
+        before = stamps(paths)
+        data, skipped = self._training_data(X, y, sample_weight, groups, first)
+        dataset, labels, groups = data
+        if first:
+            self._forget()
+            self.classes_inferred_ = labels
+        if self.on_bad_image == "skip":
+            self.skipped_ = skipped
+        self.preprocessing_ = dataset.preprocessing
+        checkpoint = self._checkpoint(dataset, labels, groups, first)
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        begun = None if checkpoint is None else checkpoint.seed
+        self.seed_ = self.processes.agreed(seed if begun is None else begun)
+        whole: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
+        try:
+            with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+                torch.manual_seed(self.seed_)
+                if first:
+                    self.initialize()
+                self.prepare_processor()
+                self.notify("on_train_begin", **whole)
+                self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
+        except NotFinite as error:
+            raise FloatingPointError(self._about(error, dataset.images)) from error
+        finally:
+            return_freed_memory()
+        self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
+        self.module_.eval()
+        changed = changes_since(paths, before)
+        if changed:
+            warn(
+                f"While fit took its time, {changed}. It saw what was there when it read the "
+                "images; the pictures of prototypes may be others now.",
+                stacklevel=4,
+            )
+        return self
+
+    def _about(self, error: NotFinite, images: Images) -> str:
+        """Say where a fit came upon NaN, and what may help."""
+        names = [images.name(i) for i in error.index.tolist()]
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        row = self.history[-1] if len(self.history) else {}
+        where = f" in row {row['epoch']} of the history, stage {row['stage']!r}" if row else ""
+        return (
+            f"{error.what}{where}, for the images {shown}. Try lower learning rates (lr is "
+            f"{self.lr:g}, backbone_lr {self.backbone_lr:g}), gradient clipping "
+            '(skorch.callbacks.GradientNormClipping) or precision="float32"; where it happens '
+            "without training, look at the weights of the backbone."
+        )
+
+    def _is_trained(self) -> bool:
+        return hasattr(self, "prototypes_")
+
+    def _forget(self) -> None:
+        """Drop what an earlier fit learned, so that an interrupted one cannot be taken for it."""
+        for name in _FITTED:
+            self.__dict__.pop(name, None)
+
+    def _training_data(
+        self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool
+    ) -> tuple[tuple[ImageDataset, np.ndarray, np.ndarray | None], pd.DataFrame]:
+        """Check X, y and what goes with them, and decode all images; and say what is left out."""
+        images = Images(X)
+        y = read_labels(y, len(images))
+        groups = None if groups is None else read_groups(groups, len(images))
+        labels, codes = encode(y, None if first else self.classes_)
+        conflicting_labels(images, y)
+        sample_weight = checked_weights(sample_weight, len(images))
+        preprocessing = Preprocessing(self.image_size, self.resize)
+        dataset = ImageDataset(images, preprocessing, on_bad_image=self.on_bad_image)
+        show = None if self.verbose else False
+        frozen = not (self.train_backbone and self.joint_epochs)
+        if self.memory is not None and frozen and self.on_bad_image == "raise":
+            check_files(images, progress=show)
+        else:
+            dataset.keep(show, self.memory_folder)
+        good = np.flatnonzero(~dataset.failed(np.arange(len(images))))
+        skipped = skipped_images(dataset.failures.values(), y, good)
+        codes = codes[good]
+        sample_weight, groups = (v if v is None else v[good] for v in (sample_weight, groups))
+        weight = self.weights_of(codes, labels, sample_weight)
+        return (dataset.of(good, codes, weight), labels, groups), skipped
+
+    def weights_of(
+        self, codes: np.ndarray, classes: np.ndarray, sample_weight: Any
+    ) -> np.ndarray | None:
+        """Return the weights of images (n,), by themselves and by their classes."""
+        sample_weight = checked_weights(sample_weight, len(codes))
+        if self.class_weight is None:
+            return sample_weight
+        of_classes = class_weights(self.class_weight, codes, classes)
+        return of_classes if sample_weight is None else of_classes * sample_weight
+
+    def fit_loop(
+        self,
+        X: Dataset,
+        y: Any = None,
+        epochs: None = None,
+        *,
+        first: bool = True,
+        groups: np.ndarray | None = None,
+        checkpoint: Checkpoint | None = None,
+    ):
+        """Walk the stages over a data set of images (called by `fit`)."""
+        together = {} if groups is None else {"groups": groups}
+        train, valid = self.get_split_datasets(X, y, **together)
+        whole, positions = in_whole(train)
+        if groups is not None and valid is not None and in_whole(valid)[0] is whole:
+            check_apart(groups[positions], groups[in_whole(valid)[1]])
+        counts = prototype_counts(self.prototypes_per_class, self.classes_)
+        if self.prototypes_per_class != "auto":
+            check_enough_images(counts, y[positions], self.classes_)
+        data = FitData(self, train, valid, None if groups is None else groups[positions])
+        stages = schedule(self, first)
+        self._run(stages, data, positions, checkpoint)
+        settled = [p.clone() for p in (self.module_.prototypes, self.module_.last_layer.weight)]
+        self.notify("on_train_end", X=X, y=y)
+        if not self._is_settled(settled):  # a callback with load_best went back to an earlier epoch
+            data.forget_features()
+            for stage in stages[-2:]:
+                stage.run(self, data)
+        self._keep_sources(train)
+        if checkpoint is not None:
+            checkpoint.remove()
+        return self
+
+    def _run(
+        self,
+        stages: list[Stage],
+        data: FitData,
+        train: np.ndarray,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Take the steps that are left, and keep the state after each that is costly."""
+        if checkpoint is None:
+            for stage in stages:
+                stage.run(self, data)
+            return
+        checkpoint.restore(self, train)
+        for position in range(checkpoint.stage, len(stages)):
+            stage = stages[position]
+            if isinstance(stage, Training):
+                stage = replace(stage, done=checkpoint.epochs)
+                data.after_epoch = partial(checkpoint.write, self, position)
+            stage.run(self, data)
+            if stage.costly and stage is not stages[-1]:
+                checkpoint.write(self, position + 1, 0)
+
+    def _checkpoint(
+        self, dataset: ImageDataset, classes: np.ndarray, groups: Any, first: bool
+    ) -> Checkpoint | None:
+        if self.checkpoint is None:
+            return None
+        network = None if first else self.module_
+        key = fit_key(self.get_params(deep=False), dataset, classes, groups, network)
+        return Checkpoint(self.checkpoint, key, writes=self.processes.is_first)
+
+    def _is_settled(self, settled: list[torch.Tensor]) -> bool:
+        now = (self.module_.prototypes, self.module_.last_layer.weight)
+        return all(torch.equal(a, b) for a, b in zip(now, settled, strict=True))
+
+    def _keep_sources(self, train: Any) -> None:
+        """Write the table of prototypes, with positions and pixels of the images that fit saw."""
+        dataset, positions = in_whole(train)
+        sources = dict(self.sources_)
+        sources["image"] = positions[sources["image"]]
+        images, sizes = dataset.images, dataset.sizes(sources["image"])
+        sources["box"] = dataset.preprocessing.to_original_pixels(sources["box"], sizes)
+        # paths lead to the pictures; pixels would be lost
+        used = np.unique(sources["image"]).tolist() if images.paths is None else []
+        self.source_images_: Mapping[int, np.ndarray] = {
+            int(images.positions[i]): np.asarray(images.open(i)) for i in used
+        }
+        sources["image"] = images.positions[sources["image"]]
+        paths = None
+        if images.paths is not None:
+            paths = dict(zip(images.positions.tolist(), images.paths, strict=True))
+        self.prototypes_ = prototype_table(
+            self.module_.owner.cpu().numpy(),
+            self.classes_,
+            sources,
+            paths,
+            self.module_.last_layer.weight.detach().cpu().numpy(),
+            self.strongest_share_,
+        )
+        self._source_boxes: dict[Any, np.ndarray] = {}
+
+    def renew_table(self, kept: np.ndarray) -> None:
+        """Renew numbers and weights of the prototypes that an edit kept."""
+        owner = self.module_.owner.cpu().numpy()
+        weight = self.module_.last_layer.weight.detach().cpu().numpy()
+        self.prototypes_ = self.prototypes_.iloc[kept].assign(
+            prototype=np.arange(len(kept)),
+            weight=weight[owner, np.arange(len(kept))].astype(float),
+            strongest_share=self.strongest_share_,
+        )
+        self.prototypes_ = self.prototypes_.reset_index(drop=True)
+        self._source_boxes = {}
+        used = set(self.prototypes_["source_index"].tolist())
+        self.source_images_ = sources_among(self.source_images_, used)
+
+
+def _cuda_devices(device: Any) -> list[torch.device]:
+    device = torch.device(device)
+    return [device] if device.type == "cuda" else []
