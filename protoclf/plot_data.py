@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from protoclf.canvas import View
 from protoclf.explanation import BOX
 from protoclf.images import Images
 from protoclf.localization import activation_boxes, covered_cells, upsample
+from protoclf.parameters import EXPLAIN_RULES, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -89,8 +89,7 @@ def check_one_of(label: Any, prototypes: Any) -> None:
 
 def check_top(top: Any) -> None:
     """Refuse what is no number of prototypes."""
-    if top is not None and (not isinstance(top, Integral) or isinstance(top, bool) or top < 1):
-        raise ValueError(f"top must be an int >= 1, or None; got {top!r}.")
+    check_rules({"top": top}, {"top": EXPLAIN_RULES["top"]})
 
 
 def heat_maps(
