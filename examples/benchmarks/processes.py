@@ -1,7 +1,7 @@
 """How a fit scales with processes: one against two, each with one thread, on drawn birds.
 
-    pip install "protoclf[processes]"
-    python examples/benchmarks/processes.py
+pip install "protoclf[processes]"
+python examples/benchmarks/processes.py
 """
 
 import argparse

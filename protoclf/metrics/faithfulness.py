@@ -1,7 +1,4 @@
-"""How interpretable a fitted classifier is, as numbers.
-
-Each function takes a fitted classifier and images, and returns a table.
-"""
+"""Whether the boxes of scoring sheets are where the evidence is: covering them, against chance."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclf.explanation import BOX
-from protoclf.image_dataset import ImageDataset
-from protoclf.images import Images
+from protoclf.metrics.masks import box_masks, cover
+from protoclf.metrics.streams import opened, sheet_of
 from protoclf.parameters import DELETION_RULES, check_rules
 
 DELETION_COLUMNS = [
@@ -77,9 +74,9 @@ def deletion_score(
     they are for a box that fills the input. Compare ways to find boxes at like areas.
     """
     check_rules({"top": top, "n_controls": n_controls}, DELETION_RULES)
-    table = clf.explain(X, top=top, attribution=attribution, percentile=percentile)
+    dataset = opened(clf, X)
+    table = sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile)
     table = table[table["prototype"].notna() & (table["weight"] > 0)].reset_index(drop=True)
-    dataset = ImageDataset(Images(X), clf.preprocessing_)
     classes = {label: i for i, label in enumerate(clf.classes_.tolist())}
     rng = np.random.default_rng(random_state)
     drops = np.zeros((len(table), len(DELETION_COLUMNS)))
@@ -95,15 +92,6 @@ def deletion_score(
     return table[about].assign(**dict(zip(DELETION_COLUMNS, drops.T, strict=True)))
 
 
-def cover(image: Tensor, masks: Tensor) -> Tensor:
-    """Return copies (k, 3, S, S) of an image (3, S, S), each with a mask in its mean colour.
-
-    `masks` (k, S, S) are bool.
-    """
-    mean = image.float().mean((1, 2)).round().to(image.dtype)  # (3,)
-    return torch.where(masks[:, None], mean[:, None, None], image)
-
-
 def _drops(
     clf: ProtoPNetClassifier,
     image: Tensor,
@@ -116,7 +104,7 @@ def _drops(
     """Return the values of `DELETION_COLUMNS` (k, 5) for k boxes of one image and class c."""
     side, k = image.shape[1], len(boxes)
     all_boxes = np.concatenate([boxes[:, None], _elsewhere(boxes, side, n_controls, rng)], 1)
-    masks = torch.from_numpy(_masks(all_boxes.reshape(-1, 4), side))
+    masks = box_masks(torch.from_numpy(all_boxes.reshape(-1, 4)), side)
     logit, g = _scores(clf, torch.cat([image[None], cover(image, masks)]), c)
     logit_drop = logit[0] - logit[1:].reshape(k, -1)  # (k, 1 + n)
     g_drop = (g[0] - g[1:]).reshape(k, -1, g.shape[1])[np.arange(k), :, prototypes]  # (k, 1 + n)
@@ -131,14 +119,6 @@ def _elsewhere(boxes: np.ndarray, side: int, n: int, rng: np.random.Generator) -
     size = (boxes[:, 2:] - boxes[:, :2])[:, None]  # (k, 1, 2)
     start = rng.integers(0, side - size + 1, (len(boxes), n, 2))
     return np.concatenate([start, start + size], axis=2)
-
-
-def _masks(boxes: np.ndarray, side: int) -> np.ndarray:
-    """Return masks (k, S, S) of half-open boxes (k, 4)."""
-    at = np.arange(side)
-    x0, y0, x1, y1 = boxes.T[..., None]  # (k, 1) each
-    columns, rows = (at >= x0) & (at < x1), (at >= y0) & (at < y1)  # (k, S)
-    return rows[:, :, None] & columns[:, None, :]
 
 
 @torch.no_grad()

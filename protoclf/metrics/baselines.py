@@ -1,0 +1,116 @@
+"""What a metric is worth by chance: the same classifier with prototypes at random patches."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from protoclf.features import FeatureDataset, extract_features
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
+from protoclf.labels import encode, read_labels
+from protoclf.localization import pair_boxes
+from protoclf.metrics.rules import SEED
+from protoclf.metrics.streams import check_classifier
+from protoclf.parameters import check_rules
+from protoclf.penalty import Activations
+from protoclf.projection import Sources, read_patches
+from protoclf.self_matches import replace_self_matches
+from protoclf.stages import LastLayer
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+
+@torch.no_grad()
+def random_prototypes(
+    clf: ProtoPNetClassifier, X: Any, y: ArrayLike, *, random_state: int = 0
+) -> ProtoPNetClassifier:
+    """Return a classifier with as many prototypes, at random patches of images of their classes.
+
+    Backbone and add-on layers stay as they are. The last layer is solved again, with the same
+    penalty; on its own image each prototype counts as the median of its class, as with
+    ``self_matches="median"``.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    X, y : images and labels
+        Where patches are drawn from, with replacement, and what the last layer is solved on: those
+        that a metric is about, or the training images. A class of which X has no image draws from
+        all.
+    random_state : int, default=0
+
+    Returns
+    -------
+    ProtoPNetClassifier
+        A new one, fitted. On X it has seen the labels, so that its accuracy there says nothing.
+    """
+    check_rules({"random_state": random_state}, {"random_state": SEED})
+    check_classifier(clf)
+    images = Images(X)
+    codes = encode(read_labels(y, len(images)), clf.classes_)[1]
+    drawn = copy.deepcopy(clf)
+    drawn.prepare_processor()
+    dataset = ImageDataset(images, drawn.preprocessing_, codes)
+    features = extract_features(drawn, dataset)
+    sources = _draw(drawn, codes, np.random.default_rng(random_state))
+    box = _place(drawn, features, sources)
+    row, col = np.divmod(sources.cell, _patches_per_row(drawn))
+    moved = sources.distance
+    drawn.sources_ = {"image": sources.image, "row": row, "col": col, "box": box, "moved": moved}
+    drawn.activations_ = _activations(drawn, features, sources)
+    LastLayer(clf.lambda_l1_).solve(drawn)
+    drawn._keep_sources(dataset)
+    for name in ("activations_", "last_layer_path_"):  # neither is of the training images
+        drawn.__dict__.pop(name, None)
+    return drawn
+
+
+def _patches_per_row(clf: ProtoPNetClassifier) -> int:
+    return clf.geometry_.width - clf.module_.prototype_size[1] + 1
+
+
+def _draw(clf: ProtoPNetClassifier, codes: np.ndarray, rng: np.random.Generator) -> Sources:
+    """Draw an image and a patch of it for each prototype."""
+    owner = clf.module_.owner.cpu().numpy()
+    image = np.zeros(len(owner), np.int64)
+    for c in np.unique(owner):
+        mine, own = owner == c, np.flatnonzero(codes == c)
+        image[mine] = rng.choice(own if len(own) else len(codes), mine.sum())
+    rows = clf.geometry_.height - clf.module_.prototype_size[0] + 1
+    cell = rng.integers(0, rows * _patches_per_row(clf), len(owner))
+    return Sources(image, cell, np.zeros(len(owner)))
+
+
+def _place(clf: ProtoPNetClassifier, features: FeatureDataset, sources: Sources) -> np.ndarray:
+    """Write the patches into the prototypes; return their boxes (m, 4), on the model input."""
+    module, side = clf.module_, clf.preprocessing_.image_size
+    box = np.zeros((len(sources.image), 4))
+    for index, patches, z, sample in read_patches(
+        clf.latents(features), sources, module.prototype_size
+    ):
+        order = sample.argsort(kind="stable")
+        mine, where = torch.from_numpy(index[order]), torch.from_numpy(sample[order])
+        module.prototypes[mine] = patches[order]
+        found = pair_boxes(module, z, where.to(z.device), mine.to(z.device), side, 95)
+        box[index[order]] = found.cpu().numpy()
+    return box
+
+
+def _activations(
+    clf: ProtoPNetClassifier, features: FeatureDataset, sources: Sources
+) -> Activations:
+    """Return the activations of the images, those of prototypes on their own images replaced."""
+    module, y = clf.module_, features.y
+    distance = torch.cat([module.compare(z)[1] for z, _ in clf.latents(features)])
+    image = torch.from_numpy(sources.image)
+    g = replace_self_matches(module.activations(distance).cpu(), y, y[image], image)
+    weights = clf.weights_of(y.numpy(), clf.classes_, None)
+    weight = None if weights is None else torch.from_numpy(weights)
+    return Activations(g, y, module.owner.cpu(), len(clf.classes_), weight)

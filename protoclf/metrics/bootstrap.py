@@ -1,0 +1,70 @@
+"""How far a mean can be trusted: percentile intervals by the bootstrap.
+
+Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from protoclf.metrics.rules import COUNT, SEED, SHARE
+from protoclf.parameters import Rule, check_rules
+
+RULES: dict[str, Rule] = {"level": SHARE, "n_resamples": COUNT, "random_state": SEED}
+
+_BLOCK = 2**22  # numbers at a time
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    groups: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 1000,
+    random_state: int = 0,
+) -> tuple[float, float]:
+    """Return the interval of a mean, from means of resampled values.
+
+    Parameters
+    ----------
+    values : array-like of shape (n,)
+        One for each image, prototype or box; missing ones are left out.
+    groups : array-like of shape (n,), optional
+        What is drawn together, such as all boxes of one image; by default each value by itself.
+    level : float, default=0.95
+    n_resamples : int, default=1000
+        How often as many groups as there are get drawn with replacement.
+    random_state : int, default=0
+
+    Returns
+    -------
+    low, high : float
+        Percentiles ``50 (1 - level)`` and ``50 (1 + level)`` of the means of the resamples; NaN
+        where fewer than two groups have values.
+
+    Notes
+    -----
+    The interval says how much the mean would differ for other images (or prototypes) of the same
+    kind, given the classifier. It says nothing about training it again, with another seed.
+    """
+    given = {"level": level, "n_resamples": n_resamples, "random_state": random_state}
+    check_rules(given, RULES)
+    column = pd.Series(np.asarray(values, dtype=float))
+    by = np.arange(len(column)) if groups is None else np.asarray(groups)
+    sums = column.groupby(by).agg(["sum", "count"]).to_numpy(float)  # (k, 2)
+    sums = sums[sums[:, 1] > 0]
+    k = len(sums)
+    if k < 2:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(random_state)
+    totals = np.empty((n_resamples, 2))
+    size = max(1, _BLOCK // k)
+    for start in range(0, n_resamples, size):
+        block = totals[start : start + size]
+        times = rng.multinomial(k, np.full(k, 1 / k), size=len(block))  # (b, k), how often drawn
+        block[:] = times @ sums
+    means = totals[:, 0] / totals[:, 1]
+    low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)

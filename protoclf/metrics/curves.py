@@ -1,0 +1,139 @@
+"""Deletion and insertion curves of the evidence that a scoring sheet sums up.
+
+Petsiuk et al., "RISE: Randomized Input Sampling for Explanation of Black-box Models", BMVC 2018.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+from tqdm import tqdm
+
+from protoclf.localization import covered_cells, upsample
+from protoclf.metrics.masks import cover
+from protoclf.metrics.rules import COUNT, SEED
+from protoclf.metrics.streams import opened, paths_of
+from protoclf.parameters import Rule, check_rules
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+RULES: dict[str, Rule] = {"n_steps": COUNT, "n_controls": COUNT, "random_state": SEED}
+
+_BLUR = 5 / 224  # standard deviation, of the input's side; its kernel ends at as much on each side
+
+
+@torch.no_grad()
+def deletion_insertion(
+    clf: ProtoPNetClassifier,
+    X: Any,
+    *,
+    n_steps: int = 20,
+    n_controls: int = 1,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Take the evidence away bit by bit, or show it bit by bit, and follow the probability.
+
+    The evidence for the predicted class at a pixel is the sum of the similarity maps, upsampled,
+    times the weights of the prototypes that speak for it. Pixels are deleted (set to the mean
+    colour of the image), or inserted into a blurred image, in descending order of the evidence;
+    the probability of the class, as a function of the share of pixels, has an area between 0
+    and 1. A faithful order gives a small area for deletion and a large one for insertion.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    X : images
+        As in its `fit`.
+    n_steps : int, default=20
+        Steps in which all pixels are changed, a run of the network each.
+    n_controls : int, default=1
+        Orders at random for each image: those of maps of random cells, upsampled.
+    random_state : int, default=0
+
+    Returns
+    -------
+    DataFrame
+        One row for each image:
+
+        - sample, path, class, probability : the predicted class
+        - deletion, insertion : the areas
+        - control_deletion, control_insertion : the same in random order, on average
+
+        The scores are the means of ``control_deletion - deletion`` and of ``insertion -
+        control_insertion``, from -1 to 1: above 0 is better than chance.
+
+    Notes
+    -----
+    The published metrics are the areas alone, which say as much about how sure a network is as
+    about its explanation. The code of RISE deletes to the mean of ImageNet in place of that of the
+    image, and 224 pixels at a time; its blur is ours, a standard deviation of 5 pixels of 224.
+    """
+    given = {"n_steps": n_steps, "n_controls": n_controls, "random_state": random_state}
+    check_rules(given, RULES)
+    dataset = opened(clf, X)
+    rows = []
+    bar: Any = tqdm(range(len(dataset)), "deleting", delay=2, leave=False, disable=not clf.verbose)
+    for i in bar:
+        image = dataset.__getitems__([i])[0]["images"][0].to(clf.device)  # (3, S, S)
+        z = clf.module_.latents(clf.module_.features(image[None]))
+        probability = clf.module_.compare(z)[0].softmax(1)[0]  # (C,)
+        c = int(probability.argmax())
+        draws = torch.Generator().manual_seed(random_state + i)
+        cells = torch.rand(n_controls, *z.shape[2:], generator=draws).to(z)
+        maps = torch.cat([evidence(clf, z, c)[None], cells])  # (1 + n_controls, H, W)
+        areas = np.array([_areas(clf, image, m, c, n_steps) for m in maps])
+        rows.append([float(probability[c]), *areas[0], *areas[1:].mean(0)])
+        rows[-1].insert(0, c)
+    columns = ["class", "probability", "deletion", "insertion"]
+    columns += ["control_deletion", "control_insertion"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["class"] = clf.classes_[table["class"].to_numpy(np.int64)]
+    table.insert(0, "path", paths_of(dataset))
+    table.insert(0, "sample", np.arange(len(dataset)))
+    return table
+
+
+def evidence(clf: ProtoPNetClassifier, z: Tensor, c: int) -> Tensor:
+    """Return the evidence (H, W) for class c in a latent map (1, D, H, W).
+
+    Where no prototype speaks for the class it is 0.
+    """
+    module = clf.module_
+    used = (module.last_layer.weight[c] > 0).nonzero()[:, 0]  # (k,)
+    if not len(used):
+        return z.new_zeros(z.shape[2:])
+    cells = covered_cells(module.similarity_maps(z, used)[0], module.prototype_size)  # (k, H, W)
+    return torch.einsum("k,khw->hw", module.last_layer.weight[c, used], cells)
+
+
+def _areas(
+    clf: ProtoPNetClassifier, image: Tensor, cells: Tensor, c: int, n_steps: int
+) -> tuple[float, float]:
+    """Return the areas of deletion and insertion in the order of a map (H, W)."""
+    side = image.shape[1]
+    order = upsample(cells[None], side, side).flatten().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    counts = torch.linspace(0, side**2, n_steps + 1, device=order.device).round()  # (T + 1,)
+    changed = (rank < counts[:, None]).unflatten(1, (side, side))  # (T + 1, S, S)
+    deleted = cover(image, changed)
+    inserted = torch.where(changed[:, None], image, _blurred(image))
+    probability = torch.cat(
+        [clf.module_(x)[0].softmax(1)[:, c] for x in deleted.split(clf.batch_size)]
+        + [clf.module_(x)[0].softmax(1)[:, c] for x in inserted.split(clf.batch_size)]
+    )
+    areas = torch.trapezoid(probability.double().unflatten(0, (2, -1)), dim=1) / n_steps
+    return float(areas[0]), float(areas[1])
+
+
+def _blurred(image: Tensor) -> Tensor:
+    sigma = _BLUR * image.shape[1]
+    size = 2 * max(1, round(sigma)) + 1
+    return gaussian_blur(image, [size, size], [sigma, sigma])

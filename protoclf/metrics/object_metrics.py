@@ -1,0 +1,213 @@
+"""Whether sheets point at the object: boxes against masks of it.
+
+Zhang et al., "Top-down Neural Attention by Excitation Backprop", IJCV 2018 (the pointing game); for
+prototypes Xu-Darme et al., "Sanity checks for patch visualisation in prototype-based image
+classification", CVPR workshops 2023.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from protoclf.explanation import BOX
+from protoclf.image_dataset import ImageDataset
+from protoclf.metrics.part_labels import located
+from protoclf.metrics.streams import opened, paths_of, sheet_of
+from protoclf.parameters import EXPLAIN_RULES, check_rules
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+
+class Masks(Protocol):
+    """A list of arrays (height, width), or what reads each only when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
+
+
+def pointing(
+    clf: ProtoPNetClassifier,
+    X: Any,
+    masks: Masks,
+    *,
+    top: int = 3,
+    attribution: str = "upsampled",
+    percentile: float = 95,
+) -> pd.DataFrame:
+    """Return how much of the boxes of the scoring sheets lies on the object.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    X : images
+        As in its `fit`.
+    masks : sequence of n arrays (height, width)
+        For each image, in its own pixels, what is not 0 where the object is. They are asked for
+        one after the other, so that a sequence may read each from its file.
+    top : int, default=3
+        Boxes of each image: those of the highest positive contributions to the predicted class.
+    attribution, percentile
+        How boxes are found: as in `ProtoPNetClassifier.explain`.
+
+    Returns
+    -------
+    DataFrame
+        One row for each box:
+
+        - sample, path, class, prototype, contribution : from the sheet
+        - inside : share of the box that lies in the mask, from 0 to 1, where 1 is best; its mean is
+          the score
+        - hit : 1 if the middle of the most similar patch lies in the mask, else 0: the pointing
+          game, without its tolerance of 15 pixels
+        - object_share : share of the mask in what the model sees, which `inside` and `hit` are on
+          average for places drawn at random, boxes that end at the border aside
+
+    Notes
+    -----
+    Xu-Darme et al. take the highest tenth of the map in place of a box. QuanProto's background
+    overlap is ``1 - inside`` of masks of maps.
+    """
+    check_rules({"top": top, "attribution": attribution, "percentile": percentile}, EXPLAIN_RULES)
+    dataset = opened(clf, X)
+    _check_number(masks, dataset)
+    sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))
+    middles = _middles(clf, dataset, sheet)
+    values = np.zeros((len(sheet), 3))
+    samples: Any = sheet.groupby("sample")
+    for i, rows in samples:
+        mask = _mask_of(masks, dataset, int(i))
+        boxes = rows[BOX].to_numpy(np.int64)
+        inside = [mask[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in boxes.tolist()]
+        x, y = middles[rows.index].T.astype(np.int64)
+        shown = _shown(dataset, int(i), mask).mean()
+        values[rows.index] = np.stack([inside, mask[y, x], np.full(len(rows), shown)], axis=1)
+    about = ["sample", "path", "class", "prototype", "contribution"]
+    names = ("inside", "hit", "object_share")
+    return sheet[about].assign(**dict(zip(names, values.T, strict=True)))
+
+
+def object_coverage(
+    clf: ProtoPNetClassifier,
+    X: Any,
+    masks: Masks,
+    *,
+    top: int = 3,
+    attribution: str = "upsampled",
+    percentile: float = 95,
+) -> pd.DataFrame:
+    """Return how much of the object the boxes of each scoring sheet cover together.
+
+    Parameters
+    ----------
+    clf, X, masks, top, attribution, percentile
+        As in `pointing`.
+
+    Returns
+    -------
+    DataFrame
+        One row for each image:
+
+        - sample, path
+        - coverage : share of the object, as far as the model sees it, that lies in any of the
+          boxes, from 0 to 1; missing where the model sees none of it. The score is the mean. Large
+          boxes cover much: read it beside `boxes_share`
+        - boxes_share : share of what the model sees that lies in any of the boxes, which the
+          coverage is on average for an object anywhere
+
+    Notes
+    -----
+    QuanProto's object overlap is that of one prototype at a time.
+    """
+    check_rules({"top": top, "attribution": attribution, "percentile": percentile}, EXPLAIN_RULES)
+    dataset = opened(clf, X)
+    _check_number(masks, dataset)
+    sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))
+    boxes_of: Any = dict(iter(sheet.groupby("sample")))
+    values = np.full((len(dataset), 2), np.nan)
+    for i in range(len(dataset)):
+        mask = _mask_of(masks, dataset, i)
+        covered = np.zeros_like(mask)
+        if i in boxes_of:
+            for x0, y0, x1, y1 in boxes_of[i][BOX].to_numpy(np.int64).tolist():
+                covered[y0:y1, x0:x1] = True
+        mask, covered = _shown(dataset, i, mask), _shown(dataset, i, covered)
+        values[i] = covered[mask].mean() if mask.any() else np.nan, covered.mean()
+    table = pd.DataFrame({"sample": np.arange(len(dataset)), "path": paths_of(dataset)})
+    return table.assign(coverage=values[:, 0], boxes_share=values[:, 1])
+
+
+class PartMasks:
+    """Masks of objects from the boxes of their parts: for each image, all that lies in any box.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    X : images
+        As in its `fit`.
+    parts : DataFrame
+        As in `protoclf.metrics.PartLabels`, with boxes.
+    """
+
+    def __init__(self, clf: ProtoPNetClassifier, X: Any, parts: pd.DataFrame) -> None:
+        self._dataset = opened(clf, X)
+        rows = located(parts, self._dataset)
+        if not set(BOX) <= set(rows):
+            raise ValueError("parts has points alone: masks of objects need boxes, or pass masks.")
+        boxes: Any = rows.groupby("sample")
+        self._boxes = {int(i): group[BOX].to_numpy(float) for i, group in boxes}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: int, /) -> np.ndarray:
+        width, height = self._dataset.sizes([i])[0]
+        mask = np.zeros((height, width), bool)
+        for x0, y0, x1, y1 in self._boxes.get(i, np.empty((0, 4))).round().astype(int).clip(0):
+            mask[y0:y1, x0:x1] = True
+        return mask
+
+
+def _check_number(masks: Masks, dataset: ImageDataset) -> None:
+    if len(masks) != len(dataset):
+        raise ValueError(f"X has {len(dataset)} images and masks {len(masks)}; as many are needed.")
+
+
+def _mask_of(masks: Masks, dataset: ImageDataset, i: int) -> np.ndarray:
+    """Return mask i as bool (height, width), of the size of its image."""
+    mask = np.asarray(masks[i])
+    width, height = dataset.sizes([i])[0].tolist()
+    if mask.shape != (height, width):
+        raise ValueError(
+            f"The mask of image {i} has shape {mask.shape}; the image is {width} pixels wide and "
+            f"{height} high, so that ({height}, {width}) is needed."
+        )
+    return mask != 0
+
+
+def _shown(dataset: ImageDataset, i: int, mask: np.ndarray) -> np.ndarray:
+    """Return the part of a mask that the model sees, to the nearest pixel."""
+    x0, y0, x1, y1 = dataset.preprocessing.region(dataset.sizes([i]))[0].round().astype(int)
+    return mask[y0:y1, x0:x1]
+
+
+def _highest(sheet: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that speak for their class, without "(rest)"."""
+    named = sheet["prototype"].notna() & (sheet["contribution"] > 0)
+    return sheet[named].reset_index(drop=True)
+
+
+def _middles(clf: ProtoPNetClassifier, dataset: ImageDataset, sheet: pd.DataFrame) -> np.ndarray:
+    """Return the middles (k, 2) of the most similar patches, in pixels of the originals."""
+    geometry, (rows, cols) = clf.geometry_, clf.module_.prototype_size
+    cell = sheet[["col", "row"]].to_numpy(float) + np.array([cols, rows]) / 2  # (k, 2)
+    on_input = cell / [geometry.width, geometry.height] * clf.preprocessing_.image_size
+    sizes = dataset.sizes(sheet["sample"].to_numpy(np.int64))
+    points = dataset.preprocessing.to_original(np.hstack([on_input, on_input]), sizes)[:, :2]
+    return np.minimum(points, sizes - 1)

@@ -1,0 +1,129 @@
+"""Labels of parts, such as those of CUB-200-2011 and of the drawn birds, in the model's input."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from protoclf.explanation import BOX
+from protoclf.image_dataset import ImageDataset
+
+POINT = ["x", "y"]
+
+
+class PartLabels:
+    """Where the parts of N images are, as points in pixels of the model input.
+
+    Parameters
+    ----------
+    parts : DataFrame
+        One row for each image and part, in pixels of the original image:
+
+        - path : as in X; or, where X holds pixels, sample : the position in X
+        - part : name; several rows of one image may share it, such as those of two eyes
+        - x, y : a point; or x0, y0, x1, y1 : a box, whose middle is the point
+        - visible : optional; rows where it is False say that the part is not to be seen
+
+        Rows of other paths are passed over.
+    dataset : ImageDataset
+        The N images.
+
+    Attributes
+    ----------
+    names : ndarray of shape (K,)
+        The parts, sorted.
+    visible : ndarray of shape (N, K), bool
+        Whether a part is to be seen in the model's input; not if `resize="crop"` cuts it off.
+    """
+
+    def __init__(self, parts: pd.DataFrame, dataset: ImageDataset) -> None:
+        rows = located(parts, dataset)
+        xy = points(rows)  # (r, 2)
+        sample = rows["sample"].to_numpy(np.int64)
+        on_input = dataset.preprocessing.to_input(np.hstack([xy, xy]), dataset.sizes(sample))
+        xy, side = on_input[:, :2], dataset.preprocessing.image_size
+        seen = ((xy >= 0) & (xy <= side)).all(1)
+        self.names, part = np.unique(rows["part"].to_numpy(str), return_inverse=True)
+        sample, part, xy = sample[seen], part[seen], xy[seen]
+        slot = pd.Series(sample).groupby(sample).cumcount().to_numpy(np.int64)
+        width = int(slot.max()) + 1 if len(slot) else 1
+        self._xy = np.full((len(dataset), width, 2), np.nan)
+        self._part = np.zeros((len(dataset), width), np.int64)
+        self._xy[sample, slot], self._part[sample, slot] = xy, part
+        self.visible = np.zeros((len(dataset), len(self.names)), bool)
+        self.visible[sample, part] = True
+
+    def inside(self, boxes: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        """Return which parts of their images lie in boxes, borders included.
+
+        Parameters
+        ----------
+        boxes : ndarray of shape (k, 4)
+            Pixels of the model input.
+        sample : ndarray of shape (k,), int
+            The image of each.
+
+        Returns
+        -------
+        ndarray of shape (k, K), bool
+        """
+        xy = self._xy[sample]  # (k, q, 2)
+        hit = ((xy >= boxes[:, None, :2]) & (xy <= boxes[:, None, 2:])).all(2)  # (k, q)
+        found = np.zeros((len(boxes), len(self.names)), bool)
+        row, slot = np.nonzero(hit)
+        found[row, self._part[sample][row, slot]] = True
+        return found
+
+
+def located(parts: pd.DataFrame, dataset: ImageDataset) -> pd.DataFrame:
+    """Return the rows of `parts` that say where something is, with the position of their image.
+
+    Raises
+    ------
+    ValueError
+        If columns are missing, or an image has no row.
+    """
+    paths = dataset.images.paths
+    key = "sample" if paths is None else "path"
+    missing = [name for name in (key, "part") if name not in parts]
+    if missing or not (set(POINT) <= set(parts) or set(BOX) <= set(parts)):
+        raise ValueError(
+            f"parts must have the columns {key}, part, and either x, y or x0, y0, x1, y1; it has "
+            f"{list(parts.columns)}."
+        )
+    if paths is None:
+        images = pd.DataFrame({"sample": np.arange(len(dataset))})
+        rows = images.merge(parts, on="sample")
+    else:
+        images = pd.DataFrame({"sample": np.arange(len(paths)), "path": paths})
+        rows = parts.drop(columns="sample", errors="ignore")
+        rows = images.merge(rows.assign(path=[_text(path) for path in rows["path"]]), on="path")
+    bare = images[~images["sample"].isin(rows["sample"])]
+    if len(bare):
+        raise ValueError(
+            f"parts has no row for {len(bare)} of {len(images)} images, such as {key} "
+            f"{bare[key].iloc[0]!r}. Name images as X does; where no part is to be seen, give a "
+            "row with visible=False."
+        )
+    if "visible" in rows:
+        rows = rows[rows["visible"].astype(bool)]
+    return rows
+
+
+def points(rows: pd.DataFrame) -> np.ndarray:
+    """Return the points (r, 2) of rows, in pixels of the originals: x, y or the middle of boxes."""
+    if set(POINT) <= set(rows):
+        xy = rows[POINT].to_numpy(float)
+    else:
+        boxes = rows[BOX].to_numpy(float)
+        xy = (boxes[:, :2] + boxes[:, 2:]) / 2
+    if not np.isfinite(xy).all():
+        raise ValueError("parts has rows without a place; mark them by visible=False.")
+    return xy
+
+
+def _text(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path

@@ -1,0 +1,142 @@
+"""How much there is to read: prototypes of a decision, of the whole model, and repeated ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from protoclf.metrics.rules import NON_NEGATIVE, SHARE
+from protoclf.metrics.streams import check_classifier, latent_batches, opened, paths_of
+from protoclf.parameters import check_rules
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+_ROUNDING = 1e-9  # of a sum of contributions
+
+
+@torch.no_grad()
+def sparsity(clf: ProtoPNetClassifier, X: Any, *, share: float = 0.9) -> pd.DataFrame:
+    """Return how many prototypes carry most of each decision.
+
+    A decision's contributions are similarity times weight for the predicted class. Its size is
+    the smallest number of prototypes whose contributions, in absolute values, sum to `share` of
+    all of them: where none is negative, of the logit. The score is the mean of `size`, at least 0,
+    where less is to be read.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    X : images
+        As in its `fit`.
+    share : float, default=0.9
+
+    Returns
+    -------
+    DataFrame
+        One row for each image:
+
+        - sample, path, class : the predicted class
+        - size
+        - n_rows : prototypes with a contribution, the rows of its scoring sheet
+
+    Notes
+    -----
+    Other sizes of a decision have been published, which do not weigh a prototype by what it adds:
+    PIP-Net's (Nauta et al., CVPR 2023) is near to `n_rows`, with contributions above 1e-3;
+    QuanProto's local size counts prototypes that are at least a tenth as similar as the most
+    similar one, whatever their weights.
+    """
+    check_rules({"share": share}, {"share": SHARE})
+    dataset, module = opened(clf, X), clf.module_
+    classes, sizes, rows = [], [], []
+    for _, z in latent_batches(clf, dataset):
+        logits, distance, _ = module.compare(z)
+        c = logits.argmax(1)  # (n,)
+        parts = (module.activations(distance) * module.last_layer.weight[c]).abs().double()
+        descending = parts.sort(1, descending=True).values.cumsum(1)  # (n, m)
+        wanted = (share - _ROUNDING) * descending[:, -1:]
+        size = (descending < wanted).sum(1) + (descending[:, -1] > 0)
+        classes.append(c.cpu().numpy())
+        sizes.append(size.cpu().numpy())
+        rows.append((parts > 0).sum(1).cpu().numpy())
+    return pd.DataFrame(
+        {
+            "sample": np.arange(len(dataset)),
+            "path": paths_of(dataset),
+            "class": clf.classes_[np.concatenate(classes)],
+            "size": np.concatenate(sizes),
+            "n_rows": np.concatenate(rows),
+        }
+    )
+
+
+def global_size(clf: ProtoPNetClassifier) -> int:
+    """Return the number of prototypes that any class makes use of, at most m.
+
+    A weight other than 0 makes use of a prototype, for or against a class. QuanProto counts
+    weights above 1e-3, for a class only.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    """
+    check_classifier(clf)
+    return int((clf.coef_ != 0).any(0).sum())
+
+
+@torch.no_grad()
+def distinctness(clf: ProtoPNetClassifier, *, max_distance: float = 1e-6) -> pd.DataFrame:
+    """Return which prototypes repeat another one of their class.
+
+    Going through the prototypes in order, one is a duplicate if its squared distance to an earlier
+    one of its class that is none is at most `max_distance`. The score is the share of prototypes
+    that are distinct, above 0 and at most 1, where 1 is best: 1 minus the share of duplicates.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    max_distance : float, default=1e-6
+        As latents are compared: for cosines, 2 - 2 cos. The default finds the same patch twice;
+        a larger one finds patches alike.
+
+    Returns
+    -------
+    DataFrame
+        One row for each prototype:
+
+        - prototype, class
+        - nearest, distance : the nearest other prototype of its class, and the squared distance
+          to it; missing where there is none
+        - distinct : 1 or 0
+
+    Notes
+    -----
+    The rule is that of `protoclf.editing.merge_duplicates`, which leaves as many prototypes as are
+    distinct.
+    """
+    check_rules({"max_distance": max_distance}, {"max_distance": NON_NEGATIVE})
+    check_classifier(clf)
+    p = clf.module_.scaled_prototypes().flatten(1).double().cpu()
+    owner = clf.module_.owner.cpu().numpy()
+    nearest = np.full(len(p), -1)
+    distance, distinct = np.full(len(p), np.nan), np.ones(len(p))
+    for c in np.unique(owner):
+        mine = np.flatnonzero(owner == c)
+        between = torch.cdist(p[mine], p[mine]).square().numpy()  # (k, k)
+        for i in range(len(mine)):
+            before = distinct[mine[:i]] == 1
+            distinct[mine[i]] = not (between[i, :i][before] <= max_distance).any()
+        if len(mine) > 1:
+            np.fill_diagonal(between, np.inf)
+            nearest[mine] = mine[between.argmin(1)]
+            distance[mine] = between.min(1)
+    table = clf.prototypes_[["prototype", "class"]].copy()
+    table["nearest"] = pd.Series(nearest, dtype="Int64").mask(nearest < 0)
+    return table.assign(distance=distance, distinct=distinct)

@@ -1,0 +1,90 @@
+"""Images of a metric, batch by batch: as the classifier sees them, and what it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclf.explanation import UNREADABLE
+from protoclf.features import feature_batches
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import ImageError, Images
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+
+def check_classifier(clf: Any) -> None:
+    """Raise an error unless `clf` is one fitted ProtoPNet."""
+    check_is_fitted(clf)
+    if not hasattr(clf, "module_"):
+        raise TypeError(
+            f"Metrics take a ProtoPNetClassifier; got {type(clf).__name__}. Take the last step of "
+            "a pipeline, pipeline[-1], and the members of an ensemble, ensemble.estimators_."
+        )
+
+
+def opened(clf: ProtoPNetClassifier, X: Any) -> ImageDataset:
+    """Return the images of X as a fitted classifier reads them, and set it up to run."""
+    check_classifier(clf)
+    clf.prepare_processor()
+    clf.module_.eval()
+    return ImageDataset(Images(X), clf.preprocessing_)
+
+
+def sheet_of(clf: ProtoPNetClassifier, X: Any, **options: Any) -> pd.DataFrame:
+    """Return the scoring sheet of images, all of which must be readable.
+
+    Raises
+    ------
+    ImageError
+        If one is not, whatever `on_bad_image` says: a mean over the others is no answer.
+    """
+    sheet = clf.explain(X, **options)
+    unreadable = sheet.loc[sheet["source"] == UNREADABLE, "sample"].tolist()
+    if unreadable:
+        raise ImageError(
+            f"{len(unreadable)} image(s) of X cannot be read, at the positions {unreadable[:5]}"
+            f"{' and others' if len(unreadable) > 5 else ''}. Leave them out of X, y and masks."
+        )
+    return sheet
+
+
+def latent_batches(
+    clf: ProtoPNetClassifier, dataset: ImageDataset
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which images a batch holds, and their latent maps z (n, D, H, W)."""
+    first = 0
+    for inputs, y in feature_batches(clf, dataset, progress=bool(clf.verbose)):
+        with torch.no_grad():
+            z = clf.module_.latents(inputs["features"])
+        yield slice(first, first + len(y)), z
+        first += len(y)
+
+
+def image_batches(
+    clf: ProtoPNetClassifier, dataset: ImageDataset, title: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which images a batch holds, and the images (n, 3, S, S), uint8, on the device."""
+    first, batches = 0, clf.get_iterator(dataset, training=False)
+    bar: Any = tqdm(batches, title, delay=2, leave=False, disable=not clf.verbose)
+    for inputs, y in bar:
+        yield slice(first, first + len(y)), inputs["images"].to(clf.device)
+        first += len(y)
+
+
+@torch.no_grad()
+def latents_of(clf: ProtoPNetClassifier, images: Tensor) -> Tensor:
+    """Return the latent maps z (n, D, H, W) of images (n, 3, S, S) in 0..255."""
+    return clf.module_.latents(clf.module_.features(images.to(clf.device)))
+
+
+def paths_of(dataset: ImageDataset) -> list[str] | list[None]:
+    """Return the path of each image, or None for each where X holds pixels."""
+    return [None] * len(dataset) if dataset.images.paths is None else dataset.images.paths
