@@ -21,6 +21,7 @@ from uuid import uuid4
 from warnings import warn
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
@@ -53,6 +54,7 @@ def write_report(
     top: int = 5,
     thumbnail: int = 320,
     attribution: str = "upsampled",
+    metrics: pd.DataFrame | None = None,
 ) -> Path:
     """Write a page that shows, image by image, what looked like what and what that added up to.
 
@@ -79,6 +81,8 @@ def write_report(
         smaller, so that together they take no more room than 200.
     attribution : {"upsampled", "gradient"}, default="upsampled"
         How boxes are found in the images: as in `ProtoPNetClassifier.explain`.
+    metrics : DataFrame, optional
+        From `protoclf.metrics.interpretability_report`: its table is shown with the classifier.
 
     Returns
     -------
@@ -122,6 +126,7 @@ def write_report(
         "title": title,
         "facts": _facts(clf, cards),
         "settings": _changed_parameters(clf),
+        "metrics": [] if metrics is None else _measured(metrics),
         "sources": _sources(clf, thumbnail),
         "tiles": tiles,
         "gallery": _by_label(tiles),
@@ -237,6 +242,34 @@ def _judgement(truths: list[Truth]) -> dict[str, str]:
     if unknown:
         text += f"; {unknown} have a true class that it does not know, and count as wrong"
     return {"Right predictions": text}
+
+
+class Measured(NamedTuple):
+    """One line of the table of metrics, as text."""
+
+    name: str
+    value: str
+    interval: str
+    baseline: str
+    better: str
+
+
+def _measured(metrics: pd.DataFrame) -> list[Measured]:
+    missing = {"value", "low", "high", "baseline", "better"} - set(metrics)
+    if missing:
+        raise ValueError(
+            "metrics must be the table of protoclf.metrics.interpretability_report; it lacks "
+            f"{sorted(missing)}."
+        )
+    lines = []
+    for name, row in metrics.iterrows():
+        value, low, high, baseline = (
+            "" if pd.isna(row[column]) else f"{row[column]:.3g}"
+            for column in ("value", "low", "high", "baseline")
+        )
+        interval = f"{low} to {high}" if low else ""
+        lines.append(Measured(str(name), value, interval, baseline, row["better"]))
+    return lines
 
 
 def _version() -> str:

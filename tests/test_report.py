@@ -17,6 +17,7 @@ import pytest
 from sklearn.exceptions import NotFittedError
 
 from protoclf import ImageError, ProtoPNetClassifier, report, report_cards, thumbnails
+from protoclf.metrics import interpretability_report
 from protoclf.report import write_report
 from protoclf.thumbnails import Thumbnail
 
@@ -413,3 +414,19 @@ def test_two_hundred_images_of_noise_take_less_than_20_megabytes(tmp_path):
     assert clf.prototypes_["source_index"].nunique() == 250
     path = write_report(clf, X[:200], np.arange(200) % 25, tmp_path / "report.html")
     assert 10e6 < path.stat().st_size < 20e6
+
+
+def test_metrics_stand_beside_the_classifier(fitted, squares, tmp_path):
+    table = interpretability_report(
+        fitted, *squares, metrics=["accuracy", "sparsity", "global size"]
+    )
+    page = Page(write_report(fitted, squares[0][:2], tmp_path / "page.html", metrics=table))
+    (shown,) = page.find("table", "metrics")
+    lines = [[text(cell) for cell in row] for row in page.find("tr", within=shown)[1:]]
+    assert [line[0] for line in lines] == table.index.tolist()
+    assert [float(line[1]) for line in lines] == pytest.approx(table["value"].tolist(), rel=1e-2)
+    for line, (_, row) in zip(lines, table.iterrows(), strict=True):
+        assert numbers(line[2]) == pytest.approx(row[["low", "high"]].dropna().tolist(), rel=1e-2)
+        assert line[4] == row["better"]
+    with pytest.raises(ValueError, match="interpretability_report; it lacks"):
+        write_report(fitted, squares[0][:2], tmp_path / "p.html", metrics=table[["value"]])
