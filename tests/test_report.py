@@ -420,7 +420,7 @@ def test_metrics_stand_beside_the_classifier(fitted, squares, tmp_path):
     table = interpretability_report(
         fitted, *squares, metrics=["accuracy", "sparsity", "global size"]
     )
-    page = Page(write_report(fitted, squares[0][:2], tmp_path / "page.html", metrics=table))
+    page = Page(write_report(fitted, squares[0][:2], path=tmp_path / "page.html", metrics=table))
     (shown,) = page.find("table", "metrics")
     lines = [[text(cell) for cell in row] for row in page.find("tr", within=shown)[1:]]
     assert [line[0] for line in lines] == table.index.tolist()
@@ -429,4 +429,4 @@ def test_metrics_stand_beside_the_classifier(fitted, squares, tmp_path):
         assert numbers(line[2]) == pytest.approx(row[["low", "high"]].dropna().tolist(), rel=1e-2)
         assert line[4] == row["better"]
     with pytest.raises(ValueError, match="interpretability_report; it lacks"):
-        write_report(fitted, squares[0][:2], tmp_path / "p.html", metrics=table[["value"]])
+        write_report(fitted, squares[0][:2], path=tmp_path / "p.html", metrics=table[["value"]])
