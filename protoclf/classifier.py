@@ -324,7 +324,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     def fit(
         self,
         X: Any,
-        y: ArrayLike,
+        y: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
         groups: ArrayLike | None = None,
     ):
@@ -334,9 +334,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         ----------
         X : images
             A list, array, Series or one-column DataFrame of paths; an array (n, H, W, 3) or
-            (n, H, W), uint8 or float in [0, 1]; or a list of PIL images.
+            (n, H, W), uint8 or float in [0, 1]; a list of PIL images; or a map-style torch Dataset
+            of pairs (image, label), such as torchvision's ImageFolder without a transform.
         y : array-like of shape (n,)
-            Class labels: strings, numbers or booleans.
+            Class labels: strings, numbers or booleans. May be left out with a Dataset.
         sample_weight : array-like of shape (n,), optional
             Weights of the images in the joint loss and in the last layer.
         groups : array-like of shape (n,), optional

@@ -36,6 +36,7 @@ from protoclf.parameters import (
 )
 from protoclf.saved_sources import sources_among
 from protoclf.stages import Stage, Training, schedule
+from protoclf.torch_datasets import unpacked
 
 _SHOWN = 5  # images that an error names
 
@@ -81,6 +82,7 @@ class StagedNet(SkorchProtoPNet):
     def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         check_parameters(vars(self))
         augmentation_of(self.augmentation)  # a wrong one is refused now
+        X, y = unpacked(X, y)
         paths = Images(X).paths or []
         before = stamps(paths)
         data, skipped = self._training_data(X, y, sample_weight, groups, first)

@@ -1,0 +1,63 @@
+"""Fits on torch's data sets are those on what the data sets hold."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+
+from protoclf import ImageError, ProtoPNetClassifier
+
+
+def small():
+    return ProtoPNetClassifier(
+        "small_cnn",
+        image_size=24,
+        prototypes_per_class=1,
+        train_backbone=False,
+        random_state=0,
+        verbose=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(squares):
+    X, y = squares
+    return small().fit(X, np.unique(y, return_inverse=True)[1])
+
+
+def test_tensors(squares, expected):
+    X, y = squares
+    codes = torch.from_numpy(np.unique(y, return_inverse=True)[1])
+    dataset = TensorDataset(torch.from_numpy(X).permute(0, 3, 1, 2), codes)
+    clf = small().fit(dataset)
+    assert np.array_equal(clf.decision_function(X), expected.decision_function(X))
+    assert clf.classes_.tolist() == [0, 1, 2]
+    named = small().fit(dataset, y)
+    assert named.classes_.tolist() == sorted(set(y))
+    half = small().fit(Subset(dataset, range(12)))
+    assert half.prototypes_["source_index"].max() < 12
+
+
+def test_a_folder_of_torchvision_is_read_by_its_paths(squares, tmp_path):
+    for i, (pixels, label) in enumerate(zip(*squares, strict=True)):
+        (tmp_path / label).mkdir(exist_ok=True)
+        PIL.Image.fromarray(pixels).save(tmp_path / label / f"{i:02}.png")
+    folder = ImageFolder(tmp_path)
+    clf = small().fit(folder)
+    assert set(clf.prototypes_["source"]) <= {path for path, _ in folder.samples}
+    half = ImageFolder(tmp_path, transform=lambda image: image.resize((30, 20)))
+    assert small().fit(half).source_image(0).shape == (20, 30, 3)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield np.zeros((8, 8, 3), np.uint8), 0
+
+
+def test_other_data_sets_are_refused(squares):
+    with pytest.raises(ImageError, match="map-style"):
+        small().fit(Stream())
+    with pytest.raises(ImageError, match="pairs"):
+        small().fit(TensorDataset(torch.zeros(4, 3, 8, 8)))
