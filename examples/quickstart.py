@@ -120,7 +120,7 @@ class BlackBox(nn.Module):
         self.backbone = SmallCNN()
         self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, n_classes))
 
-    def forward(self, images, size=None):
+    def forward(self, images, index=None):
         """Return the logits of uint8 images; their original size is not used."""
         return self.head(self.backbone((images / 255 - self.mean) / self.std))
 

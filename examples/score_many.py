@@ -72,6 +72,7 @@ def job_of(args: argparse.Namespace) -> Job:
         model=os.path.abspath(args.model),
         digest=model_digest(args.model),
         backbone=args.backbone,
+        root=os.getcwd(),
         output=os.path.abspath(args.output),
         what=args.what,
         classes=args.classes,

@@ -31,6 +31,7 @@ class Job(NamedTuple):
     model: str  # folder
     digest: str  # of its files
     backbone: str | None  # "module.name" of what makes a backbone of one's own
+    root: str  # folder that paths are relative to
     output: str
     what: str  # "sheets" or "predictions"
     classes: str
@@ -94,14 +95,16 @@ def scored(
 ) -> tuple[pd.DataFrame, list[tuple]]:
     """Return the table of the images that can be read, and (sample, path, reason) of the others."""
     names = np.array([readable(path) for path in paths], dtype=object)
-    table = table_of(clf, job, list(names))
+    table = table_of(clf, job, [os.path.join(job.root, name) for name in names])
     answered = table["probability"].notna()
     unread = set(table["sample"][~answered])
     table = table[answered]
     sample = table["sample"].to_numpy(np.int64)
     failed = []
     for i in np.setdiff1d(np.arange(len(paths)), sample):  # a class without weights has no rows
-        reason = problem(paths[i]) or ("could be read the second time" if i in unread else None)
+        reason = problem(os.path.join(job.root, paths[i])) or (
+            "could be read the second time" if i in unread else None
+        )
         failed += [(first + i, names[i], reason)] if reason else []
     return table.assign(sample=first + sample, path=names[sample]), failed
 

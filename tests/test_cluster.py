@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import joblib
@@ -143,7 +144,29 @@ def test_a_search_outlives_its_workers(photos, serial, tmp_path, client, n_victi
     assert_same_features(tmp_path, serial[1])
 
 
-# ---- the example ------------------------------------------------------------------------------
+# ---- the examples -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_scoring_on_a_cluster_outlives_a_worker(fitted, photos, tmp_path, client):
+    folder = Path(photos[0][0]).parent
+    X = [Path(path).name for path in photos[0][:160]]  # relative: workers are in another folder
+    model = fitted.save(tmp_path / "model")
+    (tmp_path / "list.txt").write_text("\n".join(X), encoding="utf-8")
+    pids = client.run(os.getpid)
+    command = [sys.executable, EXAMPLES / "score_many.py", model, tmp_path / "list.txt"]
+    command += [tmp_path / "out", "--partition", "2", "--scheduler", client.scheduler.address]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) as job:
+        while len(list(tmp_path.glob("out/sheets/part*"))) < 5:
+            assert job.poll() is None
+            time.sleep(0.01)
+        os.kill(min(pids.values()), signal.SIGKILL)
+    assert job.returncode == 0
+    got = pd.read_parquet(tmp_path / "out" / "sheets")
+    assert got["path"].drop_duplicates().tolist() == X[:24]
+    expected = fitted.explain(photos[0][:160]).assign(path=got["path"])
+    pd.testing.assert_frame_equal(got, expected, check_dtype=False, rtol=1e-4, atol=1e-5)
 
 
 def run_example(*arguments):

@@ -238,7 +238,8 @@ def test_a_worker_with_another_model_in_the_same_place_stops(script, saved, phot
     import score_partition
     from score_partition import Job, Part
 
-    job = Job(str(saved), "0" * 64, None, str(tmp_path / "out"), "sheets", "all", None, None)
+    folders = [str(saved), "0" * 64, None, str(tmp_path), str(tmp_path / "out")]
+    job = Job(*folders, "sheets", "all", None, None)
     with pytest.raises(ValueError, match="another model here"):
         score_partition.score(job, Part(0, 0, photos[1]))
 
