@@ -121,7 +121,7 @@ class BlackBox(nn.Module):
         self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, n_classes))
 
     def forward(self, images, index=None):
-        """Return the logits of uint8 images; their original size is not used."""
+        """Return the logits of uint8 images; which ones they are is not used."""
         return self.head(self.backbone((images / 255 - self.mean) / self.std))
 
 
