@@ -48,10 +48,10 @@ def main() -> None:
     finished = partitions(job, job.what)
     there = sum(min(args.partition, n_images - k * args.partition) for k in finished)
     todo = (part for part in parts(args) if part.number not in finished)
-    n, busy, start = 0, 0.0, time.perf_counter()
+    n, busy, cpu, start = 0, 0.0, 0.0, time.perf_counter()
     with workers(args) as client, tqdm(total=n_images, initial=there, unit=" images") as bar:
-        for n_part, seconds in results(client, job, todo):
-            n, busy = n + n_part, busy + seconds
+        for n_part, seconds, of_processor in results(client, job, todo):
+            n, busy, cpu = n + n_part, busy + seconds, cpu + of_processor
             bar.update(n_part)
         n_workers = sum(client.nthreads().values()) if client else 1
     print(f"{n} images in {time.perf_counter() - start:.1f} s, {there} were there already")
@@ -60,7 +60,7 @@ def main() -> None:
         n_failed = sum(parquet.read_metadata(file).num_rows for file in failures)
         print(f"{n_failed} cannot be read: see {failures[0].parent}")
     if n:
-        estimate(job, n_images, n / busy, n_workers)
+        estimate(job, n_images, n / busy, cpu / n, n_workers)
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -99,7 +99,7 @@ def workers(args: argparse.Namespace):
         yield client
 
 
-def results(client, job: Job, todo: Iterator[Part]) -> Iterator[tuple[int, float]]:
+def results(client, job: Job, todo: Iterator[Part]) -> Iterator[tuple[int, float, float]]:
     """Score partitions; two for each worker are on their way, however many there are."""
     if client is None:
         yield from (score(job, part) for part in todo)
@@ -115,14 +115,21 @@ def results(client, job: Job, todo: Iterator[Part]) -> Iterator[tuple[int, float
     yield from (future.result() for future in running)
 
 
-def estimate(job: Job, n_images: int, rate: float, n_workers: int) -> None:
-    """Print what many images would take: `rate` is in images a second for one worker."""
+def estimate(job: Job, n_images: int, rate: float, cpu: float, n_workers: int) -> None:
+    """Print what many images would take.
+
+    `rate` is in images a second for one worker, `cpu` in processor seconds an image.
+    """
     files = job.file(job.what, 0).parent.glob("part-*.parquet")
     size = sum(file.stat().st_size for file in files) / n_images  # bytes an image
-    print(f"{rate:.1f} images a second for each of {n_workers} worker(s), {size:.0f} bytes each")
+    print(f"{rate:.1f} images a second for each of {n_workers} worker(s)")
+    print(f"{1000 * cpu:.1f} ms of processor time and {size:.0f} bytes an image")
     for words, many in (("a million", 1e6), ("a billion", 1e9)):
-        hours = many / rate / n_workers / 3600
-        print(f"{words} at this rate: {hours:,.1f} hours, {many * size / 1e9:,.1f} GB")
+        hours, core_hours = many / rate / n_workers / 3600, many * cpu / 3600
+        print(
+            f"{words} at this rate: {hours:,.1f} hours, {core_hours:,.1f} of processor time, "
+            f"{many * size / 1e9:,.1f} GB"
+        )
 
 
 def partitions(job: Job, kind: str) -> set[int]:

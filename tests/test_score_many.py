@@ -265,7 +265,7 @@ def test_rows_of_few_images_are_in_memory_at_a_time(script, saved, photos, tmp_p
 
 
 def identity(job, part):
-    return part, 0.0
+    return part, 0.0, 0.0
 
 
 def test_few_partitions_are_on_their_way_to_a_cluster(script, monkeypatch):
@@ -279,7 +279,7 @@ def test_few_partitions_are_on_their_way_to_a_cluster(script, monkeypatch):
         processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None
     ) as client:
         done = []
-        for part, _ in score_many.results(client, None, todo):
+        for part, *_ in score_many.results(client, None, todo):
             done.append(part.number)
             assert len(drawn) - len(done) < 4
     assert sorted(done) == list(range(50))
