@@ -35,9 +35,9 @@ from protoclf import ProtoPNetClassifier
 class OnTables(ProtoPNetClassifier):
     """Takes rows of a table for images, as scikit-learn's checks need: a stripe for a feature."""
 
-    def _training_data(self, X, y, sample_weight, first):
+    def _fit_all(self, X, y, sample_weight, groups, first):
         validate_data(self, X, reset=first, skip_check_array=True)  # a table has features
-        return super()._training_data(as_images(X), y, sample_weight, first)
+        return super()._fit_all(as_images(X), y, sample_weight, groups, first)
 
     def get_dataset(self, X, y=None):
         if is_dataset(X):
