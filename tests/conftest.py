@@ -2,6 +2,9 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; for processes of tests as well
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers with threads would take turns
+
 import numpy as np
 import PIL.Image
 import pytest

@@ -68,7 +68,7 @@ def boxes(args, clf, X):
         more["logit"] = table["logit_drop"] - table["control_logit_drop"]
         row = {**given, "area": table["area"].mean(), "explain_s": seconds}
         for name, values in more.items():
-            row |= {name: values.mean(), f"{name}_se": values.std() / len(values) ** 0.5}
+            row |= {name: values.mean(), f"{name}_se": values.sem()}
         rows.append(row)
     return pd.DataFrame(rows).round(4)
 
@@ -251,7 +251,7 @@ def arguments():
     args = parser.parse_args()
     args.image_size = args.image_size or (224 if args.images else 128)
     if args.quick:
-        args.image_size, args.prototypes, args.epochs, args.n = 32, 1, 1, 3
+        args.image_size, args.prototypes, args.epochs, args.n = 32, 3, 2, 6
     return args
 
 
