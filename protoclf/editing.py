@@ -1,10 +1,11 @@
-"""Removing prototypes from a fitted classifier, and living with those that are left.
+"""Removing prototypes from a fitted classifier, or teaching it what they should look at.
 
-Every edit returns a new classifier and leaves the one that it was given as it is. The last layer
-is solved again for the prototypes that stay, on activations that `fit` keeps: no image is read,
-and the backbone does not run. What was done is in the new classifier's ``edits_``.
+Every edit returns a new classifier and leaves the one that it was given as it is. Where prototypes
+go, the last layer is solved again for those that stay, on activations that `fit` keeps: no image
+is read, and the backbone does not run. `forbid` and `encourage` train. What was done is in the new
+classifier's ``edits_``.
 
-Prototypes are numbered anew after each edit; ``edits_`` names them as they were before it.
+Prototypes are numbered anew after each removal; ``edits_`` names them as they were before it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 
+from protoclf.concepts import ForbiddenPatches
+from protoclf.features import FitData
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
+from protoclf.initialization import restart_prototypes
 from protoclf.labels import encode, read_labels
-from protoclf.parameters import EDIT_RULES, MERGE_RULES, check_rules
+from protoclf.nearest_patches import find_concepts
+from protoclf.parameters import CONCEPT_RULES, EDIT_RULES, MERGE_RULES, check_rules
 from protoclf.penalty import Activations
 from protoclf.stages import LastLayer, keep_prototypes
 
@@ -196,6 +203,155 @@ def merge_duplicates(
         else:
             stays.append(j)
     return select_prototypes(clf, stays, action="merge", reason=reasons, X=X, y=y)
+
+
+def forbid(
+    clf: ProtoPNetClassifier,
+    ids: ArrayLike,
+    X: Any,
+    y: ArrayLike,
+    *,
+    reason: str = "",
+    k: int = 10,
+    weight: float = 1.0,
+    epochs: int | None = None,
+    sample_weight: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+) -> ProtoPNetClassifier:
+    """Return a classifier trained further, whose prototypes do not come back to what these show.
+
+    `remove` takes prototypes away and leaves it at that. Here they start again elsewhere, while
+    all prototypes of their classes are kept from what they looked at: by a penalty on similarity
+    to it during joint training, and in the projection, which passes over patches that look more
+    like it than like the prototype. Projection and last layer follow.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    ids : array-like of int
+        Prototypes that show what must not be looked at, in images of their classes.
+    X, y : images and labels
+        To train on, as in `partial_fit`: the training images as a rule.
+    reason : str, default=""
+        For the record.
+    k : int, default=10
+        Images in which each of the prototypes is found most clearly, among those of its class: the
+        patches found there are what is forbidden. All of them should show it; with fewer than k
+        images of the class it is all images.
+    weight : float, default=1
+        Weight of the penalty in the joint loss: of the mean similarity of a class's prototypes to
+        a forbidden patch, as a share of the largest similarity there is, for the patch alone on a
+        plain ground and in its place.
+    epochs : int, optional
+        Joint epochs of each cycle; the classifier's `joint_epochs` by default. Without them, or
+        with a frozen backbone, nothing but start and projection keeps prototypes away.
+    sample_weight, groups
+        As in `partial_fit`.
+
+    Returns
+    -------
+    ProtoPNetClassifier
+        A new one, fitted. Its ``concepts_`` hold what is forbidden, so that further training,
+        also for further `forbid`, heeds it too. Prototypes that have a forbidden patch themselves
+        start again as well, and are in ``edits_`` with those of `ids`.
+
+    Raises
+    ------
+    ValueError
+        If an id is unknown, X has no image of the class of one, or a parameter is out of range.
+
+    Notes
+    -----
+    After ProtoPDebug (Bontempelli et al., ICLR 2023), which penalises the similarity to cut-outs.
+    A concept that one class may not use is left to the others. What looks different at
+    another place may come back there: look at the new prototypes, and forbid again.
+    """
+    given = {"k": k, "weight": weight, "epochs": epochs}
+    more = {"sample_weight": sample_weight, "groups": groups}
+    return _taught(clf, ids, X, y, True, reason, given, more)
+
+
+def encourage(
+    clf: ProtoPNetClassifier,
+    ids: ArrayLike,
+    X: Any,
+    y: ArrayLike,
+    *,
+    reason: str = "",
+    k: int = 10,
+    weight: float = 1.0,
+    epochs: int | None = None,
+    sample_weight: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+) -> ProtoPNetClassifier:
+    """Return a classifier trained further, with a prototype near whatever these show.
+
+    Parameters
+    ----------
+    clf, ids, X, y, reason, k, epochs, sample_weight, groups
+        As in `forbid`, for prototypes that show what should be looked at.
+    weight : float, default=1
+        Weight in the joint loss: of the smallest squared distance from a patch that these show to
+        a prototype of its class, for the patch alone on a plain ground and in its place.
+
+    Returns
+    -------
+    ProtoPNetClassifier
+        A new one, fitted. Its ``concepts_`` hold what is encouraged beside what is forbidden, and
+        further training heeds both.
+
+    Raises
+    ------
+    ValueError
+        As in `forbid`.
+
+    Notes
+    -----
+    ProtoPDebug's other half. It acts in joint training alone.
+    """
+    given = {"k": k, "weight": weight, "epochs": epochs}
+    more = {"sample_weight": sample_weight, "groups": groups}
+    return _taught(clf, ids, X, y, False, reason, given, more)
+
+
+def _taught(
+    clf: ProtoPNetClassifier,
+    ids: ArrayLike,
+    X: Any,
+    y: ArrayLike,
+    forbidden: bool,
+    reason: str,
+    given: dict[str, Any],
+    fit_params: dict[str, Any],
+) -> ProtoPNetClassifier:
+    """Find patches that prototypes show, and train with them as forbidden or encouraged."""
+    check_is_fitted(clf)
+    check_rules(given, CONCEPT_RULES)
+    chosen = sorted(_known(clf, ids))
+    if not chosen:
+        raise ValueError("ids names no prototype: give at least one.")
+    images = Images(X)
+    codes = encode(read_labels(y, len(images)), clf.classes_)[1]
+    table, taught = clf.prototypes_, copy.deepcopy(clf)
+    dataset = ImageDataset(images, clf.preprocessing_, codes, on_bad_image=clf.on_bad_image)
+    concepts = find_concepts(taught, dataset, chosen, given["k"], forbidden, given["weight"])
+    reasons = dict.fromkeys(chosen, reason)
+    if forbidden:
+        avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)
+        for j in avoided.among(taught.module_):
+            reasons.setdefault(j, "its patch is one of those that are forbidden")
+        restart_prototypes(taught, FitData(taught, dataset, None), list(reasons), avoided)
+    known = clf.concepts_
+    taught.concepts_ = concepts if known is None else known.with_others(concepts)
+    if given["epochs"] is not None:
+        taught.joint_epochs = given["epochs"]
+    taught.partial_fit(X, y, **fit_params)
+    taught.joint_epochs = clf.joint_epochs
+    action = "forbid" if forbidden else "encourage"
+    record = _record(clf, table.iloc[sorted(reasons)], action, reasons)
+    taught.edits_ = pd.concat([_edits(clf), record], ignore_index=True)
+    return taught
 
 
 def activations_of(clf: ProtoPNetClassifier, X: Any = None, y: Any = None) -> Activations:

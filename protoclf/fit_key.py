@@ -30,6 +30,7 @@ def fit_key(
     classes: np.ndarray,
     groups: np.ndarray | None,
     network: nn.Module | None,
+    concepts: Any = None,
 ) -> dict[str, str]:
     """Describe a fit.
 
@@ -43,6 +44,8 @@ def fit_key(
     groups : ndarray of shape (n,) or None
     network : nn.Module or None
         That which training goes on from; None where it begins.
+    concepts : Concepts, optional
+        What is forbidden or encouraged.
 
     Returns
     -------
@@ -57,6 +60,7 @@ def fit_key(
         "sample_weight": "None" if weight is None else _digest([_bytes(weight)]),
         "groups": described(groups),
         "the fitted network": described(network),
+        "forbidden and encouraged patches": described(concepts),
         "the version of torch": str(torch.__version__),
     }
 

@@ -42,7 +42,7 @@ _SHOWN = 5  # images that an error names
 
 _FITTED = (
     *("prototypes_", "source_images_", "last_layer_result_", "last_layer_path_", "lambda_l1_"),
-    *("classes_inferred_", "activations_", "edits_", "skipped_"),
+    *("classes_inferred_", "activations_", "edits_", "skipped_", "concepts_"),
 )
 
 
@@ -238,7 +238,9 @@ class StagedNet(SkorchProtoPNet):
         if self.checkpoint is None:
             return None
         network = None if first else self.module_
-        key = fit_key(self.get_params(deep=False), dataset, classes, groups, network)
+        key = fit_key(
+            self.get_params(deep=False), dataset, classes, groups, network, self.concepts_
+        )
         return Checkpoint(self.checkpoint, key, writes=self.processes.is_first)
 
     def _is_settled(self, settled: list[torch.Tensor]) -> bool:

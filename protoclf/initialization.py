@@ -6,6 +6,8 @@ prototypes stay near where they start. N images, m prototypes, D channels, H x W
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
@@ -13,6 +15,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn.functional import unfold
 
+from protoclf.concepts import ForbiddenPatches
 from protoclf.features import FitData
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Centre
@@ -57,6 +60,31 @@ def kmeans_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
         centres = torch.from_numpy(member @ patches / member.sum(1, keepdims=True).clip(1))
         like = module.prototypes[mine]
         module.prototypes[mine] = module.scaled(centres.to(like).view_as(like))
+
+
+@torch.no_grad()
+def restart_prototypes(
+    net: SkorchProtoPNet, data: FitData, ids: Sequence[int], forbidden: ForbiddenPatches
+) -> None:
+    """Move some prototypes to patches of their classes, unlike what is forbidden.
+
+    Drawn as k-means++ draws its centres: with probabilities as the squared distance to the nearest
+    of the forbidden patches, of the prototypes that stay and of those drawn before.
+    """
+    module, rng = net.module_.eval(), np.random.default_rng(net.seed_)
+    generator = torch.Generator().manual_seed(net.seed_)
+    moved = torch.zeros(len(module.owner), dtype=torch.bool, device=module.owner.device)
+    moved[list(ids)] = True
+    for c in module.owner[moved].unique().tolist():
+        patches = class_patches(net, data, c, rng)  # (n, D H1 W1)
+        stay = module.scaled_prototypes()[(module.owner == c) & ~moved].flatten(1)
+        taken = torch.cat([stay, forbidden.patches[forbidden.owner == c].flatten(1)])
+        nearest = torch.cdist(patches, taken).square().amin(1)  # (n,)
+        for j in ((module.owner == c) & moved).nonzero()[:, 0].tolist():
+            share = nearest.double().cpu().clamp_min(1e-12)  # of equal patches, any
+            drawn = patches[int(torch.multinomial(share, 1, generator=generator))]
+            module.prototypes[j] = drawn.view_as(module.prototypes[j])
+            nearest = torch.minimum(nearest, (patches - drawn).square().sum(1))
 
 
 def class_patches(net: SkorchProtoPNet, data: FitData, c: int, rng: np.random.Generator) -> Tensor:

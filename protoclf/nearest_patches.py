@@ -5,7 +5,8 @@ Chen et al., NeurIPS 2019, section 2.4 ("global analysis") and supplement (pruni
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 
+from protoclf.concepts import Concepts
 from protoclf.explanation import BOX
 from protoclf.features import feature_batches
 from protoclf.image_dataset import ImageDataset
@@ -73,19 +75,10 @@ def nearest_patches(
     images = Images(X)
     labels = None if y is None else read_labels(y, len(images))
     dataset = ImageDataset(images, clf.preprocessing_)
-    clf.prepare_processor()
-    module, best, first = clf.module_, None, 0
-    for inputs, batch in feature_batches(clf, dataset, progress=bool(clf.verbose)):
-        z = module.latents(inputs["features"])
-        best = _merged(best, _best_of_batch(module, z, first, k), k)
-        first += len(batch)
-    assert best is not None, "X has at least one image"
-    similarity, sample, cell, maps = best  # (m, k), (m, k), (m, k), (m, k, H, W)
-    m, k = similarity.shape
-    shown = sample.flatten().cpu().numpy()
-    on_input = activation_boxes(maps.flatten(0, 1), dataset.preprocessing.image_size, percentile)
-    boxes = dataset.preprocessing.to_original_pixels(on_input.cpu().numpy(), dataset.sizes(shown))
-    row, col = np.divmod(cell.flatten().cpu().numpy(), maps.shape[3] - module.prototype_size[1] + 1)
+    best = best_patches(clf, dataset, k, percentile)
+    m, k = best.sample.shape
+    shown = best.sample.flatten()
+    boxes = dataset.preprocessing.to_original_pixels(best.box.reshape(-1, 4), dataset.sizes(shown))
     prototype = np.repeat(np.arange(m), k)
     return pd.DataFrame(
         {
@@ -95,9 +88,9 @@ def nearest_patches(
             "sample": shown,
             "path": None if images.paths is None else np.asarray(images.paths, object)[shown],
             "label": None if labels is None else labels[shown],
-            "similarity": similarity.flatten().cpu().numpy().astype(float),
-            "row": row,
-            "col": col,
+            "similarity": best.similarity.flatten().astype(float),
+            "row": best.row.flatten(),
+            "col": best.col.flatten(),
             **dict(zip(BOX, boxes.T, strict=True)),
         }
     )
@@ -122,12 +115,59 @@ def purity(table: pd.DataFrame) -> pd.Series:
     return own.groupby(table["prototype"]).mean().rename("purity")
 
 
+class BestPatches(NamedTuple):
+    """The patches that are most similar to each of the m prototypes, k from different images.
+
+    Attributes
+    ----------
+    similarity : ndarray of shape (m, k)
+        The highest first.
+    sample : ndarray of shape (m, k), int64
+        Positions of the images in the data set.
+    row, col : ndarray of shape (m, k), int64
+    box : ndarray of shape (m, k, 4)
+        Of the high activation, in pixels of the model's input.
+    """
+
+    similarity: np.ndarray
+    sample: np.ndarray
+    row: np.ndarray
+    col: np.ndarray
+    box: np.ndarray
+
+
+@torch.no_grad()
+def best_patches(
+    clf: ProtoPNetClassifier,
+    dataset: ImageDataset,
+    k: int,
+    percentile: float,
+    own_class: bool = False,
+) -> BestPatches:
+    """Search all images, in one pass; with `own_class`, prefer those of a prototype's class."""
+    clf.prepare_processor()
+    module, best, first = clf.module_, None, 0
+    for inputs, y in feature_batches(clf, dataset, progress=bool(clf.verbose)):
+        z = module.latents(inputs["features"])
+        others = (y.to(z.device)[:, None] != module.owner) & own_class  # (n, m)
+        best = _merged(best, _best_of_batch(module, z, others, first, k), k)
+        first += len(y)
+    assert best is not None, "X has at least one image"
+    similarity, sample, cell, maps = best  # (m, k), (m, k), (m, k), (m, k, H, W)
+    side = dataset.preprocessing.image_size
+    box = activation_boxes(maps.flatten(0, 1), side, percentile).unflatten(0, sample.shape)
+    width = maps.shape[3] - module.prototype_size[1] + 1
+    row, col = np.divmod(cell.cpu().numpy(), width)
+    return BestPatches(similarity.cpu().numpy(), sample.cpu().numpy(), row, col, box.cpu().numpy())
+
+
 Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Similarities, samples and cells (m, k) of the most similar patches, and maps (m, k, H, W)."""
 
 
-def _best_of_batch(module: Any, z: torch.Tensor, first: int, k: int) -> Best:
+def _best_of_batch(module: Any, z: torch.Tensor, others: torch.Tensor, first: int, k: int) -> Best:
     _, distance, cell = module.compare(z)  # (n, m)
+    distance = distance.masked_fill(others, torch.finfo(distance.dtype).max)
     order = distance.argsort(dim=0, stable=True)[:k].T  # (m, k)
     sample, prototype = order.flatten(), torch.arange(len(order)).repeat_interleave(order.shape[1])
     prototype = prototype.to(sample.device)
@@ -145,3 +185,36 @@ def _merged(best: Best | None, new: Best, k: int) -> Best:
     order = g.argsort(dim=1, descending=True, stable=True)[:, :k]  # earlier images first
     rows = torch.arange(len(g), device=g.device)[:, None]
     return g[rows, order], sample[rows, order], cell[rows, order], maps[rows, order]
+
+
+def find_concepts(
+    clf: ProtoPNetClassifier,
+    dataset: ImageDataset,
+    ids: Sequence[int],
+    k: int,
+    forbidden: bool,
+    weight: float,
+) -> Concepts:
+    """Return what prototypes show in the k images of their classes that they are found in best."""
+    best = best_patches(clf, dataset, k, 95, own_class=True)
+    owner, y = clf.module_.owner.cpu().numpy(), dataset.y.numpy()
+    places: dict[tuple[int, int, int], np.ndarray] = {}  # a patch counts once
+    for j in ids:
+        shown = (y[best.sample[j]] == owner[j]) & np.isfinite(best.similarity[j])
+        shown &= ~dataset.failed(best.sample[j])
+        if not shown.any():
+            label = clf.classes_[owner[j]]
+            raise ValueError(f"X has no image of class {label!r}, which prototype {j} is of.")
+        patch = np.stack([best.sample[j], best.row[j], best.col[j]], axis=1)[shown]
+        for place, box in zip(patch.tolist(), best.box[j][shown], strict=True):
+            places.setdefault(tuple(place), box)
+    sample, row, col = torch.tensor(list(places)).T
+    return Concepts(
+        dataset.__getitems__(sample.numpy())[0]["images"].clone(),
+        torch.from_numpy(np.stack(list(places.values()))).long(),
+        row.clone(),
+        col.clone(),
+        dataset.y[sample],
+        torch.full((len(sample),), forbidden),
+        torch.full((len(sample),), float(weight)),
+    )

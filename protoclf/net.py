@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory, takes_channels_last
 from protoclf.array_store import folder_of
 from protoclf.backbones import build_backbone
+from protoclf.concepts import Concepts
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
@@ -72,6 +73,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     last_layer_path_: pd.DataFrame
     activations_: Activations
     lambda_l1_: float
+    concepts_: Concepts | None = None
 
     def initialize_module(self):
         """Build the network (called by skorch)."""
@@ -159,7 +161,10 @@ class SkorchProtoPNet(NeuralNetClassifier):
         """Return the joint loss of a batch (called by skorch)."""
         weight = X.get("sample_weight") if isinstance(X, Mapping) else None
         weight = None if weight is None else weight.to(self.device)
-        return self.criterion_(y_pred, y_true.to(self.device), weight)
+        loss = self.criterion_(y_pred, y_true.to(self.device), weight)
+        if training and self.concepts_ is not None:
+            loss = loss + self.concepts_.cost(self.module_)
+        return loss
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Take a step on a batch, whose loss has to be a number (called by skorch)."""

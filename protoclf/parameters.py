@@ -134,6 +134,11 @@ EDIT_RULES: dict[str, Rule] = {
     "t": _integer(1),
     "min_weight": _optional(_non_negative()),
 }
+CONCEPT_RULES: dict[str, Rule] = {
+    "k": _integer(1),
+    "weight": _non_negative(),
+    "epochs": _optional(_integer(0)),
+}
 DELETION_RULES: dict[str, Rule] = {"top": _integer(1), "n_controls": _integer(1)}
 MERGE_RULES: dict[str, Rule] = {"max_distance": _non_negative()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
+from warnings import warn
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ def find_sources(
     owner: Tensor,
     distinct: str | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    forbidden: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Sources:
     """Find the training patch that each prototype is projected onto, in one pass.
 
@@ -61,24 +63,39 @@ def find_sources(
     gather : callable
         Where several processes each search a part of the images: from one's rows to those of all,
         in the order of the images.
+    forbidden : callable, optional
+        From z and y to the squared distance (n, L) of each patch to what is forbidden for the
+        class. A prototype takes no patch that is as near to that as to itself, unless there is no
+        other for its class, which warns.
 
     Returns
     -------
     Sources
     """
     slots = _slots(owner)  # (C, K)
-    distances, cells, targets = [], [], []
+    distances, cells, bars, targets = [], [], [], []
     for z, y in latents:
         y = y.to(z.device)
         own = prototypes[slots[y]]  # (n, K, D, H1, W1)
         n_patches = (z.shape[2] - own.shape[3] + 1) * (z.shape[3] - own.shape[4] + 1)
         k = min(slots.shape[1], n_patches) if distinct == "patches" else 1
-        distance, cell = own_class_distances(z, own, k)  # (n, K, k) each
+        searched = k if forbidden is None else n_patches
+        distance, cell = own_class_distances(z, own, searched)  # (n, K, k or L) each
+        barred = torch.zeros_like(cell, dtype=torch.bool)
+        if forbidden is not None:
+            near = forbidden(z, y)[:, None].expand_as(distance).gather(2, cell)
+            barred = near <= distance
+            order = distance.masked_fill(barred, torch.inf).argsort(dim=2, stable=True)[:, :, :k]
+            distance, cell, barred = (t.gather(2, order) for t in (distance, cell, barred))
         distances.append(distance)
         cells.append(cell)
+        bars.append(barred.to(torch.uint8))  # which any process group can gather
         targets.append(y)
-    arrays = [gather(torch.cat(parts)).cpu().numpy() for parts in (distances, cells, targets)]
-    return _choose(arrays[0], arrays[1], arrays[2], owner.cpu().numpy(), distinct)
+    parts = (distances, cells, bars, targets)
+    arrays = [gather(torch.cat(part)).cpu().numpy() for part in parts]
+    return _choose(
+        *(arrays[0], arrays[1], arrays[2].astype(bool), arrays[3]), owner.cpu().numpy(), distinct
+    )
 
 
 @torch.no_grad()
@@ -129,7 +146,12 @@ def _slots(owner: Tensor) -> Tensor:
 
 
 def _choose(
-    distance: np.ndarray, cell: np.ndarray, y: np.ndarray, owner: np.ndarray, distinct: str | None
+    distance: np.ndarray,
+    cell: np.ndarray,
+    barred: np.ndarray,
+    y: np.ndarray,
+    owner: np.ndarray,
+    distinct: str | None,
 ) -> Sources:
     """Choose among the candidates (N, K, k) of every image."""
     m = len(owner)
@@ -137,9 +159,22 @@ def _choose(
     choose = {None: _nearest, "patches": _distinct_patches, "images": _distinct_images}[distinct]
     for c in np.unique(owner):
         mine, images = np.flatnonzero(owner == c), np.flatnonzero(y == c)
-        d, where = distance[images, : len(mine)], cell[images, : len(mine)]  # (n, K, k)
-        image, rank = choose(d, where)  # (K,), (K,)
+        d, where, bar = (a[images, : len(mine)] for a in (distance, cell, barred))  # (n, K, k)
         slot = np.arange(len(mine))
+        try:
+            image, rank = choose(np.where(bar, np.inf, d), where)  # (K,), (K,)
+            found = not bar[image, slot, rank].any()
+        except ValueError:  # of scipy: too few patches are left for all to be distinct
+            found = False
+        if not found:
+            warn(
+                f"Too few patches of class number {c} are unlike what is forbidden: its "
+                "prototypes were projected onto the nearest patches, whatever they show. Forbid "
+                "fewer of them, or give forbid a higher weight or more epochs.",
+                UserWarning,
+                stacklevel=2,
+            )
+            image, rank = choose(d, where)
         sources.image[mine] = images[image]
         sources.cell[mine] = where[image, slot, rank]
         sources.distance[mine] = d[image, slot, rank]

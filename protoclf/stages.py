@@ -20,6 +20,7 @@ from skorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from protoclf.concepts import ForbiddenPatches
 from protoclf.features import FeatureDataset, FitData
 from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.localization import activation_boxes, covered_cells
@@ -164,12 +165,17 @@ class Projection:
         with _history_row(net, data, self.name):
             train = data.train_features
             own = net.processes.own_rows(len(train), net.batch_size)
+            concepts = net.concepts_
+            forbidden = None
+            if concepts is not None and concepts.forbidden.any():
+                forbidden = ForbiddenPatches(concepts, module, net.batch_size).distance
             sources = find_sources(
                 net.latents(train, own),
                 module.scaled_prototypes(),
                 module.owner,
                 self.distinct,
                 gather=lambda rows: net.processes.in_order(rows, len(train)),
+                forbidden=forbidden,
             )
             net.sources_ = _take_patches(net, train, sources)
             net.agree()
