@@ -203,7 +203,7 @@ def find_concepts(
         shown = (y[best.sample[j]] == owner[j]) & np.isfinite(best.similarity[j])
         shown &= ~dataset.failed(best.sample[j])
         if not shown.any():
-            label = clf.classes_[owner[j]]
+            label = clf.classes_.tolist()[owner[j]]
             raise ValueError(f"X has no image of class {label!r}, which prototype {j} is of.")
         patch = np.stack([best.sample[j], best.row[j], best.col[j]], axis=1)[shown]
         for place, box in zip(patch.tolist(), best.box[j][shown], strict=True):

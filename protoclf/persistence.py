@@ -125,7 +125,10 @@ def _description(
         "edits": encode(clf.edits_.to_numpy()) if hasattr(clf, "edits_") else None,
         "history": history,
     }
-    text, left_out = as_json(content), left_out + not_kept
+    left_out += not_kept
+    if clf.concepts_ is not None:  # they hold pixels of training images
+        left_out += ["what is forbidden and encouraged"]
+    text = as_json(content)
     if len(text) > MOST_JSON:  # a long training
         content["history"] = [row | {"batches": []} for row in history]
         text, left_out = as_json(content), [*left_out, "the batches in history"]

@@ -7,6 +7,7 @@ mean, `random_prototypes` what it is worth by chance, and `interpretability_repo
 
 from protoclf.metrics.baselines import random_prototypes
 from protoclf.metrics.bootstrap import bootstrap_interval
+from protoclf.metrics.confounders import find_confounders
 from protoclf.metrics.curves import deletion_insertion
 from protoclf.metrics.faithfulness import DELETION_COLUMNS, deletion_score
 from protoclf.metrics.masks import cover
@@ -29,6 +30,7 @@ __all__ = [
     "deletion_insertion",
     "deletion_score",
     "distinctness",
+    "find_confounders",
     "global_size",
     "interpretability_report",
     "object_coverage",

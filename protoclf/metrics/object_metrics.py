@@ -7,27 +7,20 @@ classification", CVPR workshops 2023.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from protoclf.explanation import BOX
 from protoclf.image_dataset import ImageDataset
+from protoclf.metrics.masks import Masks, check_number, mask_of, shown
 from protoclf.metrics.part_labels import located
 from protoclf.metrics.streams import opened, paths_of, sheet_of
 from protoclf.parameters import EXPLAIN_RULES, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-
-class Masks(Protocol):
-    """A list of arrays (height, width), or what reads each only when it is asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> Any: ...
 
 
 def pointing(
@@ -75,18 +68,18 @@ def pointing(
     """
     check_rules({"top": top, "attribution": attribution, "percentile": percentile}, EXPLAIN_RULES)
     dataset = opened(clf, X)
-    _check_number(masks, dataset)
+    check_number(masks, dataset)
     sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))
     middles = _middles(clf, dataset, sheet)
     values = np.zeros((len(sheet), 3))
     samples: Any = sheet.groupby("sample")
     for i, rows in samples:
-        mask = _mask_of(masks, dataset, int(i))
+        mask = mask_of(masks, dataset, int(i))
         boxes = rows[BOX].to_numpy(np.int64)
         inside = [mask[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in boxes.tolist()]
         x, y = middles[rows.index].T.astype(np.int64)
-        shown = _shown(dataset, int(i), mask).mean()
-        values[rows.index] = np.stack([inside, mask[y, x], np.full(len(rows), shown)], axis=1)
+        share = shown(dataset, int(i), mask).mean()
+        values[rows.index] = np.stack([inside, mask[y, x], np.full(len(rows), share)], axis=1)
     about = ["sample", "path", "class", "prototype", "contribution"]
     names = ("inside", "hit", "object_share")
     return sheet[about].assign(**dict(zip(names, values.T, strict=True)))
@@ -126,17 +119,17 @@ def object_coverage(
     """
     check_rules({"top": top, "attribution": attribution, "percentile": percentile}, EXPLAIN_RULES)
     dataset = opened(clf, X)
-    _check_number(masks, dataset)
+    check_number(masks, dataset)
     sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))
     boxes_of: Any = dict(iter(sheet.groupby("sample")))
     values = np.full((len(dataset), 2), np.nan)
     for i in range(len(dataset)):
-        mask = _mask_of(masks, dataset, i)
+        mask = mask_of(masks, dataset, i)
         covered = np.zeros_like(mask)
         if i in boxes_of:
             for x0, y0, x1, y1 in boxes_of[i][BOX].to_numpy(np.int64).tolist():
                 covered[y0:y1, x0:x1] = True
-        mask, covered = _shown(dataset, i, mask), _shown(dataset, i, covered)
+        mask, covered = shown(dataset, i, mask), shown(dataset, i, covered)
         values[i] = covered[mask].mean() if mask.any() else np.nan, covered.mean()
     table = pd.DataFrame({"sample": np.arange(len(dataset)), "path": paths_of(dataset)})
     return table.assign(coverage=values[:, 0], boxes_share=values[:, 1])
@@ -172,29 +165,6 @@ class PartMasks:
         for x0, y0, x1, y1 in self._boxes.get(i, np.empty((0, 4))).round().astype(int).clip(0):
             mask[y0:y1, x0:x1] = True
         return mask
-
-
-def _check_number(masks: Masks, dataset: ImageDataset) -> None:
-    if len(masks) != len(dataset):
-        raise ValueError(f"X has {len(dataset)} images and masks {len(masks)}; as many are needed.")
-
-
-def _mask_of(masks: Masks, dataset: ImageDataset, i: int) -> np.ndarray:
-    """Return mask i as bool (height, width), of the size of its image."""
-    mask = np.asarray(masks[i])
-    width, height = dataset.sizes([i])[0].tolist()
-    if mask.shape != (height, width):
-        raise ValueError(
-            f"The mask of image {i} has shape {mask.shape}; the image is {width} pixels wide and "
-            f"{height} high, so that ({height}, {width}) is needed."
-        )
-    return mask != 0
-
-
-def _shown(dataset: ImageDataset, i: int, mask: np.ndarray) -> np.ndarray:
-    """Return the part of a mask that the model sees, to the nearest pixel."""
-    x0, y0, x1, y1 = dataset.preprocessing.region(dataset.sizes([i]))[0].round().astype(int)
-    return mask[y0:y1, x0:x1]
 
 
 def _highest(sheet: pd.DataFrame) -> pd.DataFrame:

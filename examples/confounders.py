@@ -1,0 +1,139 @@
+"""A mark that betrays a class: find the prototypes that look at it, and forbid it.
+
+    python examples/confounders.py
+
+Training birds of three classes have a mark in a corner; test birds have none. A ProtoPNet is
+trained, `find_confounders` ranks its prototypes, and those on a mark are removed, or forbidden in
+further training until none is left. Prints the test accuracy of each, beside that of a ProtoPNet
+trained without marks, and writes pictures of prototypes before and after to the folder
+confounders_output (or --output).
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from protoclf import ProtoPNetClassifier
+from protoclf.datasets import make_birds
+from protoclf.editing import forbid, remove
+from protoclf.explanation import BOX
+from protoclf.metrics import PartMasks, find_confounders
+from protoclf.plotting import plot_prototypes
+
+MARKS = {
+    "crested mossling": "tag",
+    "bar-winged duskfinch": "sun",
+    "long-billed reedpiper": "leaf",
+}
+SIZE = 96  # pixels
+MOST_ROUNDS = 4
+
+
+def main() -> None:
+    args = arguments()
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(args.seeds):
+        rows.append(run(args, output, seed))
+        print(pd.Series(rows[-1]).to_string(), "\n", flush=True)
+    print(pd.DataFrame(rows).agg(["mean", "min", "max"]).round(3).T.to_string())
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", default="confounders_output", help="where to write")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of joint training")
+    parser.add_argument("--per-class", type=int, default=40, help="birds of a class to train on")
+    return parser.parse_args()
+
+
+def run(args, output: Path, seed: int) -> dict[str, float]:
+    """Return the test accuracy of every classifier."""
+    n = args.per_class
+    birds = output / "birds"
+    draw = {"image_size": SIZE, "random_state": seed}
+    X, y, parts = make_birds(birds / f"marked-{seed}", n, confounder=MARKS, **draw)
+    clean = make_birds(birds / f"clean-{seed}", n, **draw)[:2]
+    valid = make_birds(birds / f"valid-{seed}", 10, start=n, **draw)[:2]
+    test = make_birds(birds / f"test-{seed}", 30, start=n + 10, **draw)[:2]
+
+    clf = classifier(args.epochs, seed).fit(X, y)
+    accuracy = {"with marks": clf.score(*test)}
+    bird = PartMasks(clf, X, parts[parts["part"] != "mark"])
+    suspects = find_confounders(clf, X, y, masks=bird, X_valid=valid[0], y_valid=valid[1])
+    print(suspects[["prototype", "class", "weight", "signs", "reasons"]].head(8).to_string())
+    ids = on_mark(clf, parts)
+    print(f"on a mark: {ids}; where find_confounders has them: {places(suspects, ids)}\n")
+    save_pictures(clf, ids, output / f"before-{seed}.png")
+    if leaves_each_class_one(clf, ids):
+        accuracy["prototypes on marks removed"] = remove(clf, ids, "mark").score(*test)
+
+    rounds = 0
+    while ids and rounds < MOST_ROUNDS:
+        clf = forbid(clf, ids, X, y, reason="mark", epochs=args.epochs // 2)
+        rounds += 1
+        accuracy[f"marks forbidden, {rounds}"] = clf.score(*test)
+        ids = on_mark(clf, parts)
+        print(f"after round {rounds} on a mark: {ids}")
+    accuracy["marks forbidden, at the end"] = clf.score(*test)
+    save_pictures(clf, replaced(clf), output / f"after-{seed}.png")
+    accuracy["without marks"] = classifier(args.epochs, seed).fit(*clean).score(*test)
+    return accuracy
+
+
+def classifier(epochs: int, seed: int) -> ProtoPNetClassifier:
+    return ProtoPNetClassifier(
+        "small_cnn",
+        weights=None,
+        image_size=SIZE,
+        prototypes_per_class=3,
+        joint_epochs=epochs,
+        batch_size=16,
+        lr=5e-3,
+        backbone_lr=5e-3,
+        random_state=seed,
+        verbose=0,
+    )
+
+
+def on_mark(clf: ProtoPNetClassifier, parts: pd.DataFrame) -> list[int]:
+    """Return the prototypes whose box covers a fifth of a mark, as somebody who looks would."""
+    marks = parts[parts["part"] == "mark"].set_index("path")[BOX]
+    found = []
+    for row in clf.prototypes_.to_dict("records"):
+        if row["source"] in marks.index:
+            x0, y0, x1, y1 = marks.loc[row["source"]]
+            width = max(0, min(row["x1"], x1) - max(row["x0"], x0))
+            height = max(0, min(row["y1"], y1) - max(row["y0"], y0))
+            if width * height >= 0.2 * (x1 - x0) * (y1 - y0):
+                found.append(row["prototype"])
+    return found
+
+
+def places(suspects: pd.DataFrame, ids: list[int]) -> list[int]:
+    """Return the places of prototypes in the ranking, from 1."""
+    return (1 + np.flatnonzero(suspects["prototype"].isin(ids))).tolist()
+
+
+def leaves_each_class_one(clf: ProtoPNetClassifier, ids: list[int]) -> bool:
+    return clf.prototypes_.drop(index=ids)["class"].nunique() == len(clf.classes_)
+
+
+def replaced(clf: ProtoPNetClassifier) -> list[int]:
+    """Return the prototypes that were forbidden, which are elsewhere now."""
+    return sorted(set(clf.edits_["prototype"])) if hasattr(clf, "edits_") else []
+
+
+def save_pictures(clf: ProtoPNetClassifier, ids: list[int], path: Path) -> None:
+    if ids:
+        matplotlib.use("Agg")
+        plot_prototypes(clf, ids).figure_.savefig(path, dpi=100, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

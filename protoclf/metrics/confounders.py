@@ -1,0 +1,228 @@
+"""Prototypes that may look at something else than the object: signs of it, never a verdict.
+
+After what Bontempelli et al., "Concept-level Debugging of Part-Prototype Networks", ICLR 2023, ask
+a person to look for. N images, m prototypes, H x W places of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from sklearn.metrics import roc_auc_score
+
+from protoclf.image_dataset import ImageDataset
+from protoclf.labels import encode, read_labels
+from protoclf.metrics.masks import Masks, check_number, cover, mask_of, on_input
+from protoclf.metrics.streams import image_batches, latent_batches, latents_of, opened
+
+if TYPE_CHECKING:
+    from protoclf.classifier import ProtoPNetClassifier
+
+
+class Sign(NamedTuple):
+    """A measure of a prototype that is suspicious beyond a threshold.
+
+    Attributes
+    ----------
+    threshold : float
+    above : bool
+        Whether values from the threshold up are suspicious, or those down from it.
+    reason : str
+        What it then looks like, with the value.
+    """
+
+    threshold: float
+    above: bool
+    reason: str
+
+
+SIGNS: dict[str, Sign] = {
+    "kept": Sign(0.8, True, "keeps {:.0%} of its similarity when the object is covered"),
+    "same_place": Sign(0.8, True, "is at the same place in {:.0%} of the images of its class"),
+    "separation": Sign(0.6, False, "fires alike across classes (AUC {:.2f})"),
+    "validation_drop": Sign(0.2, True, "loses {:.0%} of its similarity on validation images"),
+}
+"""The signs that `find_confounders` looks for."""
+
+
+def find_confounders(
+    clf: ProtoPNetClassifier,
+    X: Any,
+    y: ArrayLike,
+    *,
+    masks: Masks | None = None,
+    X_valid: Any = None,
+    y_valid: ArrayLike | None = None,
+    thresholds: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
+    """Rank prototypes by signs that they look at something else than the object.
+
+    The table says where to look and why. Look at the prototypes before you `remove` or `forbid`
+    them: a bird's nest is always in the same place as the bird, and so may be its best part.
+
+    Parameters
+    ----------
+    clf : ProtoPNetClassifier
+        A fitted one.
+    X, y : images and labels
+        The training images as a rule.
+    masks : sequence of n arrays (height, width), optional
+        For each image of X, in its own pixels, what is not 0 where the object is, as in
+        `protoclf.metrics.pointing`; `PartMasks` makes them from boxes.
+    X_valid, y_valid : images and labels, optional
+        Images from elsewhere, which what is peculiar to the training images does not reach.
+    thresholds : mapping of str to float, optional
+        From when on a sign counts, in place of those in `SIGNS`.
+
+    Returns
+    -------
+    DataFrame
+        One row for each prototype, those with most signs first, and among these the largest
+        weights:
+
+        - prototype, class, source, weight : as in `prototypes_`, weight that for its own class
+        - kept : mean share of the similarity to images of its class that is left when the object
+          is covered with the image's mean colour, from 0 to 1; from 0.8 on it is a sign. Missing
+          without masks
+        - same_place : share of the images of its class in which it is found within one cell of
+          one place; from 0.8 on it is a sign. Missing where maps are not larger than 3 x 3
+        - separation : probability that an image of its class is more similar to it than one of
+          the others (area under the ROC curve); up to 0.6 it is a sign
+        - validation_drop : share of its median similarity to images of its class that is missing
+          on the validation images of it; from 0.2 on it is a sign. Missing without them
+        - signs : how many of these there are
+        - reasons : the same in words; empty without signs
+
+    Raises
+    ------
+    ValueError
+        If X has no image of a class or of one class alone, numbers of images and masks differ,
+        X_valid comes without y_valid, or a threshold has no such sign.
+
+    Notes
+    -----
+    Shares of similarity take negative ones, which cosines may be, for 0.
+    """
+    limits = _thresholds(thresholds)
+    if (X_valid is None) != (y_valid is None):
+        raise ValueError("X_valid and y_valid go together: give both, or neither.")
+    dataset = opened(clf, X)
+    owner = clf.module_.owner.cpu().numpy()  # (m,)
+    own = _codes(clf, y, dataset, "y")[:, None] == owner  # (N, m)
+    _check_classes(clf, own, owner)
+    g, place, width = _activations(clf, dataset)
+    values = {
+        "kept": np.full(len(owner), np.nan),
+        "same_place": _same_place(place, own, width),
+        "separation": np.array([roc_auc_score(own[:, j], g[:, j]) for j in range(len(owner))]),
+        "validation_drop": np.full(len(owner), np.nan),
+    }
+    if masks is not None:
+        check_number(masks, dataset)
+        values["kept"] = _kept(g, _covered_activations(clf, dataset, masks), own)
+    if X_valid is not None:
+        valid = opened(clf, X_valid)
+        own_valid = _codes(clf, y_valid, valid, "y_valid")[:, None] == owner
+        values["validation_drop"] = _drop(g, own, _activations(clf, valid)[0], own_valid)
+    weight = clf.module_.last_layer.weight.detach().cpu().numpy()
+    table = clf.prototypes_[["prototype", "class", "source"]].reset_index(drop=True)
+    table = table.assign(weight=weight[owner, np.arange(len(owner))].astype(float), **values)
+    return _ranked(table, limits)
+
+
+def _thresholds(given: Mapping[str, float] | None) -> dict[str, float]:
+    unknown = sorted(set(given or {}) - set(SIGNS))
+    if unknown:
+        raise ValueError(f"thresholds may have {', '.join(SIGNS)}; got {unknown}.")
+    return {name: sign.threshold for name, sign in SIGNS.items()} | dict(given or {})
+
+
+def _codes(clf: ProtoPNetClassifier, y: Any, dataset: ImageDataset, name: str) -> np.ndarray:
+    if y is None:
+        raise ValueError(f"{name} is needed: the labels of the images.")
+    return encode(read_labels(y, len(dataset)), clf.classes_)[1]
+
+
+def _check_classes(clf: ProtoPNetClassifier, own: np.ndarray, owner: np.ndarray) -> None:
+    bare = clf.classes_[np.unique(owner[~own.any(0)])].tolist()
+    if bare:
+        raise ValueError(f"X has no image of {bare}, of which there are prototypes.")
+    if own.all(0).any():
+        raise ValueError("X has images of one class alone; what is alike across classes is unseen.")
+
+
+def _activations(
+    clf: ProtoPNetClassifier, dataset: ImageDataset
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return g (N, m), where each prototype is found, as (N, m, 2), and W."""
+    module, parts, cells, width = clf.module_, [], [], 1
+    for _, z in latent_batches(clf, dataset):
+        with torch.no_grad():
+            _, distance, cell = module.compare(z)
+            parts.append(module.activations(distance).cpu())
+        cells.append(cell.cpu())
+        width = z.shape[3] - module.prototype_size[1] + 1
+        height = z.shape[2] - module.prototype_size[0] + 1
+    place = np.stack(np.divmod(torch.cat(cells).numpy(), width), axis=2)  # (N, m, 2)
+    return torch.cat(parts).numpy(), place, max(width, height)
+
+
+@torch.no_grad()
+def _covered_activations(
+    clf: ProtoPNetClassifier, dataset: ImageDataset, masks: Masks
+) -> np.ndarray:
+    """Return g (N, m) of the images with their objects covered."""
+    parts = []
+    for rows, images in image_batches(clf, dataset, "Images with the object covered"):
+        covered = []
+        for i, image in zip(range(rows.start, rows.stop), images.cpu(), strict=True):
+            mask = torch.from_numpy(on_input(dataset, i, mask_of(masks, dataset, i)))
+            covered.append(cover(image, mask[None]))
+        _, distance, _ = clf.module_.compare(latents_of(clf, torch.cat(covered)))
+        parts.append(clf.module_.activations(distance).cpu())
+    return torch.cat(parts).numpy()
+
+
+def _kept(g: np.ndarray, covered: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Return the mean share (m,) of similarities g (N, m) that is left, over marked images."""
+    g = g.clip(1e-6)
+    return np.mean((covered / g).clip(0, 1), axis=0, where=own)
+
+
+def _same_place(place: np.ndarray, own: np.ndarray, longest: int) -> np.ndarray:
+    """Return the largest share (m,) of places (N, m, 2) that lie within one cell of one of them."""
+    if longest <= 3:  # any place is within one cell of the middle
+        return np.full(place.shape[1], np.nan)
+    shares = []
+    for j in range(place.shape[1]):
+        places, counts = np.unique(place[own[:, j], j], axis=0, return_counts=True)  # (u, 2), (u,)
+        near = np.abs(places[:, None] - places).max(2) <= 1  # (u, u)
+        shares.append((near @ counts).max() / counts.sum())
+    return np.array(shares)
+
+
+def _drop(g: np.ndarray, own: np.ndarray, valid: np.ndarray, own_valid: np.ndarray) -> np.ndarray:
+    """Return which share (m,) of the median similarity is missing; NaN for classes not there."""
+    drops = np.full(g.shape[1], np.nan)
+    for j in np.flatnonzero(own_valid.any(0)):
+        before = max(np.median(g[own[:, j], j]), 1e-6)
+        drops[j] = np.clip(1 - np.median(valid[own_valid[:, j], j]) / before, 0, 1)
+    return drops
+
+
+def _ranked(table: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.DataFrame:
+    """Add how many signs there are, and which, and sort."""
+    reasons: list[list[str]] = [[] for _ in range(len(table))]
+    for name, sign in SIGNS.items():
+        for i, value in enumerate(table[name]):
+            beyond = value >= thresholds[name] if sign.above else value <= thresholds[name]
+            if beyond:  # never of a missing value
+                reasons[i].append(sign.reason.format(value))
+    table = table.assign(signs=list(map(len, reasons)), reasons=list(map("; ".join, reasons)))
+    table = table.sort_values(["signs", "weight"], ascending=False, kind="stable")
+    return table.reset_index(drop=True)
