@@ -70,7 +70,7 @@ def run(args, output: Path, seed: int) -> dict[str, float]:
     ids = on_mark(clf, parts)
     print(f"on a mark: {ids}; where find_confounders has them: {places(suspects, ids)}\n")
     save_pictures(clf, ids, output / f"before-{seed}.png")
-    if leaves_each_class_one(clf, ids):
+    if ids and leaves_each_class_one(clf, ids):
         accuracy["prototypes on marks removed"] = remove(clf, ids, "mark").score(*test)
 
     rounds = 0
@@ -132,7 +132,7 @@ def replaced(clf: ProtoPNetClassifier) -> list[int]:
 def save_pictures(clf: ProtoPNetClassifier, ids: list[int], path: Path) -> None:
     if ids:
         matplotlib.use("Agg")
-        plot_prototypes(clf, ids).figure_.savefig(path, dpi=100, bbox_inches="tight")
+        plot_prototypes(clf, prototypes=ids).figure_.savefig(path, dpi=100, bbox_inches="tight")
 
 
 if __name__ == "__main__":

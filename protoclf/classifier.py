@@ -181,7 +181,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     skipped_ : DataFrame
         With ``on_bad_image="skip"`` only: position, path and reason of each image left out.
     edits_ : DataFrame
-        After an edit: the prototypes that went, when, how and why.
+        After an edit: the prototypes that went, or started again, when, how and why.
+    concepts_ : Concepts or None
+        What further training heeds, after `protoclf.editing.forbid` or `encourage`.
     history : skorch.history.History
         One row an epoch, with its stage, and one for each projection and last layer.
     module_ : ProtoPNet

@@ -38,6 +38,13 @@ def test_quickstart_takes_a_folder_of_classes(tmp_path):
     assert "48 training images, 16 test" in run("quickstart.py", *arguments, "--output", tmp_path)
 
 
+def test_confounders_are_found_and_forbidden(tmp_path):
+    arguments = ("--epochs", 2, "--per-class", 6, "--output", tmp_path)
+    printed = run("confounders.py", *arguments)
+    assert "where find_confounders has them" in printed
+    assert "without marks" in printed
+
+
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory):
     root = tmp_path_factory.mktemp("birds")
