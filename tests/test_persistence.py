@@ -574,7 +574,7 @@ JSON = {
     "unpickling": (parameter("torch_load_kwargs", {"weights_only": False}), "which no file may"),
     "iterator": (parameter("iterator_valid", "x"), "which no file may"),
     "workers": (parameter("iterator_train__num_workers", 10**6), "more than 256 processes"),
-    "iterator value": (parameter("iterator_valid__x", 1), "cannot be built"),
+    "iterator value": (parameter("iterator_valid__x", 1), "iterator_valid has no parameter 'x'"),
     "optimizer": (parameter("optimizer", "os.system"), "torch.optim does not have"),
     "optimizer list": (parameter("optimizer", []), "torch.optim does not have"),
     "optimizer value": (parameter("optimizer__x", 1), "cannot be built"),
