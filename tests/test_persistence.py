@@ -577,7 +577,7 @@ JSON = {
     "iterator value": (parameter("iterator_valid__x", 1), "iterator_valid has no parameter 'x'"),
     "optimizer": (parameter("optimizer", "os.system"), "torch.optim does not have"),
     "optimizer list": (parameter("optimizer", []), "torch.optim does not have"),
-    "optimizer value": (parameter("optimizer__x", 1), "cannot be built"),
+    "optimizer value": (parameter("optimizer__x", 1), "optimizer has no parameter 'x'"),
     "callbacks": (parameter("callbacks", ["os.system"]), "cannot be built|cannot be used"),
     "parameters as a tuple": (put("parameters", {"$tuple": []}), "holds a tuple as parameters"),
     "names of parameters": (put("parameters", {"$dict": [[1, 2]]}), "has 1 among its parameters"),
