@@ -341,7 +341,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         y : array-like of shape (n,)
             Class labels: strings, numbers or booleans. May be left out with a Dataset.
         sample_weight : array-like of shape (n,), optional
-            Weights of the images in the joint loss and in the last layer.
+            Weights of the images in the joint loss and in the last layer. An image of weight 0 is
+            as good as left out: it can be no prototype.
         groups : array-like of shape (n,), optional
             What belongs together, such as photos of one specimen or patient: no split inside
             `fit` takes a group apart. A `train_split` has to heed them itself, as

@@ -180,7 +180,7 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
     @property
     def device(self) -> torch.device:
         """The accelerator's device."""
-        return self.accelerator.device
+        return getattr(self.accelerator, "device", torch.device("cpu"))  # `fit` checks what it is
 
     @device.setter
     def device(self, value: Any) -> None:

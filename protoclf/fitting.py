@@ -160,8 +160,16 @@ class StagedNet(SkorchProtoPNet):
             check_files(images, progress=show)
         else:
             dataset.keep(show, self.memory_folder)
-        good = np.flatnonzero(~dataset.failed(np.arange(len(images))))
-        skipped = skipped_images(dataset.failures.values(), y, good)
+        readable = ~dataset.failed(np.arange(len(images)))
+        skipped = skipped_images(dataset.failures.values(), y, np.flatnonzero(readable))
+        if sample_weight is not None:  # an image of weight 0 is as good as left out
+            gone = np.setdiff1d(codes, codes[sample_weight > 0])
+            if len(gone):
+                raise ValueError(
+                    f"sample_weight is 0 for the whole of class {labels[gone].tolist()}."
+                )
+            readable &= sample_weight > 0
+        good = np.flatnonzero(readable)
         codes = codes[good]
         sample_weight, groups = (v if v is None else v[good] for v in (sample_weight, groups))
         weight = self.weights_of(codes, labels, sample_weight)

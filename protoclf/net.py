@@ -26,7 +26,13 @@ from protoclf.images import Images
 from protoclf.last_layer import LastLayerResult
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet, PrototypeSpec
-from protoclf.parameters import NOT_OURS, normalization, prototype_counts, refuse_unknown
+from protoclf.parameters import (
+    NOT_OURS,
+    check_order,
+    normalization,
+    prototype_counts,
+    refuse_unknown,
+)
 from protoclf.penalty import Activations
 from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry, measure
@@ -142,6 +148,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         self, dataset: Dataset, training: bool = False, rows: Sequence[int] | None = None
     ):
         """Return a loader of batches (called by skorch); of some rows of the data set alone."""
+        check_order(vars(self))  # set since the fit, perhaps
         name = "iterator_train" if training else "iterator_valid"
         kwargs = {"batch_size": self.batch_size, "collate_fn": ImageDataset.collate}
         kwargs |= {"shuffle": training} if rows is None else {"sampler": rows}
@@ -236,10 +243,21 @@ class SkorchProtoPNet(NeuralNetClassifier):
         For some of them skorch would build the network anew, or fail.
         """
         refuse_unknown(params, type(self), ValueError)
-        in_use = {n: v for n, v in params.items() if n.startswith(("callbacks", "optimizer__"))}
+        in_use = {n: v for n, v in params.items() if n.startswith(("callbacks__", "optimizer__"))}
         for name in params.keys() - in_use:
             setattr(self, name, params[name])
+        if "callbacks" in params and self.initialized_:  # fit makes them anew, partial_fit does not
+            self._initialize_callbacks()
         return super().set_params(**in_use)
+
+    def _set_params_callback(self, **params: Any):
+        """Set those of callbacks, once it is known that there are such (called by skorch)."""
+        known = [name for name, _ in self.callbacks_]
+        for name in params:
+            callback = name.split("__")[1]
+            if callback not in known:
+                raise ValueError(f"{name!r}: there is no callback {callback!r}; there are {known}.")
+        return super()._set_params_callback(**params)
 
     def _get_param_names(self) -> list[str]:
         names = super()._get_param_names()

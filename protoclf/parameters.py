@@ -80,6 +80,12 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, (bool, np.bool_))
 
 
+def _are_callbacks(value: Any) -> bool:
+    return (
+        value == "disable" if isinstance(value, str) else value is None or isinstance(value, list)
+    )
+
+
 NOT_OURS = ("module", "criterion", "dataset", "max_epochs", "predict_nonlinearity", "classes")
 """Parameters of skorch's nets that ours sets itself."""
 
@@ -111,6 +117,12 @@ RULES: dict[str, Rule] = {
     "batch_size": _integer(1),
     "precision": _one_of("auto", "float32", "bfloat16"),
     "tune_allocator": (_is_flag, "True or False"),
+    "optimizer": (callable, "a class of optimizers, such as torch.optim.Adam"),
+    "train_split": _optional((callable, "callable, such as skorch.dataset.ValidSplit(5)")),
+    "callbacks": (_are_callbacks, 'None, "disable" or a list of skorch callbacks'),
+    "iterator_train": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
+    "iterator_valid": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
+    "warm_start": (_is_flag, "True or False"),
 }
 
 
@@ -153,12 +165,46 @@ def check_rules(params: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
 def check_parameters(params: Mapping[str, Any]) -> None:
     """Raise ValueError where a parameter of the classifier cannot be used."""
     check_rules(params, RULES)
+    _check_nested(params)
     auto, start = params["prototypes_per_class"] == "auto", params["prototype_init"]
     if auto and start != "selected":
         raise ValueError(
             'prototypes_per_class="auto" chooses among the candidates of '
             f'prototype_init="selected"; got prototype_init={start!r}.'
         )
+
+
+def _check_nested(params: Mapping[str, Any]) -> None:
+    """Raise for nested parameters that loaders and optimizer do not have, or must not be given.
+
+    Not all fits make every loader, so that one with a typing error would not be missed.
+    """
+    for name in params:
+        component, nested, own = name.partition("__")
+        if name == "optimizer__lr":
+            raise ValueError(
+                "optimizer__lr would not be heeded: lr is the learning rate of add-on layers and "
+                "prototypes, backbone_lr that of the backbone."
+            )
+        if not nested or component not in ("iterator_train", "iterator_valid", "optimizer"):
+            continue
+        known = inspect.signature(params[component]).parameters
+        if own in known or any(p.kind == p.VAR_KEYWORD for p in known.values()):
+            continue
+        near = difflib.get_close_matches(own, sorted(known), n=1)
+        hint = f" Did you mean {component + nested + near[0]!r}?" if near else ""
+        raise TypeError(f"{component} has no parameter {own!r}.{hint}")
+    check_order(params)
+
+
+def check_order(params: Mapping[str, Any]) -> None:
+    """Raise ValueError where parameters of loaders would lose images, or their order."""
+    for own in ("shuffle", "drop_last", "sampler", "batch_sampler"):
+        if params.get(f"iterator_valid__{own}"):
+            raise ValueError(
+                f"iterator_valid__{own} must not be set: answers are in the order of X, one for "
+                "each image."
+            )
 
 
 def prototype_counts(spec: str | int | Mapping[Any, int], classes: np.ndarray) -> list[int]:

@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import BaggingClassifier, VotingClassifier
+from sklearn.ensemble import BaggingClassifier, StackingClassifier, VotingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.linear_model import LogisticRegression
@@ -97,6 +99,43 @@ def test_weight_two_is_a_row_twice_in_the_last_layer():
         torch.cat([g, g[twice]]), torch.cat([y, y[twice]]), owner, 1e-2, tol=1e-9
     )
     torch.testing.assert_close(weighted.weight, doubled.weight, atol=1e-5, rtol=1e-4)
+
+
+@given(
+    st.lists(st.integers(1, 3), min_size=12, max_size=12),
+    st.integers(0, 99),
+    st.sampled_from([1e-1, 1e-2, 1e-3]),
+)
+@settings(max_examples=25, deadline=None)
+def test_whole_weights_are_repeated_rows_in_the_last_layers_optimum(weights, seed, penalty):
+    rng, times = np.random.default_rng(seed), torch.tensor(weights)
+    g, y = torch.from_numpy(rng.random((12, 6))), torch.arange(12) % 3
+    owner = torch.arange(6) % 3
+    weighted = solve_last_layer(g, y, owner, penalty, sample_weight=times.double(), tol=1e-9)
+    repeated = [rows.repeat_interleave(times, 0) for rows in (g, y)]
+    expected = solve_last_layer(*repeated, owner, penalty, tol=1e-9)
+    assert weighted.objective == pytest.approx(expected.objective, rel=1e-6)
+    torch.testing.assert_close(weighted.weight, expected.weight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_weight_zero_is_as_good_as_left_out(paths, squares, trained):
+    y, kept = squares[1], np.arange(24) % 4 != 0
+    settings = {"train_backbone": trained, "joint_epochs": 1, "lambda_l1": "cv"}
+    settings |= {"class_weight": "balanced"}
+    weighted = small(**settings).fit(paths, y, sample_weight=2.0 * kept)
+    without = small(**settings).fit(paths[kept], y[kept], sample_weight=np.full(kept.sum(), 2.0))
+    assert np.array_equal(weighted.decision_function(paths), without.decision_function(paths))
+    columns = ["class", "source", "row", "col", "weight"]
+    pd.testing.assert_frame_equal(weighted.prototypes_[columns], without.prototypes_[columns])
+    sources = weighted.prototypes_["source_index"]
+    assert paths[sources].tolist() == weighted.prototypes_["source"].tolist()
+
+
+def test_a_class_of_weight_zero_is_refused(paths, squares):
+    weight = (squares[1] != "red").astype(float)
+    with pytest.raises(ValueError, match=r"sample_weight is 0 for the whole of class \['red'\]"):
+        small().fit(paths, squares[1], sample_weight=weight)
 
 
 @pytest.mark.parametrize("folds", [2, 4, 10])
@@ -227,6 +266,12 @@ def test_bagging(paths, squares):
     model = BaggingClassifier(small(), n_estimators=2, max_samples=0.8, random_state=0)
     model.fit(paths.reshape(-1, 1), squares[1])
     assert model.score(paths.reshape(-1, 1), squares[1]) > 0.5
+
+
+def test_stacking(paths, squares):
+    members = [("one", small()), ("two", small(similarity="log"))]
+    model = StackingClassifier(members, LogisticRegression(), cv=FOLDS).fit(paths, squares[1])
+    assert model.score(paths, squares[1]) > 0.8
 
 
 def test_curves_and_permutations(paths, squares):

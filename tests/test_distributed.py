@@ -15,6 +15,10 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from fit_together import FITS, backbone, parameters, photos
 from sklearn.base import clone
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from test_sklearn import EXCUSED
+from test_sklearn import OnTables as OfOneProcess
+from test_sklearn import on_tables as as_for_one_process
 
 from protoclf import ProtoPNetClassifier
 from protoclf.distributed import DistributedProtoPNetClassifier, PartOfBatch, SeveralProcesses
@@ -135,6 +139,19 @@ def test_it_is_an_estimator_of_one_process_too():
     clf.fit(X, y).partial_fit(X, y)
     assert clf.get_params()["device"] == "auto"
     assert clone(clf).fit(X, y).score(X, y) >= 0.5
+
+
+class OnTables(OfOneProcess, DistributedProtoPNetClassifier):
+    """Takes rows of a table for images, as scikit-learn's checks need."""
+
+
+on_tables = OnTables(accelerator=Accelerator(cpu=True), **as_for_one_process.get_params(deep=False))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the checks repeat rows: prototypes collapse
+@parametrize_with_checks([on_tables], expected_failed_checks=lambda estimator: EXCUSED)
+def test_contract(estimator, check):
+    check(estimator)
 
 
 def test_options_that_would_not_be_heeded_are_refused():

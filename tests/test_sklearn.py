@@ -69,9 +69,6 @@ EXCUSED = {
     "check_no_attributes_set_in_init": (
         "skorch's nets set history_, initialized_ and virtual_params_ when they are made"
     ),
-    "check_do_not_raise_errors_in_init_or_set_params": (
-        "skorch reads `callbacks` as soon as they are set"
-    ),
     "check_sample_weight_equivalence_on_dense_data": (
         "epochs draw batches of images, and k-means and projection count every image once: "
         "weights reach the joint loss and the last layer"
@@ -350,6 +347,47 @@ def test_repr_shows_what_differs_from_the_defaults():
     clf.set_params(optimizer__weight_decay=0.1)
     assert "optimizer__weight_decay=0.1" in repr(clf)
     assert "small_cnn" in clf._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"callbacks": 3}, 'callbacks must be None, "disable" or a list'),
+        ({"train_split": 5}, "train_split must be callable"),
+        ({"optimizer": "adam"}, "optimizer must be a class of optimizers"),
+        ({"iterator_train": 3}, "iterator_train must be a class of loaders"),
+        ({"warm_start": "no"}, "warm_start must be True or False"),
+        ({"iterator_train__num_worker": 1}, "Did you mean 'iterator_train__num_workers'"),
+        ({"optimizer__weight_deca": 1}, "Did you mean 'optimizer__weight_decay'"),
+        ({"optimizer__lr": 0.1}, "lr is the learning rate of add-on layers"),
+        ({"iterator_valid__shuffle": True}, "answers are in the order of X"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:You set iterator_valid__shuffle")
+def test_wrong_parameters_of_skorch_are_refused_by_fit(photos, wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        classifier(train_backbone=False, **wrong).fit(*photos)
+
+
+@pytest.mark.parametrize("name", ["shuffle", "drop_last"])
+def test_no_loader_loses_images_or_their_order_after_the_fit(photos, name):
+    clf = classifier(train_backbone=False, warmup_epochs=0).fit(*photos)
+    clf.set_params(**{f"iterator_valid__{name}": True})
+    with pytest.raises(ValueError, match="one for each image"):
+        clf.predict(photos[0])
+
+
+def test_an_unknown_callback_is_named():
+    with pytest.raises(ValueError, match=r"no callback 'print_lok'; there are \['epoch_timer'"):
+        classifier().set_params(callbacks__print_lok=None)
+
+
+def test_callbacks_set_after_a_fit_are_in_use_in_the_next(photos):
+    scoring = EpochScoring("accuracy", name="mine", on_train=True, lower_is_better=False)
+    for go_on in (ProtoPNetClassifier.fit, ProtoPNetClassifier.partial_fit):
+        clf = classifier().fit(*photos).set_params(callbacks=[scoring])
+        assert "mine" in go_on(clf, *photos).history[-1]
 
 
 def test_an_unknown_parameter_of_a_search_is_named(photos):
