@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset, Subset, default_collate
 
-from protoclf.decoding import decode
+from protoclf.decoding import decode, in_threads
 from protoclf.geometry import Preprocessing
 from protoclf.images import Failure, Images, as_index
 from protoclf.storage import allocate
@@ -137,6 +137,17 @@ class ImageDataset(Dataset):
         for i in index[(self._sizes[index, 0] == 0) & ~self.failed(index)]:
             self._sizes[i] = self.images.size(int(i))
         return self._sizes[index]
+
+    def digests(self, index: ArrayLike) -> list[str]:
+        """Return digests of what images hold, n of them."""
+        places = as_index(index)
+        found = [""] * len(places)
+
+        def look(i: int) -> None:
+            found[i] = self.images.digest(int(places[i]))
+
+        in_threads(look, len(places))
+        return found
 
     @staticmethod
     def collate(batch: Any) -> Any:

@@ -11,11 +11,11 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
-from torch.nn.functional import unfold
 
 from protoclf.features import FitData
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Centre
+from protoclf.prototype_layer import patches_of
 
 _MAX_IMAGES = 256  # of a class, drawn at random where it has more
 _MAX_PATCHES = 16_384
@@ -61,15 +61,9 @@ def kmeans_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
 
 def class_patches(net: SkorchProtoPNet, data: FitData, c: int, rng: np.random.Generator) -> Tensor:
     """Return latent patches (n, D H1 W1) of a class's training images, as rows."""
-    train = data.train_features
-    images = _sample(np.flatnonzero(train.y.numpy() == c), _MAX_IMAGES, rng)
-    parts: list[Tensor] = []
-    for index in np.array_split(images, -(-len(images) // net.batch_size)):
-        inputs, _ = train.__getitems__(index)
-        z = net.module_.latents(inputs["features"].to(net.device))  # (n, D, H, W)
-        rows = unfold(z, net.module_.prototype_size).transpose(1, 2)  # (n, L, D H1 W1)
-        parts.append(rows.flatten(0, 1))
-    patches = torch.cat(parts)
+    images = _sample(np.flatnonzero(data.train_y.numpy() == c), _MAX_IMAGES, rng)
+    prototypes = net.module_.prototypes
+    patches = torch.cat([patches_of(z, prototypes).flatten(0, 1) for z in data.latents_of(images)])
     if len(patches) <= _MAX_PATCHES:
         return patches
     return patches[torch.from_numpy(_sample(np.arange(len(patches)), _MAX_PATCHES, rng))]

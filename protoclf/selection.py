@@ -15,7 +15,7 @@ from protoclf.features import FitData
 from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
-from protoclf.prototype_layer import min_distances
+from protoclf.prototype_layer import rough_distances
 
 _COMPONENTS = 64
 _SAMPLE = 1024  # patches of a class that its principal components are found from
@@ -33,14 +33,14 @@ def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     largest weight for their class stay; among those without weight, the ones that tell the class
     best from the others. Where the numbers of prototypes are "auto", those with weight stay.
     """
-    module, train = net.module_, data.train_features
+    module = net.module_
     candidates, owner = _candidates(net, data)  # (M, D, H1, W1), (M,)
-    y = train.y.to(owner.device)
-    distance = torch.cat([min_distances(z, candidates)[0] for z, _ in net.latents(train)])
+    y = data.train_y.to(owner.device)
+    distance = torch.cat([rough_distances(z, candidates) for z, _ in data.train_latents()])
     g = module.activations(distance)  # (N, M)
     weight = solve_last_layer(
         *(g, y, owner, _L1 * float(g.amax().clamp_min(1e-6))),
-        sample_weight=train.sample_weight,
+        sample_weight=data.train_weight,
         tol=_TOLERANCE,
         n_classes=module.last_layer.out_features,
     ).weight

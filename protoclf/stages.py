@@ -8,7 +8,7 @@ skorch's own loop, so that callbacks and the history see every stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -20,14 +20,16 @@ from skorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protoclf.features import FeatureDataset, FitData
+from protoclf.features import FitData
+from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
-from protoclf.localization import activation_boxes, covered_cells
+from protoclf.localization import activation_boxes, pair_maps
 from protoclf.net import SkorchProtoPNet
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.projection import Sources, find_sources, read_patches
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import replace_self_matches
+from protoclf.stage_cache import Arrays, remembered
 
 
 class Stage(Protocol):
@@ -73,12 +75,17 @@ class Start:
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Centre cosines, and replace the random prototypes where another start is asked for."""
+        net.set_head(remembered(net, data, self, lambda: self._head(net, data)))
+        net.agree()
+
+    def _head(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
+        """Start; return all parts of the network but the backbone."""
         centre_latents(net, data)
         if self.prototype_init == "kmeans":
             kmeans_prototypes(net, data)
         elif self.prototype_init == "selected":
             selected_prototypes(net, data)
-        net.agree()
+        return net.head()
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class Training:
         if not self.done:
             net.optimizer_.state.clear()
             _forget_misses(net)
+        data.forget_latents()
         on_images = "backbone" in self.learning_rates
         if on_images:
             net.backbone_trained_ = True
@@ -162,26 +170,37 @@ class Projection:
         module = net.module_.eval()
         module.train_only(())
         with _history_row(net, data, self.name):
-            train = data.train_features
-            own = net.processes.own_rows(len(train), net.batch_size)
-            sources = find_sources(
-                net.latents(train, own),
-                module.scaled_prototypes(),
-                module.owner,
-                self.distinct,
-                gather=lambda rows: net.processes.in_order(rows, len(train)),
-            )
-            net.sources_ = _take_patches(net, train, sources)
-            net.agree()
-            self._record_distinct(net, sources)
-            data.train_distance = _distances(net, train)
+            found = dict(remembered(net, data, self, lambda: self._search(net, data)))
+            prototypes = torch.as_tensor(found.pop("prototypes"), device=net.device)
+            module.prototypes.data.copy_(prototypes)
+            data.train_distance = torch.as_tensor(found.pop("distance"), device=net.device)
+            net.sources_ = {name: np.asarray(values) for name, values in found.items()}
+            self._record_distinct(net)
             _record_train_loss(net, data)
             _validate(net, data.valid_features)
 
-    def _record_distinct(self, net: SkorchProtoPNet, sources: Sources) -> None:
-        m = len(sources.image)
-        patches = len(np.unique(np.stack([sources.image, sources.cell]), axis=1).T)
-        images = len(np.unique(sources.image))
+    def _search(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
+        """Move the prototypes; return them, their sources, and the images' distances to them."""
+        module, train = net.module_, data.train_features
+        own = net.processes.own_rows(len(train), net.batch_size)
+        sources = find_sources(
+            data.train_latents(own),
+            module.scaled_prototypes(),
+            module.owner,
+            self.distinct,
+            gather=lambda rows: net.processes.in_order(rows, len(train)),
+        )
+        places = _take_patches(net, data, sources)
+        net.agree()
+        batches = data.train_latents(own)
+        distance = _distances(net, batches, len(train))
+        return places | {"prototypes": module.prototypes, "distance": distance}
+
+    def _record_distinct(self, net: SkorchProtoPNet) -> None:
+        image, row, col = (net.sources_[name] for name in ("image", "row", "col"))
+        m = len(image)
+        patches = len(np.unique(np.stack([image, row, col]), axis=1).T)
+        images = len(np.unique(image))
         net.history.record("distinct_patches", patches)
         net.history.record("distinct_images", images)
         if patches < 0.8 * m:
@@ -215,13 +234,16 @@ class LastLayer:
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Solve and set W."""
-        module, train = net.module_, data.train_features
+        module = net.module_
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
-            views = [module.activations(_distances(net, view)) for view in data.view_features]
+            views = [
+                module.activations(_distances(net, net.latents(view), len(view)))
+                for view in data.view_features
+            ]
             n_classes = len(module.last_layer.weight)
             net.activations_ = Activations(
-                g, train.y.to(g.device), module.owner, n_classes, train.sample_weight
+                g, data.train_y.to(g.device), module.owner, n_classes, data.train_weight
             )
             net.lambda_l1_ = self._penalty(net, data)
             self.solve(net, views)
@@ -338,39 +360,36 @@ def _validate(net: SkorchProtoPNet, valid: Dataset | None) -> None:
 @torch.no_grad()
 def _record_train_loss(net: SkorchProtoPNet, data: FitData) -> None:
     """Show skorch the training images as one batch, whose distances are known already."""
-    module, features, distance = net.module_, data.train_features, data.train_distance
+    module, y, distance = net.module_, data.train_y, data.train_distance
     outputs = module.last_layer(module.activations(distance)), distance, distance
-    inputs = {"features": features.features}
-    if features.sample_weight is not None:
-        inputs["sample_weight"] = features.sample_weight
-    step = {"loss": net.get_loss(outputs, features.y, X=inputs), "y_pred": outputs}
-    net.run_single_epoch([(inputs, features.y)], True, "train", lambda batch: step)
+    inputs = {"index": torch.from_numpy(in_whole(data.train_images)[1])}
+    if data.train_weight is not None:
+        inputs["sample_weight"] = data.train_weight
+    step = {"loss": net.get_loss(outputs, y, X=inputs), "y_pred": outputs}
+    net.run_single_epoch([(inputs, y)], True, "train", lambda batch: step)
 
 
 @torch.no_grad()
-def _distances(net: SkorchProtoPNet, features: FeatureDataset) -> Tensor:
-    """Squared distances (N, m) of the training images to all prototypes."""
-    own = net.processes.own_rows(len(features), net.batch_size)
-    distance = torch.cat([net.module_.compare(z)[1] for z, _ in net.latents(features, own)])
-    return net.processes.in_order(distance, len(features))
+def _distances(net: SkorchProtoPNet, latents: Iterable[tuple[Tensor, Tensor]], n: int) -> Tensor:
+    """Squared distances (n, m) of images to all prototypes, from this process's latent maps."""
+    distance = torch.cat([net.module_.compare(z)[1] for z, _ in latents])
+    return net.processes.in_order(distance, n)
 
 
 @torch.no_grad()
-def _take_patches(
-    net: SkorchProtoPNet, features: FeatureDataset, sources: Sources
-) -> dict[str, np.ndarray]:
+def _take_patches(net: SkorchProtoPNet, data: FitData, sources: Sources) -> dict[str, np.ndarray]:
     """Write the chosen patches into the prototypes; return where each was found."""
-    module = net.module_
-    box = np.zeros((len(sources.image), 4))
+    module, found = net.module_, []
     for index, patches, z, sample in read_patches(
-        net.latents(features), sources, module.prototype_size
+        data.train_latents(), sources, module.prototype_size
     ):
         module.prototypes[torch.from_numpy(index)] = patches
-        for i in np.unique(sample).tolist():
-            mine = index[sample == i]  # (k,), the prototypes of one image
-            maps = module.similarity_maps(z[i : i + 1], torch.from_numpy(mine))[0]  # (k, H', W')
-            cells = covered_cells(maps, module.prototype_size)  # (k, H, W)
-            box[mine] = activation_boxes(cells, net.image_size).cpu().numpy()
+        order = sample.argsort(kind="stable")
+        where, which = torch.from_numpy(sample[order]), torch.from_numpy(index[order])
+        found.append((which, pair_maps(module, z, where, which)))  # (k, H, W)
         width = z.shape[3] - module.prototype_size[1] + 1
+    prototype, cells = map(torch.cat, zip(*found, strict=True))  # (m,), (m, H, W)
+    box = np.empty((len(prototype), 4))
+    box[prototype.numpy()] = activation_boxes(cells, net.image_size).cpu().numpy()
     row, col = np.divmod(sources.cell, width)
     return {"image": sources.image, "row": row, "col": col, "box": box, "moved": sources.distance}

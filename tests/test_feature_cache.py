@@ -13,7 +13,7 @@ from torch import nn
 
 from protoclf import ProtoPNetClassifier
 from protoclf.backbones import SmallCNN
-from protoclf.feature_cache import fingerprint
+from protoclf.feature_cache import fingerprint, recent_features
 from protoclf.geometry import Preprocessing
 from protoclf.network import ProtoPNet
 
@@ -105,6 +105,7 @@ def test_damage_costs_time_alone(files, tmp_path, backbone_images):
     for i, file in enumerate(sorted((tmp_path / "m").rglob("*.npy"))):
         if i % 2:
             file.write_bytes(b"")
+    recent_features.clear()
     np.testing.assert_allclose(clf.decision_function(X), expected, atol=1e-4)
     assert sum(backbone_images) == len(X) + len(X) // 2
 
