@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
@@ -25,6 +25,8 @@ _KEPT = ("features", "index", "sample_weight")
 
 LATENT_BUDGET = 2**28
 """Bytes of latent maps that a fit keeps beside the features (256 MiB)."""
+
+Arrays = Mapping[str, Tensor | np.ndarray]
 
 ImagePart = ImageDataset | Subset
 """All images of a fit, or those of one part of it."""
@@ -221,6 +223,7 @@ class FitData:
         self._valid_features: FeatureDataset | None = None
         self._view_features: list[FeatureDataset] | None = None
         self._kept_latents: tuple[str, list[tuple[Tensor, Tensor]]] = ("", [])
+        self._projected: tuple[str, Arrays] = ("", {})
 
     @property
     def train_y(self) -> Tensor:
@@ -237,18 +240,16 @@ class FitData:
     @cached_property
     def image_digests(self) -> list[str]:
         """What the training images held when this was first asked."""
-        return self._digests()
+        whole, index = in_whole(self.train_images)
+        return whole.digests(index)
 
     def images_unchanged(self) -> bool:
         """Return whether the training images still hold what `image_digests` says."""
+        then, (whole, index) = self.image_digests, in_whole(self.train_images)
         try:
-            return self._digests() == self.image_digests
+            return whole.digests(index, anew=True) == then
         except ImageError:
             return False
-
-    def _digests(self) -> list[str]:
-        whole, index = in_whole(self.train_images)
-        return whole.digests(index)
 
     @cached_property
     def backbone_fingerprint(self) -> str:
@@ -304,9 +305,21 @@ class FitData:
             with torch.no_grad():
                 yield self.net.module_.latents(inputs["features"].to(self.net.device))
 
+    def keep_projected(self, projected: Arrays) -> None:
+        """Keep what `project` would return for the prototypes as they are."""
+        self._projected = state_digest(self.net.head()), projected
+
+    @property
+    def projected_by_start(self) -> Arrays | None:
+        """What the start found for the projection, if the network is as it left it."""
+        state, projected = self._projected
+        same = state and not self.net.backbone_trained_ and state == state_digest(self.net.head())
+        return projected if same else None
+
     def forget_latents(self) -> None:
         """Make room: gradient steps follow."""
         self._kept_latents = ("", [])
+        self._projected = ("", {})
 
     @property
     def view_features(self) -> list[FeatureDataset]:

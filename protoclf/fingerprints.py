@@ -11,6 +11,7 @@ import hashlib
 import importlib.resources
 import inspect
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import numpy
@@ -37,7 +38,7 @@ def module_digest(module: nn.Module) -> str:
     return digest.hexdigest() + state_digest(module.state_dict())
 
 
-def state_digest(state: dict[str, Tensor]) -> str:
+def state_digest(state: Mapping[str, Tensor]) -> str:
     """Return a digest of named tensors."""
     digest = hashlib.sha256()  # processors have instructions for it
     for name, tensor in state.items():

@@ -12,10 +12,11 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from protoclf.features import FitData
+from protoclf.features import Arrays, FitData
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Centre
 from protoclf.prototype_layer import patches_of
+from protoclf.stage_cache import remembered
 
 _MAX_IMAGES = 256  # of a class, drawn at random where it has more
 _MAX_PATCHES = 16_384
@@ -28,13 +29,20 @@ def centre_latents(net: SkorchProtoPNet, data: FitData) -> None:
     add_on = net.module_.eval().add_on
     if not (len(add_on) and isinstance(add_on[-1], Centre)):
         return
+    found = remembered(net, data, "centre", add_on.state_dict(), lambda: _mean_cell(net, data))
+    add_on[-1].mean.copy_(torch.as_tensor(found["mean"], device=net.device)[:, None, None])
+
+
+def _mean_cell(net: SkorchProtoPNet, data: FitData) -> Arrays:
+    """Return the mean latent cell (D,) in front of the last add-on layer."""
+    add_on = net.module_.add_on
     means, counts = [], []
     for inputs, y in net.get_iterator(data.train_features, training=False):
         features = inputs["features"].to(net.device).float()
         means.append(add_on[:-1](features).mean((0, 2, 3)))  # (D,)
         counts.append(len(y))
     share = torch.tensor(counts, device=net.device) / sum(counts)  # (batches,)
-    add_on[-1].mean.copy_((share @ torch.stack(means))[:, None, None])
+    return {"mean": share @ torch.stack(means)}
 
 
 @torch.no_grad()

@@ -272,14 +272,25 @@ def _scores(patches: Tensor, p: Tensor, buffer: Tensor) -> Iterator[tuple[slice,
 def _argmax(score: Tensor) -> Tensor:
     """Flat index (n, m) of the largest score (n, H', W', m), the first of equals.
 
-    The row of the map first, then the cell in it: the plain maximum is several times faster than
-    the one that keeps track of indices, which is left with 1 / W' + 1 / H' of the numbers.
+    The row of the map first, then the cell in it: the plain maximum is many times faster than
+    the one that keeps track of indices, and leaves 1 / W' + 1 / H' of the numbers to look through.
     """
     width = score.shape[2]
-    row = score.amax(2).max(1).indices  # (n, m)
+    rows = score.amax(2)  # (n, H', m)
+    best = rows.amax(1)  # (n, m)
+    row = _first(rows, best)
     index = row[:, None, None].expand(-1, 1, width, -1)  # (n, 1, W', m)
-    column = score.gather(1, index).squeeze(1).max(1).indices  # (n, m)
+    column = _first(score.gather(1, index).squeeze(1), best)  # (n, m)
     return row.mul_(width).add_(column)
+
+
+def _first(values: Tensor, best: Tensor) -> Tensor:
+    """Index (n, m) of the first of the values (n, k, m) that is the best (n, m), or NaN."""
+    k = values.shape[1]
+    small = torch.uint8 if k < 256 else torch.int32
+    rank = torch.arange(k, 0, -1, dtype=small, device=values.device)[:, None]  # (k, 1)
+    found = (values == best[:, None]) | (values != values)  # (n, k, m)
+    return k - (found * rank).amax(1).long()
 
 
 def _distances_at(cell: Tensor, patches: Tensor, p: Tensor, buffer: Tensor, out: Tensor):

@@ -17,47 +17,55 @@ import torch
 from torch import Tensor
 
 from protoclf.array_store import ArrayStore
-from protoclf.features import FitData
+from protoclf.features import Arrays, FitData
 from protoclf.fingerprints import code_digest, state_digest
 from protoclf.fit_key import described
 from protoclf.images import ImageError
 from protoclf.net import SkorchProtoPNet
 
-Arrays = Mapping[str, Tensor | np.ndarray]
+LARGEST = 2**27
+"""Bytes of a result that is worth keeping (128 MiB)."""
 
 
 def remembered(
-    net: SkorchProtoPNet, data: FitData, stage: Any, work: Callable[[], Arrays]
+    net: SkorchProtoPNet,
+    data: FitData,
+    what: Any,
+    state: Mapping[str, Tensor],
+    work: Callable[[], Arrays],
 ) -> Arrays:
-    """Return what `work` returns, which depends on nothing but net, data and stage.
+    """Return what `work` returns, from an earlier fit if possible.
 
     Parameters
     ----------
     net : SkorchProtoPNet
-        As it comes to the stage.
+        Of its parameters, those of loading features and its seed are seen to here.
     data : FitData
-    stage : dataclass
-        Its fields are parameters that matter.
+    what : object
+        Name and all other parameters of the work, as its `repr` tells them.
+    state : mapping of str to Tensor
+        What the work uses of the network beside the backbone.
     work : callable
-        Computes named arrays.
+        Computes named arrays, from training images, their classes and weights, and the above.
 
     Returns
     -------
     mapping of str to Tensor or ndarray
     """
-    folder, key = net.memory_folder, _key(net, data, stage)
+    folder, key = net.memory_folder, _key(net, data, what, state)
     if folder is None or key is None:
         return work()
     store = ArrayStore(folder / "stages")
     found: Arrays | None = store.get_several(key)
     if found is None:
         found = work()
-        if data.images_unchanged():
+        size = sum(value.nbytes for value in found.values())
+        if size <= LARGEST and data.images_unchanged():
             store.put_several(key, {name: _array(value) for name, value in found.items()})
     return found
 
 
-def _key(net: SkorchProtoPNet, data: FitData, stage: Any) -> str | None:
+def _key(net: SkorchProtoPNet, data: FitData, what: Any, state: Mapping[str, Tensor]) -> str | None:
     """Digest all that the result depends on; None where it cannot be kept."""
     if net.memory_folder is None or net.backbone_trained_ or not net.processes.is_alone:
         return None
@@ -70,8 +78,8 @@ def _key(net: SkorchProtoPNet, data: FitData, stage: Any) -> str | None:
         labels["weight"] = data.train_weight
     loader = net.iterator_valid
     parts = (
-        *(code_digest(), data.backbone_fingerprint, state_digest(net.head()), state_digest(labels)),
-        *(stage, net.module_.similarity, described(net.prototypes_per_class), net.seed_),
+        *(code_digest(), data.backbone_fingerprint, state_digest(state), state_digest(labels)),
+        *(what, net.module_.similarity, net.seed_),
         # what rounding depends on: the batches, and how matrices are multiplied
         *(net.batch_size, described(net.get_params_for("iterator_valid")), described(loader)),
         *(torch.get_num_threads(), torch.get_float32_matmul_precision()),

@@ -8,7 +8,7 @@ skorch's own loop, so that callbacks and the history see every stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -20,16 +20,19 @@ from skorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protoclf.features import FitData
+from protoclf.features import Arrays, FitData
+from protoclf.fit_key import described
 from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
-from protoclf.localization import activation_boxes, pair_maps
 from protoclf.net import SkorchProtoPNet
+from protoclf.patch_search import image_distances, project, with_boxes
 from protoclf.penalty import PENALTIES, Activations, penalty_path
-from protoclf.projection import Sources, find_sources, read_patches
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import replace_self_matches
-from protoclf.stage_cache import Arrays, remembered
+from protoclf.stage_cache import remembered
+
+_PLACE = ("image", "row", "col", "box", "moved")  # of the sources
+_PROJECTED = "projected."
 
 
 class Stage(Protocol):
@@ -51,7 +54,8 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
     """Return the stages of a fit; those before the first cycle only where it is the first fit."""
     stages: list[Stage] = []
     if first:
-        stages.append(Start(net.prototype_init))
+        trained = net.warmup_epochs or (net.train_backbone and net.joint_epochs)
+        stages.append(Start(net.prototype_init, is_whole_training=not trained))
         heads = {"add_on": net.lr, "prototypes": net.lr}
         stages.append(Training("warm-up", net.warmup_epochs, heads))
     joint = {"backbone": net.backbone_lr, "add_on": net.lr, "prototypes": net.lr}
@@ -67,25 +71,43 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Start:
-    """Set prototypes and last layer to where the training begins."""
+    """Set prototypes and last layer to where the training begins.
+
+    Attributes
+    ----------
+    prototype_init : {"selected", "kmeans", "random"}
+    is_whole_training : bool
+        Whether no training follows, but the projection.
+    """
 
     prototype_init: str
+    is_whole_training: bool = False
     name: str = "start"
     costly: ClassVar[bool] = True
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Centre cosines, and replace the random prototypes where another start is asked for."""
-        net.set_head(remembered(net, data, self, lambda: self._head(net, data)))
+        what = self, described(net.prototypes_per_class)
+        found = remembered(net, data, what, net.head(), lambda: self._begin(net, data))
+        net.set_head({n: v for n, v in found.items() if not n.startswith(_PROJECTED)})
         net.agree()
+        projected = {n: v for n, v in found.items() if n.startswith(_PROJECTED)}
+        if projected and net.processes.is_alone:
+            data.keep_projected({n.removeprefix(_PROJECTED): v for n, v in projected.items()})
 
-    def _head(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
-        """Start; return all parts of the network but the backbone."""
+    def _begin(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
+        """Start; return all parts of the network but the backbone, and where they are projected.
+
+        The latter where nothing is trained in between.
+        """
         centre_latents(net, data)
+        projected: Arrays = {}
         if self.prototype_init == "kmeans":
             kmeans_prototypes(net, data)
         elif self.prototype_init == "selected":
-            selected_prototypes(net, data)
-        return net.head()
+            projected = selected_prototypes(net, data, project_all=self.is_whole_training)
+            projected = with_boxes(net, projected) if projected else {}
+        return net.head() | {f"{_PROJECTED}{name}": v for name, v in projected.items()}
 
 
 @dataclass(frozen=True)
@@ -170,31 +192,18 @@ class Projection:
         module = net.module_.eval()
         module.train_only(())
         with _history_row(net, data, self.name):
-            found = dict(remembered(net, data, self, lambda: self._search(net, data)))
-            prototypes = torch.as_tensor(found.pop("prototypes"), device=net.device)
-            module.prototypes.data.copy_(prototypes)
-            data.train_distance = torch.as_tensor(found.pop("distance"), device=net.device)
-            net.sources_ = {name: np.asarray(values) for name, values in found.items()}
+            found = data.projected_by_start if self.distinct is None else None
+            if found is None:
+                found = remembered(net, data, self, net.head(), lambda: self._project(net, data))
+            module.prototypes.data.copy_(torch.as_tensor(found["prototypes"]))
+            data.train_distance = torch.as_tensor(found["distance"], device=net.device)
+            net.sources_ = {name: np.asarray(found[name]) for name in _PLACE}
             self._record_distinct(net)
             _record_train_loss(net, data)
             _validate(net, data.valid_features)
 
-    def _search(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
-        """Move the prototypes; return them, their sources, and the images' distances to them."""
-        module, train = net.module_, data.train_features
-        own = net.processes.own_rows(len(train), net.batch_size)
-        sources = find_sources(
-            data.train_latents(own),
-            module.scaled_prototypes(),
-            module.owner,
-            self.distinct,
-            gather=lambda rows: net.processes.in_order(rows, len(train)),
-        )
-        places = _take_patches(net, data, sources)
-        net.agree()
-        batches = data.train_latents(own)
-        distance = _distances(net, batches, len(train))
-        return places | {"prototypes": module.prototypes, "distance": distance}
+    def _project(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
+        return with_boxes(net, project(net, data, self.distinct))
 
     def _record_distinct(self, net: SkorchProtoPNet) -> None:
         image, row, col = (net.sources_[name] for name in ("image", "row", "col"))
@@ -238,7 +247,7 @@ class LastLayer:
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
             views = [
-                module.activations(_distances(net, net.latents(view), len(view)))
+                module.activations(image_distances(net, net.latents(view), len(view)))
                 for view in data.view_features
             ]
             n_classes = len(module.last_layer.weight)
@@ -367,29 +376,3 @@ def _record_train_loss(net: SkorchProtoPNet, data: FitData) -> None:
         inputs["sample_weight"] = data.train_weight
     step = {"loss": net.get_loss(outputs, y, X=inputs), "y_pred": outputs}
     net.run_single_epoch([(inputs, y)], True, "train", lambda batch: step)
-
-
-@torch.no_grad()
-def _distances(net: SkorchProtoPNet, latents: Iterable[tuple[Tensor, Tensor]], n: int) -> Tensor:
-    """Squared distances (n, m) of images to all prototypes, from this process's latent maps."""
-    distance = torch.cat([net.module_.compare(z)[1] for z, _ in latents])
-    return net.processes.in_order(distance, n)
-
-
-@torch.no_grad()
-def _take_patches(net: SkorchProtoPNet, data: FitData, sources: Sources) -> dict[str, np.ndarray]:
-    """Write the chosen patches into the prototypes; return where each was found."""
-    module, found = net.module_, []
-    for index, patches, z, sample in read_patches(
-        data.train_latents(), sources, module.prototype_size
-    ):
-        module.prototypes[torch.from_numpy(index)] = patches
-        order = sample.argsort(kind="stable")
-        where, which = torch.from_numpy(sample[order]), torch.from_numpy(index[order])
-        found.append((which, pair_maps(module, z, where, which)))  # (k, H, W)
-        width = z.shape[3] - module.prototype_size[1] + 1
-    prototype, cells = map(torch.cat, zip(*found, strict=True))  # (m,), (m, H, W)
-    box = np.empty((len(prototype), 4))
-    box[prototype.numpy()] = activation_boxes(cells, net.image_size).cpu().numpy()
-    row, col = np.divmod(sources.cell, width)
-    return {"image": sources.image, "row": row, "col": col, "box": box, "moved": sources.distance}

@@ -398,3 +398,13 @@ def test_rough_distances_are_those_of_the_layer_but_for_rounding(size):
     torch.testing.assert_close(rough.double(), min_distances(z, p)[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="latent map and prototypes"):
         rough_distances(z, p[:, :2])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (2, 300), (300, 1)])
+def test_the_largest_score_is_found_where_it_comes_first(shape):
+    score = torch.randint(0, 5, (3, *shape, 6)).float()
+    score[0, :, :, 1] = 2.0  # all equal
+    score[1, -1, -1, 2] = torch.nan  # which counts as the largest, so that nobody overlooks it
+    score[2, :, :, 3] = torch.nan
+    expected = score.flatten(1, 2).numpy().argmax(1)
+    assert torch.equal(prototype_layer._argmax(score), torch.from_numpy(expected))

@@ -7,10 +7,11 @@ import PIL.Image
 import pytest
 import torch
 from sklearn.model_selection import GridSearchCV
+from skorch.callbacks import Callback
 from skorch.dataset import ValidSplit
 from torch import nn
 
-from protoclf import ProtoPNetClassifier, stage_cache, stages
+from protoclf import ProtoPNetClassifier, features, selection, stage_cache, stages
 from protoclf.backbones import SmallCNN
 from protoclf.feature_cache import recent_features
 
@@ -39,20 +40,21 @@ def files(tmp_path, squares):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Names of the stages that were computed, not remembered."""
+    """What was computed, not remembered, in the order in which it was begun."""
     names = []
 
-    def note(stage, method):
-        work = getattr(stage, method)
+    def note(name, where, function):
+        work = getattr(where, function)
 
-        def noting(self, net, data):
-            names.append(self.name)
-            return work(self, net, data)
+        def noting(*args, **kwargs):
+            names.append(name)
+            return work(*args, **kwargs)
 
-        monkeypatch.setattr(stage, method, noting)
+        monkeypatch.setattr(where, function, noting)
 
-    note(stages.Start, "_head")
-    note(stages.Projection, "_search")
+    note("start", stages.Start, "_begin")
+    note("candidates", selection, "_candidates")
+    note("projection", stages, "project")
     return names
 
 
@@ -98,11 +100,11 @@ def test_a_fit_is_the_same_without_memory_and_with_it_cold_and_warm(files, tmp_p
 def test_what_only_the_last_layer_sees_computes_nothing_again(files, tmp_path, computed):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "projection"]
+    assert computed == ["start", "candidates"]
     for changed in ({"lambda_l1": 1e-2}, {"lambda_l1": "cv"}, {"self_matches": "median"}):
         clf = frozen(tmp_path / "m", **changed).fit(X, y)
         assert_same_model(clf, frozen(None, **changed).fit(X, y), X)
-        assert computed[2:] == ["start", "projection"]  # those of the fit without memory
+        assert computed[2:] == ["start", "candidates"]  # those of the fit without memory
         del computed[2:]
 
 
@@ -143,14 +145,21 @@ OTHER = {
 }
 
 
+SHARES = {  # the candidates, or needs none
+    "prototypes": ["start"],
+    "prototypes of a class": ["start"],
+    "init": ["start", "projection"],
+}
+
+
 @pytest.mark.parametrize("kind", OTHER)
 def test_a_start_is_never_used_for_others(files, tmp_path, computed, kind):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "projection"]
+    assert computed == ["start", "candidates"]
     X, y, weight, parameters = OTHER[kind](X, y)
     clf = frozen(tmp_path / "m", **parameters).fit(X, y, sample_weight=weight)
-    assert computed == ["start", "projection"] * 2
+    assert computed[2:] == SHARES.get(kind, ["start", "candidates"])
     assert_same_model(clf, frozen(None, **parameters).fit(X, y, sample_weight=weight), X)
 
 
@@ -158,12 +167,12 @@ def test_another_projection_shares_the_start(files, tmp_path, computed):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
     frozen(tmp_path / "m", distinct="images").fit(X, y)
-    assert computed == ["start", "projection", "projection"]
+    assert computed == ["start", "candidates", "projection"]
 
 
 def test_warm_up_lies_between_start_and_projection(files, tmp_path, computed):
     X, y = files
-    for epochs, expected in ((1, 2), (1, 2), (2, 3)):
+    for epochs, expected in ((1, 3), (1, 3), (2, 4)):
         frozen(tmp_path / "m", warmup_epochs=epochs).fit(X, y)
         assert len(computed) == expected
 
@@ -173,7 +182,7 @@ def test_another_picture_under_the_same_name_is_another(files, tmp_path, compute
     frozen(tmp_path / "m").fit(X, y)
     shutil.copy(X[3], X[0])  # of the same class
     clf = frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "projection"] * 2
+    assert computed == ["start", "candidates"] * 2
     assert_same_model(clf, frozen(None).fit(X, y), X)
 
 
@@ -184,7 +193,7 @@ def test_other_weights_of_the_backbone_are_another(files, tmp_path, computed):
     with torch.no_grad():
         clf.backbone[0][0].weight[0, 0, 0, 0] += 1e-3
     clf.fit(X, y)
-    assert computed == ["start", "projection"] * 2
+    assert computed == ["start", "candidates"] * 2
 
 
 def test_other_code_is_another(files, tmp_path, computed, monkeypatch):
@@ -192,22 +201,23 @@ def test_other_code_is_another(files, tmp_path, computed, monkeypatch):
     frozen(tmp_path / "m").fit(X, y)
     monkeypatch.setattr(stage_cache, "code_digest", lambda: "another version")
     frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "projection"] * 2
+    assert computed == ["start", "candidates"] * 2
 
 
 def test_images_that_change_meanwhile_leave_nothing_behind(files, tmp_path, monkeypatch):
     X, y = files
     selected = stages.selected_prototypes
 
-    def changing(net, data):
+    def changing(net, data, project_all):
         data.train_features  # noqa: B018 (computed now)
         shutil.copy(X[3], X[0])
-        selected(net, data)
+        return selected(net, data, project_all)
 
     monkeypatch.setattr(stages, "selected_prototypes", changing)
     with pytest.warns(UserWarning, match="was changed"):
         frozen(tmp_path / "m").fit(X, y)
-    assert not list((tmp_path / "m").rglob("*.npz"))
+    (centre,) = (tmp_path / "m").rglob("*.npz")  # found before the change
+    assert list(np.load(centre)) == ["mean"]
     monkeypatch.undo()
     assert_same_model(frozen(tmp_path / "m").fit(X, y), frozen(None).fit(X, y), X)
 
@@ -217,13 +227,13 @@ def test_damage_costs_time_alone(files, tmp_path, computed, damage):
     X, y = files
     first = frozen(tmp_path / "m").fit(X, y)
     kept = list((tmp_path / "m").rglob("*.npz"))
-    assert len(kept) == 2
+    assert len(kept) == 3
     for file in kept:
         file.write_bytes(damage)
     assert_same_model(frozen(tmp_path / "m").fit(X, y), first, X)
-    assert computed == ["start", "projection"] * 2
+    assert computed == ["start", "candidates"] * 2
     frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "projection"] * 2
+    assert computed == ["start", "candidates"] * 2
 
 
 def test_a_trained_backbone_shares_its_start_alone(files, tmp_path, computed):
@@ -232,7 +242,7 @@ def test_a_trained_backbone_shares_its_start_alone(files, tmp_path, computed):
     plain, cold, warm = (
         frozen(m, **trained).fit(X, y) for m in (None, tmp_path / "m", tmp_path / "m")
     )
-    assert computed == ["start", "projection", "start", "projection", "projection"]
+    assert computed == ["start", "candidates", "projection"] * 2 + ["projection"]
     assert_same_model(cold, plain, X)
     assert_same_model(warm, plain, X)
 
@@ -278,3 +288,38 @@ def test_backbones_that_differ_in_an_attribute_are_told_apart(files, tmp_path, c
         torch.manual_seed(0)
         clf.set_params(backbone=Seen(factor)).fit(X, y)
         assert len(computed) == 2 * (k + 1)
+
+
+@pytest.mark.parametrize("kind", ["default", "distinct", "auto"])
+def test_the_projection_that_the_start_found_is_the_one_by_search(files, monkeypatch, kind):
+    X, y = files
+    parameters = {**FROZEN[kind], "distinct": None}
+    known = frozen(None, **parameters).fit(X, y)
+    monkeypatch.setattr(features.FitData, "projected_by_start", None)
+    searched = frozen(None, **parameters).fit(X, y)
+    assert known.prototypes_.drop(columns="moved").equals(
+        searched.prototypes_.drop(columns="moved")
+    )
+    assert torch.equal(known.module_.prototypes, searched.module_.prototypes)
+    torch.testing.assert_close(known.activations_.g, searched.activations_.g)
+
+
+def test_prototypes_that_a_callback_moves_are_projected_anew(files, computed):
+    X, y = files
+
+    class Moving(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            with torch.no_grad():
+                net.module_.prototypes.mul_(1.01).add_(0.01)
+
+    clf = frozen(None, callbacks=[Moving()]).fit(X, y)
+    assert computed == ["start", "candidates", "projection"]
+    assert clf.prototypes_["moved"].max() > 0
+
+
+def test_results_beyond_what_is_worth_keeping_are_not_kept(files, tmp_path, monkeypatch):
+    X, y = files
+    monkeypatch.setattr(stage_cache, "LARGEST", 100)
+    frozen(tmp_path / "m").fit(X, y)
+    (centre,) = (tmp_path / "m").rglob("*.npz")
+    assert list(np.load(centre)) == ["mean"]
