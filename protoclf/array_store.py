@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -20,7 +21,7 @@ def folder_of(memory: Any) -> Path | None:
 
 
 class ArrayStore:
-    """Arrays as .npy files, one each, written whole or not at all.
+    """Arrays as .npy files, or several by name as .npz files, written whole or not at all.
 
     Any number of processes may read and write at the same time: who comes second writes the same.
     A file that cannot be read counts as missing; where nothing can be written, nothing is kept,
@@ -45,26 +46,40 @@ class ArrayStore:
 
     def put(self, key: str, array: np.ndarray) -> None:
         """Keep an array."""
+        self._put(self._file(key), lambda out: np.save(out, array, allow_pickle=False))
+
+    def get_several(self, key: str) -> dict[str, np.ndarray] | None:
+        """Return the named arrays of a key, or None."""
+        try:
+            with np.load(self._file(key, ".npz"), allow_pickle=False) as stored:
+                return dict(stored)
+        except Exception:  # whatever damage does to zip files
+            return None
+
+    def put_several(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep named arrays, all of them or none."""
+        self._put(self._file(key, ".npz"), lambda out: np.savez(out, **dict[str, Any](arrays)))
+
+    def _put(self, file: Path, write: Callable[[Any], None]) -> None:
         if not self._writable:
             return
-        file = self._file(key)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._write(file, array)
+            self._write(file, write)
         except OSError as error:
             self._writable = False
-            warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=2)
+            warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=3)
 
-    def _write(self, file: Path, array: np.ndarray) -> None:
+    def _write(self, file: Path, write: Callable[[Any], None]) -> None:
         handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as out:
-                np.save(out, array, allow_pickle=False)
+                write(out)
             os.replace(temporary, file)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
 
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key[2:]}.npy"
+    def _file(self, key: str, suffix: str = ".npy") -> Path:
+        return self.folder / key[:2] / f"{key[2:]}{suffix}"

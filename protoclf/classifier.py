@@ -84,8 +84,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         1 - d / 2 of latents of unit length.
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
-        those patches, of eight times as many candidates, that a sparse last layer makes use of,
-        "random" at random (the paper's).
+        those patches, of eight times as many candidates (80 at least, where there are as many),
+        that a sparse last layer makes use of, "random" at random (the paper's).
     class_weight : None, "balanced" or dict, default=None
         Weight of the images of each class, times `sample_weight`; "balanced" gives all classes
         the same weight in sum.
@@ -118,8 +118,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     memory : None, path or joblib.Memory, default=None
         Folder in which the features of the backbone as given are kept, for other fits and for
         `predict`, in this process or another: a search then runs it once for each image. They are
-        looked up by the contents of image and backbone, never by a name. Nothing is ever removed
-        from the folder; delete it when done.
+        looked up by the contents of image and backbone, never by a name. So are the starts and
+        projections that fits have in common. Nothing is ever removed from the folder; delete it
+        when done.
     checkpoint : None or path, default=None
         Folder in which a fit keeps its state after the start and after every epoch, until it is
         done. The same fit, with the same data, goes on from there should it have been stopped,

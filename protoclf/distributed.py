@@ -198,6 +198,7 @@ class SeveralProcesses(OneProcess):
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
         self.is_first = accelerator.is_main_process
+        self.is_alone = accelerator.num_processes == 1
 
     def own_rows(self, n: int, batch_size: int) -> Sequence[int]:
         """Return the positions, of n, that this process computes.

@@ -6,10 +6,7 @@ itself: weights, structure and source code. Nothing that is found can be out of 
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
-import types
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,17 @@ from torch.utils.data import Dataset, Subset
 
 from protoclf.array_store import ArrayStore
 from protoclf.decoding import in_threads
+from protoclf.fingerprints import module_digest, state_digest
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import ImageError
 from protoclf.network import ProtoPNet
+from protoclf.recent import Recent
 
-_FORMAT = "1"
+_FORMAT = "2"
+
+recent_features = Recent()
+"""Those that this process has read, by folder and key."""
 
 
 class FeatureCache:
@@ -46,6 +48,15 @@ class FeatureCache:
 
     def read(self, key: str) -> Tensor | None:
         """Return the features (C, h, w) of an image, or None."""
+        place = self.store.folder, key
+        features = recent_features.get(place)
+        if features is None:
+            features = self._stored(key)
+            if features is not None:
+                recent_features.put(place, features)
+        return features
+
+    def _stored(self, key: str) -> Tensor | None:
         stored = self.store.get(key)
         if stored is None:
             return None
@@ -109,34 +120,8 @@ class CachedImages(Dataset):
 
 def fingerprint(module: ProtoPNet, preprocessing: Preprocessing) -> str:
     """Return a digest of all that the features of an image depend on, but for the image."""
-    digest = hashlib.blake2b(digest_size=16)
     versions = (_FORMAT, torch.__version__, torchvision.__version__, PIL.__version__)
     settings = (preprocessing, module.half_precision, module.prototypes.device.type)
-    digest.update(repr((versions, settings, module.backbone)).encode())
-    layers: set[Any] = {type(layer) for layer in module.backbone.modules()}
-    for source in sorted(_source(layer) for layer in layers):
-        digest.update(source)
-    state = module.backbone.state_dict() | {"mean": module.mean, "std": module.std}
-    for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _source(layer: Any) -> bytes:
-    """Source code of a class of layers; torch's own are known by its version."""
-    name = f"{layer.__module__}.{layer.__qualname__}".encode()
-    if layer.__module__.startswith(("torch.", "torchvision.")):
-        return name
-    try:
-        return name + inspect.getsource(layer).encode()
-    except (OSError, TypeError):  # defined at a prompt
-        functions = [f for f in vars(layer).values() if inspect.isfunction(f)]
-        return name + b"".join(_code(f.__code__) for f in functions)
-
-
-def _code(code: types.CodeType) -> bytes:
-    """Instructions of a function, and the constants and names that they use."""
-    constants = [_code(c) if inspect.iscode(c) else repr(c).encode() for c in code.co_consts]
-    return code.co_code + repr(code.co_names).encode() + b"".join(constants)
+    scale = state_digest({"mean": module.mean, "std": module.std})
+    parts = repr((versions, settings, module_digest(module.backbone), scale))
+    return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,12 +14,19 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_of
-from protoclf.feature_cache import CachedImages, FeatureCache
+from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
+from protoclf.fingerprints import state_digest
 from protoclf.image_dataset import Batch, ImageDataset, in_whole
+from protoclf.images import ImageError
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.storage import allocate
 
 _KEPT = ("features", "index", "sample_weight")
+
+LATENT_BUDGET = 2**28
+"""Bytes of latent maps that a fit keeps beside the features (256 MiB)."""
+
+Arrays = Mapping[str, Tensor | np.ndarray]
 
 ImagePart = ImageDataset | Subset
 """All images of a fit, or those of one part of it."""
@@ -110,7 +118,7 @@ def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset
 
 def _check_finite(rows: Tensor, index: Tensor) -> None:
     """Raise NotFinite for images whose features (n, H, W, C) are no numbers."""
-    sums = torch.cat([part.float().sum((1, 2, 3)) for part in rows.split(256)])  # (n,)
+    sums = torch.cat([part.float().sum((1, 2, 3)) for part in rows.split(32)])  # (n,)
     bad = ~sums.isfinite().cpu()
     if bad.any():
         raise NotFinite("The backbone's features are not finite", index[bad])
@@ -214,6 +222,39 @@ class FitData:
         self._train_features: FeatureDataset | None = None
         self._valid_features: FeatureDataset | None = None
         self._view_features: list[FeatureDataset] | None = None
+        self._kept_latents: tuple[str, list[tuple[Tensor, Tensor]]] = ("", [])
+        self._projected: tuple[str, Arrays] = ("", {})
+
+    @property
+    def train_y(self) -> Tensor:
+        """Class indices (N,) of the training images."""
+        whole, index = in_whole(self.train_images)
+        return whole.y[index]
+
+    @property
+    def train_weight(self) -> Tensor | None:
+        """Weights (N,) of the training images."""
+        whole, index = in_whole(self.train_images)
+        return None if whole.sample_weight is None else whole.sample_weight[index]
+
+    @cached_property
+    def image_digests(self) -> list[str]:
+        """What the training images held when this was first asked."""
+        whole, index = in_whole(self.train_images)
+        return whole.digests(index)
+
+    def images_unchanged(self) -> bool:
+        """Return whether the training images still hold what `image_digests` says."""
+        then, (whole, index) = self.image_digests, in_whole(self.train_images)
+        try:
+            return whole.digests(index, anew=True) == then
+        except ImageError:
+            return False
+
+    @cached_property
+    def backbone_fingerprint(self) -> str:
+        """What features depend on beside the images, for the backbone as it was given."""
+        return fingerprint(self.net.module_, self.net.preprocessing_)
 
     @property
     def augmented_train_images(self) -> ImagePart | AugmentedDataset:
@@ -230,6 +271,55 @@ class FitData:
         if self._train_features is None:
             self._train_features = extract_features(self.net, self.train_images)
         return self._train_features
+
+    def train_latents(self, rows: Sequence[int] | None = None) -> Iterable[tuple[Tensor, Tensor]]:
+        """Latent maps and classes of the training images, or of some rows, in the same batches.
+
+        Computed once for as long as the add-on layers stay as they are, if they have room.
+        """
+        module, features = self.net.module_, self.train_features
+        shape = features.features.shape
+        channels = module.prototypes.shape[1]
+        size = 4 * len(features) * channels * shape[2:].numel()  # float32
+        if size > LATENT_BUDGET or (rows is not None and len(rows) < len(features)):
+            return self.net.latents(features, rows)
+        state = state_digest(module.add_on.state_dict())
+        if self._kept_latents[0] != state:
+            self._kept_latents = ("", [])  # two at once may be too many
+            self._kept_latents = (state, list(self.net.latents(features)))
+        return self._kept_latents[1]
+
+    def latents_of(self, images: np.ndarray) -> Iterator[Tensor]:
+        """Yield latent maps (n, D, H, W) of some training images, in their ascending order."""
+        batches = self.train_latents()
+        if isinstance(batches, list):
+            start = 0
+            for z, y in batches:
+                here = images[(images >= start) & (images < start + len(y))] - start
+                if len(here):
+                    yield z[torch.from_numpy(here)]
+                start += len(y)
+            return
+        for index in np.array_split(images, -(-len(images) // self.net.batch_size)):
+            inputs, _ = self.train_features.__getitems__(index)
+            with torch.no_grad():
+                yield self.net.module_.latents(inputs["features"].to(self.net.device))
+
+    def keep_projected(self, projected: Arrays) -> None:
+        """Keep what `project` would return for the prototypes as they are."""
+        self._projected = state_digest(self.net.head()), projected
+
+    @property
+    def projected_by_start(self) -> Arrays | None:
+        """What the start found for the projection, if the network is as it left it."""
+        state, projected = self._projected
+        same = state and not self.net.backbone_trained_ and state == state_digest(self.net.head())
+        return projected if same else None
+
+    def forget_latents(self) -> None:
+        """Make room: gradient steps follow."""
+        self._kept_latents = ("", [])
+        self._projected = ("", {})
 
     @property
     def view_features(self) -> list[FeatureDataset]:
@@ -263,3 +353,4 @@ class FitData:
     def forget_features(self) -> None:
         """Drop the features: the backbone has changed."""
         self._train_features = self._valid_features = self._view_features = None
+        self.forget_latents()

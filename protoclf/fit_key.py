@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from protoclf.decoding import in_threads
 from protoclf.image_dataset import ImageDataset
 
 _NO_MATTER = (
@@ -55,7 +54,7 @@ def fit_key(
     key = {name: described(value) for name, value in params.items() if name not in _NO_MATTER}
     weight = dataset.sample_weight
     return key | {
-        "the images": _digest(_digests(dataset)),
+        "the images": _digest(dataset.digests(range(len(dataset)))),
         "y": _digest([repr(classes.tolist()), _bytes(dataset.y)]),
         "sample_weight": "None" if weight is None else _digest([_bytes(weight)]),
         "groups": described(groups),
@@ -92,17 +91,6 @@ def described(value: Any, depth: int = 0) -> str:
     parts = getattr(value, "__dict__", {}) if depth < _DEPTH else {}
     parts = {k: v for k, v in parts.items() if not k.startswith("_") and not k.endswith("_")}
     return f"{described(type(value))} {described(parts, depth + 1)}"
-
-
-def _digests(dataset: ImageDataset) -> list[str]:
-    """Return digests of what the images hold, in their order."""
-    found = [""] * len(dataset)
-
-    def look(i: int) -> None:
-        found[i] = dataset.images.digest(i)
-
-    in_threads(look, len(found))
-    return found
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from protoclf.acceleration import return_freed_memory
 from protoclf.augmentation import augmentation_of
 from protoclf.checkpoint import Checkpoint
-from protoclf.decoding import check_files
 from protoclf.explanation import prototype_table
 from protoclf.features import FitData
 from protoclf.file_changes import changes_since, stamps
@@ -157,7 +156,7 @@ class StagedNet(SkorchProtoPNet):
         show = None if self.verbose else False
         frozen = not (self.train_backbone and self.joint_epochs)
         if self.memory is not None and frozen and self.on_bad_image == "raise":
-            check_files(images, progress=show)
+            dataset.check(show)
         else:
             dataset.keep(show, self.memory_folder)
         readable = ~dataset.failed(np.arange(len(images)))

@@ -10,12 +10,17 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset, Subset, default_collate
 
-from protoclf.decoding import decode
+from protoclf.decoding import check_files, decode, in_threads
 from protoclf.geometry import Preprocessing
-from protoclf.images import Failure, Images, as_index
+from protoclf.images import Failure, ImageError, Images, as_index
 from protoclf.storage import allocate
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+_passed: set[str] = set()
+"""Digests of files that this process found to be images, about 100 bytes each."""
+
+_MOST_PASSED = 2**18
 
 
 class ImageDataset(Dataset):
@@ -61,6 +66,7 @@ class ImageDataset(Dataset):
         self.failures: dict[int, Failure] = {}
         self.pixels: torch.Tensor | None = None
         self._sizes = np.zeros((len(images), 2), dtype=np.int64)  # 0 where not known yet
+        self._digests = np.full(len(images), "", dtype=object)
 
     def keep(self, progress: bool | None = None, folder: Path | None = None) -> ImageDataset:
         """Decode all images now and keep them (3 S^2 bytes each); otherwise batch by batch.
@@ -96,7 +102,7 @@ class ImageDataset(Dataset):
         part = ImageDataset(
             *(self.images.take(index), self.preprocessing, y, sample_weight, self.n_jobs)
         )
-        part._sizes = self._sizes[index]
+        part._sizes, part._digests = self._sizes[index], self._digests[index]
         if self.pixels is not None:
             part.pixels = self.pixels if len(index) == len(self) else self.pixels[index]
         return part
@@ -137,6 +143,33 @@ class ImageDataset(Dataset):
         for i in index[(self._sizes[index, 0] == 0) & ~self.failed(index)]:
             self._sizes[i] = self.images.size(int(i))
         return self._sizes[index]
+
+    def digests(self, index: ArrayLike, anew: bool = False) -> list[str]:
+        """Return digests of what n images held when first asked, or of what they hold now."""
+        places = as_index(index)
+
+        def look(k: int) -> None:
+            i = int(places[k])
+            if anew or not self._digests[i]:
+                self._digests[i] = self.images.digest(i)
+
+        in_threads(look, len(places))
+        return self._digests[places].tolist()
+
+    def check(self, progress: bool | None = None) -> None:
+        """Check every file as `check_files` does, but for those with contents that passed before.
+
+        Files are read for their digests, which are kept.
+        """
+        try:
+            digests = self.digests(range(len(self)))
+        except ImageError:  # one of several, perhaps
+            digests = []
+        if not digests or not _passed.issuperset(digests):
+            check_files(self.images, progress=progress)
+            if len(_passed) > _MOST_PASSED:
+                _passed.clear()
+            _passed.update(digests)
 
     @staticmethod
     def collate(batch: Any) -> Any:

@@ -13,12 +13,13 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
-from torch.nn.functional import unfold
 
 from protoclf.concepts import ForbiddenPatches
-from protoclf.features import FitData
+from protoclf.features import Arrays, FitData
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Centre
+from protoclf.prototype_layer import patches_of
+from protoclf.stage_cache import remembered
 
 _MAX_IMAGES = 256  # of a class, drawn at random where it has more
 _MAX_PATCHES = 16_384
@@ -31,13 +32,20 @@ def centre_latents(net: SkorchProtoPNet, data: FitData) -> None:
     add_on = net.module_.eval().add_on
     if not (len(add_on) and isinstance(add_on[-1], Centre)):
         return
+    found = remembered(net, data, "centre", add_on.state_dict(), lambda: _mean_cell(net, data))
+    add_on[-1].mean.copy_(torch.as_tensor(found["mean"], device=net.device)[:, None, None])
+
+
+def _mean_cell(net: SkorchProtoPNet, data: FitData) -> Arrays:
+    """Return the mean latent cell (D,) in front of the last add-on layer."""
+    add_on = net.module_.add_on
     means, counts = [], []
     for inputs, y in net.get_iterator(data.train_features, training=False):
         features = inputs["features"].to(net.device).float()
         means.append(add_on[:-1](features).mean((0, 2, 3)))  # (D,)
         counts.append(len(y))
     share = torch.tensor(counts, device=net.device) / sum(counts)  # (batches,)
-    add_on[-1].mean.copy_((share @ torch.stack(means))[:, None, None])
+    return {"mean": share @ torch.stack(means)}
 
 
 @torch.no_grad()
@@ -89,15 +97,9 @@ def restart_prototypes(
 
 def class_patches(net: SkorchProtoPNet, data: FitData, c: int, rng: np.random.Generator) -> Tensor:
     """Return latent patches (n, D H1 W1) of a class's training images, as rows."""
-    train = data.train_features
-    images = _sample(np.flatnonzero(train.y.numpy() == c), _MAX_IMAGES, rng)
-    parts: list[Tensor] = []
-    for index in np.array_split(images, -(-len(images) // net.batch_size)):
-        inputs, _ = train.__getitems__(index)
-        z = net.module_.latents(inputs["features"].to(net.device))  # (n, D, H, W)
-        rows = unfold(z, net.module_.prototype_size).transpose(1, 2)  # (n, L, D H1 W1)
-        parts.append(rows.flatten(0, 1))
-    patches = torch.cat(parts)
+    images = _sample(np.flatnonzero(data.train_y.numpy() == c), _MAX_IMAGES, rng)
+    prototypes = net.module_.prototypes
+    patches = torch.cat([patches_of(z, prototypes).flatten(0, 1) for z in data.latents_of(images)])
     if len(patches) <= _MAX_PATCHES:
         return patches
     return patches[torch.from_numpy(_sample(np.arange(len(patches)), _MAX_PATCHES, rng))]

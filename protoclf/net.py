@@ -16,8 +16,9 @@ from skorch.utils import is_dataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory, takes_channels_last
+from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory
 from protoclf.array_store import folder_of
+from protoclf.backbone_facts import facts_of
 from protoclf.backbones import build_backbone
 from protoclf.concepts import Concepts
 from protoclf.geometry import Preprocessing
@@ -35,7 +36,7 @@ from protoclf.parameters import (
 )
 from protoclf.penalty import Activations
 from protoclf.processes import OneProcess
-from protoclf.receptive_field import BackboneGeometry, measure
+from protoclf.receptive_field import BackboneGeometry
 
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
@@ -84,7 +85,9 @@ class SkorchProtoPNet(NeuralNetClassifier):
     def initialize_module(self):
         """Build the network (called by skorch)."""
         backbone = build_backbone(self.backbone, self.weights)
-        self.geometry_ = geometry = measure(backbone, self.image_size)
+        facts = facts_of(backbone, self.image_size)
+        self.geometry_ = geometry = facts.geometry
+        self.channels_last_ = facts.channels_last
         cells = (geometry.height, geometry.width)
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
         spec = PrototypeSpec(
@@ -97,7 +100,6 @@ class SkorchProtoPNet(NeuralNetClassifier):
             backbone, geometry.channels, spec, self.latent_dim, normalization(self.normalization)
         )
         self.backbone_trained_ = False
-        self.channels_last_ = takes_channels_last(backbone, self.image_size)
         return self
 
     def replace_prototypes(self, prototypes: Tensor, owner: Tensor, weight: Tensor) -> None:
@@ -107,6 +109,23 @@ class SkorchProtoPNet(NeuralNetClassifier):
         for group in self.optimizer_.param_groups:
             if group["part"] == "prototypes":
                 group["params"] = [self.module_.prototypes]
+
+    def head(self) -> dict[str, Tensor]:
+        """Return the state of the network but for the backbone."""
+        state = self._plain_module.state_dict()
+        return {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
+
+    def set_head(self, head: Mapping[str, Any]) -> None:
+        """Give the network a state that `head` returned: any number of prototypes."""
+        state = {name: torch.as_tensor(v, device=self.device) for name, v in head.items()}
+        names = ("prototypes", "owner", "last_layer.weight")
+        self.replace_prototypes(*(state[name].clone() for name in names))
+        self._plain_module.load_state_dict(state, strict=False)
+
+    @property
+    def _plain_module(self) -> ProtoPNet:
+        """The network itself, where it is compiled too."""
+        return getattr(self.module_, "_orig_mod", self.module_)
 
     def prepare_processor(self) -> None:
         """Set the network up for the processor that it runs on now, as the parameters allow."""

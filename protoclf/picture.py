@@ -58,12 +58,7 @@ def read_picture(item: Any, side: int | None) -> Stored:
 
 def open_file(path: str) -> PIL.Image.Image:
     """Read the header of an image file, within Pillow's limit on the number of pixels."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        directory = stat.S_ISDIR(status.st_mode)
-        raise Unreadable("is a directory, not a file" if directory else "is not a regular file")
-    if status.st_size == 0:
-        raise Unreadable("the file is empty")
+    _check_regular(path)
     image = PIL.Image.open(path)
     limit = PIL.Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -88,6 +83,7 @@ def upright_size(item: Any) -> tuple[int, int]:
 def digest(item: Any) -> str:
     """Return a digest of a path's file, or of the pixels of a PIL image or an array."""
     if isinstance(item, str):
+        _check_regular(item)  # to read from others may take for ever
         return hashlib.blake2b(Path(item).read_bytes(), digest_size=20).hexdigest()
     kind: tuple = ()
     if isinstance(item, PIL.Image.Image):
@@ -95,6 +91,15 @@ def digest(item: Any) -> str:
         item = np.asarray(item)
     described = repr((kind, item.shape, str(item.dtype))).encode()
     return hashlib.blake2b(described + item.tobytes(), digest_size=20).hexdigest()
+
+
+def _check_regular(path: str) -> None:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        directory = stat.S_ISDIR(status.st_mode)
+        raise Unreadable("is a directory, not a file" if directory else "is not a regular file")
+    if status.st_size == 0:
+        raise Unreadable("the file is empty")
 
 
 def _draft(image: PIL.Image.Image, side: int | None) -> tuple[tuple[int, int] | None, float]:

@@ -15,9 +15,12 @@ class OneProcess:
     ----------
     is_first : bool
         Whether it is the one that shows progress.
+    is_alone : bool
+        Whether there is no other.
     """
 
     is_first = True
+    is_alone = True
 
     def own_rows(self, n: int, batch_size: int) -> Sequence[int]:
         """Return the positions, of n, that this process computes: batches in a row."""

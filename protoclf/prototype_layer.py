@@ -11,7 +11,7 @@ computed anew from the differences, since ||z||^2 - 2 z.p + ||p||^2 loses, by ca
 digits that the logarithm of a near match needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -79,9 +79,39 @@ def own_class_distances(z: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, 
         z, prototypes = _as_float(z, prototypes)
         size = _images_per_block(z, prototypes, L * prototypes.shape[1])
         blocks = zip(z.split(size), prototypes.split(size), strict=True)
-        nearest = [_k_nearest(_patches(a, p), p.flatten(2), k) for a, p in blocks]
+        nearest = [_k_nearest(patches_of(a, p), p.flatten(2), k) for a, p in blocks]
         distance, cell = map(torch.cat, zip(*nearest, strict=True))
     return distance, cell
+
+
+def rough_distances(z: Tensor, prototypes: Tensor) -> Tensor:
+    """Squared L2 distances as `min_distances` has them, by the expanded form.
+
+    Twice as fast, without gradients or cells, and only as exact as float32 is for ||z||^2: meant
+    for a choice among prototypes.
+
+    Parameters
+    ----------
+    z : Tensor of shape (N, D, H, W)
+    prototypes : Tensor of shape (m, D, H1, W1)
+
+    Returns
+    -------
+    Tensor of shape (N, m)
+    """
+    _check_shapes(z, prototypes)
+    with torch.no_grad(), _no_autocast(z):
+        z, prototypes = _as_float(z, prototypes)
+        p = prototypes.flatten(1)  # (m, K)
+        size = _images_per_block(z, prototypes, _n_patches(z, prototypes) * min(len(p), 512))
+        buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes)))
+        distance = z.new_empty(len(z), len(p))  # (N, m)
+        for i in range(0, len(z), size):
+            patches = patches_of(z[i : i + size], prototypes)  # (n, L, K)
+            for j, score in _scores(patches, p, buffer):
+                torch.amax(score, 1, out=distance[i : i + size, j])
+        squares = torch.linalg.vector_norm(p, dim=1).square_()  # (m,)
+        return distance.mul_(-2).add_(squares).clamp_(min=0)
 
 
 def distance_maps(z: Tensor, prototypes: Tensor) -> Tensor:
@@ -106,7 +136,7 @@ def distance_maps(z: Tensor, prototypes: Tensor) -> Tensor:
     with _no_autocast(z):
         distances = _n_patches(z, prototypes) * len(prototypes)  # of an image
         blocks = z.split(_images_per_block(z, prototypes, distances))
-        maps = torch.cat([_all_distances(_patches(a, prototypes), prototypes) for a in blocks])
+        maps = torch.cat([_all_distances(patches_of(a, prototypes), prototypes) for a in blocks])
     return maps.unflatten(2, _map_shape(z, prototypes))  # (N, m, H', W')
 
 
@@ -160,6 +190,23 @@ def unit_length(x: Tensor, dim: int = 1, area: int = 1) -> Tensor:
     return x / (torch.where(length > 1e-6, length, 1) * area**0.5)
 
 
+def patches_of(z: Tensor, prototypes: Tensor) -> Tensor:
+    """Return all patches of the size of a prototype, K = D H1 W1 numbers each.
+
+    Parameters
+    ----------
+    z : Tensor of shape (n, D, H, W)
+    prototypes : Tensor of shape (m, D, H1, W1)
+
+    Returns
+    -------
+    Tensor of shape (n, L, K)
+    """
+    h1, w1 = prototypes.shape[-2:]
+    columns = z.flatten(2) if h1 == w1 == 1 else F.unfold(z, (h1, w1))  # (n, K, L)
+    return columns.transpose(1, 2).contiguous()  # (n, L, K)
+
+
 def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     scores = _n_patches(z, prototypes) * min(len(prototypes), 512)  # by that many at a time
     size = _images_per_block(z, prototypes, scores)
@@ -169,7 +216,7 @@ def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes), p.shape[1]))
     with _no_autocast(z):
         for i in range(0, len(z), size):
-            patches = _patches(z[i : i + size], prototypes)  # (n, L, K)
+            patches = patches_of(z[i : i + size], prototypes)  # (n, L, K)
             _nearest(patches, p, _map_shape(z, prototypes), buffer, out=cell[i : i + size])
             _distances_at(cell[i : i + size], patches, p, buffer, out=distance[i : i + size])
     return distance, cell
@@ -199,7 +246,7 @@ def _grad_prototypes(g: Tensor, z: Tensor, prototypes: Tensor, cell: Tensor) -> 
     grad = g.sum(1, keepdim=True) * prototypes.flatten(1)  # (m, K)
     size = _images_per_block(z, prototypes, _PER_PAIR * len(prototypes))
     for i in range(0, len(z), size):
-        patches = _patches(z[i : i + size], prototypes)  # (n, L, K)
+        patches = patches_of(z[i : i + size], prototypes)  # (n, L, K)
         bags = _flat(cell[i : i + size], patches.shape[1]).t().contiguous()  # (m, n)
         weights = g[:, i : i + size].contiguous()  # (m, n)
         grad -= _weighted_sums(bags, patches.flatten(0, 1), weights)  # (m, K)
@@ -208,25 +255,42 @@ def _grad_prototypes(g: Tensor, z: Tensor, prototypes: Tensor, cell: Tensor) -> 
 
 def _nearest(patches: Tensor, p: Tensor, shape: tuple[int, int], buffer: Tensor, out: Tensor):
     """Write the cells where the score z.p - ||z||^2 / 2 is largest to `out` (n, m)."""
+    for j, score in _scores(patches, p, buffer):
+        out[:, j] = _argmax(score.unflatten(1, shape))  # (n, m)
+
+
+def _scores(patches: Tensor, p: Tensor, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield scores z.p - ||z||^2 / 2 (n, L, k) of a few prototypes after the other, in `buffer`."""
     rows = patches.flatten(0, 1)  # (n L, K)
     half_square = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_() / 2  # (n L, 1)
     for j in _chunks(len(p), len(buffer) // len(rows)):
-        score = buffer[: len(rows) * len(p[j])].view(len(rows), -1)  # (n L, m)
+        score = buffer[: len(rows) * len(p[j])].view(len(rows), -1)  # (n L, k)
         torch.addmm(half_square, rows, p[j].t(), beta=-1, out=score)
-        out[:, j] = _argmax(score.view(len(patches), *shape, -1))  # (n, m)
+        yield j, score.view(*patches.shape[:2], -1)
 
 
 def _argmax(score: Tensor) -> Tensor:
     """Flat index (n, m) of the largest score (n, H', W', m), the first of equals.
 
-    The row of the map first, then the cell in it: the plain maximum is several times faster than
-    the one that keeps track of indices, which is left with 1 / W' + 1 / H' of the numbers.
+    The row of the map first, then the cell in it: the plain maximum is many times faster than
+    the one that keeps track of indices, and leaves 1 / W' + 1 / H' of the numbers to look through.
     """
     width = score.shape[2]
-    row = score.amax(2).max(1).indices  # (n, m)
+    rows = score.amax(2)  # (n, H', m)
+    best = rows.amax(1)  # (n, m)
+    row = _first(rows, best)
     index = row[:, None, None].expand(-1, 1, width, -1)  # (n, 1, W', m)
-    column = score.gather(1, index).squeeze(1).max(1).indices  # (n, m)
+    column = _first(score.gather(1, index).squeeze(1), best)  # (n, m)
     return row.mul_(width).add_(column)
+
+
+def _first(values: Tensor, best: Tensor) -> Tensor:
+    """Index (n, m) of the first of the values (n, k, m) that is the best (n, m), or NaN."""
+    k = values.shape[1]
+    small = torch.uint8 if k < 256 else torch.int32
+    rank = torch.arange(k, 0, -1, dtype=small, device=values.device)[:, None]  # (k, 1)
+    found = (values == best[:, None]) | (values != values)  # (n, k, m)
+    return k - (found * rank).amax(1).long()
 
 
 def _distances_at(cell: Tensor, patches: Tensor, p: Tensor, buffer: Tensor, out: Tensor):
@@ -282,13 +346,6 @@ def _all_distances(patches: Tensor, prototypes: Tensor) -> Tensor:
     x, p = patches.to(wide), prototypes.flatten(1).to(wide)  # (n, L, K), (m, K)
     squares = p.square().sum(1)[:, None] + x.square().sum(2)[:, None]  # (n, m, L)
     return (squares - 2 * p @ x.transpose(1, 2)).clamp_(min=0).to(patches.dtype)
-
-
-def _patches(z: Tensor, prototypes: Tensor) -> Tensor:
-    """All patches of the size of a prototype (n, L, K)."""
-    h1, w1 = prototypes.shape[-2:]
-    columns = z.flatten(2) if h1 == w1 == 1 else F.unfold(z, (h1, w1))  # (n, K, L)
-    return columns.transpose(1, 2).contiguous()  # (n, L, K)
 
 
 def _fold(columns: Tensor, z: Tensor, prototypes: Tensor) -> Tensor:

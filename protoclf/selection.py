@@ -11,61 +11,96 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclf.features import FitData
+from protoclf.features import Arrays, FitData
 from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
-from protoclf.prototype_layer import min_distances
+from protoclf.patch_search import project
+from protoclf.prototype_layer import rough_distances
+from protoclf.stage_cache import remembered
 
 _COMPONENTS = 64
 _SAMPLE = 1024  # patches of a class that its principal components are found from
 _CANDIDATES = 8  # for each prototype
+_FEWEST = 10  # prototypes: for fewer, candidates are as many as for so many, and found once
 _L1 = 3e-3  # for activations of at most 1
 _TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
+def selected_prototypes(
+    net: SkorchProtoPNet, data: FitData, project_all: bool = False
+) -> dict[str, Tensor]:
     """Set the prototypes to those training patches that a sparse last layer makes use of.
 
     Candidates are patches of each class that differ from one another, several times as many as it
     is to have prototypes. The last layer is solved for them with a strong penalty, and those of
     largest weight for their class stay; among those without weight, the ones that tell the class
     best from the others. Where the numbers of prototypes are "auto", those with weight stay.
+
+    Parameters
+    ----------
+    net : SkorchProtoPNet
+    data : FitData
+    project_all : bool, default=False
+        Whether all candidates are projected, for searches that choose among them again and again.
+
+    Returns
+    -------
+    dict of str to Tensor
+        What `project` returns, for the prototypes; empty if candidates were not projected.
     """
-    module, train = net.module_, data.train_features
-    candidates, owner = _candidates(net, data)  # (M, D, H1, W1), (M,)
-    y = train.y.to(owner.device)
-    distance = torch.cat([min_distances(z, candidates)[0] for z, _ in net.latents(train)])
-    g = module.activations(distance)  # (N, M)
+    module = net.module_
+    counts = module.owner.bincount(minlength=module.last_layer.out_features)  # (C,)
+    numbers = counts.clamp_min(_FEWEST).tolist()
+    what = "candidates", numbers, project_all, module.prototypes.shape[1:]
+    state = {f"add_on.{name}": tensor for name, tensor in module.add_on.state_dict().items()}
+    kept = remembered(net, data, what, state, lambda: _candidates(net, data, numbers, project_all))
+    found = {name: torch.as_tensor(value, device=net.device) for name, value in kept.items()}
+    owner = found.pop("owner")  # (M,)
+    y = data.train_y.to(owner.device)
+    g = module.activations(found["distance"])  # (N, M)
     weight = solve_last_layer(
         *(g, y, owner, _L1 * float(g.amax().clamp_min(1e-6))),
-        sample_weight=train.sample_weight,
+        sample_weight=data.train_weight,
         tol=_TOLERANCE,
         n_classes=module.last_layer.out_features,
     ).weight
     own = weight[owner, torch.arange(len(owner), device=owner.device)]  # (M,)
-    counts = module.owner.bincount(minlength=len(weight))  # (C,)
     if net.prototypes_per_class == "auto":
         counts = owner[own > 0].bincount(minlength=len(weight)).clamp(min=1).minimum(counts)
     keep = _best(own, _contrast(g, y, owner), owner, counts.tolist())
     last_layer = module.last_layer.weight.new_zeros(len(weight), len(keep))
-    net.replace_prototypes(candidates[keep], owner[keep], last_layer)
+    found = {n: v[:, keep] if n == "distance" else v[keep] for n, v in found.items()}
+    net.replace_prototypes(found["prototypes"].clone(), owner[keep], last_layer)
     module.reset_last_layer()
+    return found if project_all else {}
 
 
-def _candidates(net: SkorchProtoPNet, data: FitData) -> tuple[Tensor, Tensor]:
-    """Return patches (M, D, H1, W1) that represent each class, and their classes (M,)."""
+def _candidates(
+    net: SkorchProtoPNet, data: FitData, numbers: list[int], project_all: bool
+) -> Arrays:
+    """Return patches that represent each class, their classes, and the images' distances to them.
+
+    "prototypes" (M, D, H1, W1), "owner" (M,), "distance" (N, M); with `project_all` all that
+    `project` returns.
+    """
     module, rng = net.module_.eval(), np.random.default_rng(net.seed_)
     draws = torch.Generator().manual_seed(net.seed_)
     found, owner = [], []
-    for c, wanted in enumerate(module.owner.bincount().tolist()):
+    for c, number in enumerate(numbers):
         patches = class_patches(net, data, c, rng)  # (n, K)
-        k = min(len(patches), max(wanted, min(_CANDIDATES * wanted, len(patches) // 4)))
-        found.append(patches[_representatives(patches, k, wanted, draws)])
+        k = min(len(patches), max(number, min(_CANDIDATES * number, len(patches) // 4)))
+        found.append(patches[_representatives(patches, k, min(k, number), draws)])
         owner += [c] * len(found[-1])
     candidates = torch.cat(found).view(-1, *module.prototypes.shape[1:])
-    return candidates, torch.tensor(owner, device=candidates.device)
+    classes = torch.tensor(owner, device=candidates.device)
+    if project_all:
+        last_layer = candidates.new_zeros(module.last_layer.out_features, len(owner))
+        net.replace_prototypes(candidates, classes, last_layer)
+        return {**project(net, data, None), "owner": classes}
+    distance = torch.cat([rough_distances(z, candidates) for z, _ in data.train_latents()])
+    return {"prototypes": candidates, "owner": classes, "distance": distance}
 
 
 def _representatives(patches: Tensor, k: int, least: int, draws: torch.Generator) -> Tensor:

@@ -20,15 +20,19 @@ from skorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protoclf.concepts import ForbiddenPatches
-from protoclf.features import FeatureDataset, FitData
+from protoclf.features import Arrays, FitData
+from protoclf.fit_key import described
+from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
-from protoclf.localization import activation_boxes, covered_cells
 from protoclf.net import SkorchProtoPNet
+from protoclf.patch_search import image_distances, project, with_boxes
 from protoclf.penalty import PENALTIES, Activations, penalty_path
-from protoclf.projection import Sources, find_sources, read_patches
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import replace_self_matches
+from protoclf.stage_cache import remembered
+
+_PLACE = ("image", "row", "col", "box", "moved")  # of the sources
+_PROJECTED = "projected."
 
 
 class Stage(Protocol):
@@ -50,7 +54,8 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
     """Return the stages of a fit; those before the first cycle only where it is the first fit."""
     stages: list[Stage] = []
     if first:
-        stages.append(Start(net.prototype_init))
+        trained = net.warmup_epochs or (net.train_backbone and net.joint_epochs)
+        stages.append(Start(net.prototype_init, is_whole_training=not trained))
         heads = {"add_on": net.lr, "prototypes": net.lr}
         stages.append(Training("warm-up", net.warmup_epochs, heads))
     joint = {"backbone": net.backbone_lr, "add_on": net.lr, "prototypes": net.lr}
@@ -66,20 +71,43 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Start:
-    """Set prototypes and last layer to where the training begins."""
+    """Set prototypes and last layer to where the training begins.
+
+    Attributes
+    ----------
+    prototype_init : {"selected", "kmeans", "random"}
+    is_whole_training : bool
+        Whether no training follows, but the projection.
+    """
 
     prototype_init: str
+    is_whole_training: bool = False
     name: str = "start"
     costly: ClassVar[bool] = True
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Centre cosines, and replace the random prototypes where another start is asked for."""
+        what = self, described(net.prototypes_per_class)
+        found = remembered(net, data, what, net.head(), lambda: self._begin(net, data))
+        net.set_head({n: v for n, v in found.items() if not n.startswith(_PROJECTED)})
+        net.agree()
+        projected = {n: v for n, v in found.items() if n.startswith(_PROJECTED)}
+        if projected and net.processes.is_alone:
+            data.keep_projected({n.removeprefix(_PROJECTED): v for n, v in projected.items()})
+
+    def _begin(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
+        """Start; return all parts of the network but the backbone, and where they are projected.
+
+        The latter where nothing is trained in between.
+        """
         centre_latents(net, data)
+        projected: Arrays = {}
         if self.prototype_init == "kmeans":
             kmeans_prototypes(net, data)
         elif self.prototype_init == "selected":
-            selected_prototypes(net, data)
-        net.agree()
+            projected = selected_prototypes(net, data, project_all=self.is_whole_training)
+            projected = with_boxes(net, projected) if projected else {}
+        return net.head() | {f"{_PROJECTED}{name}": v for name, v in projected.items()}
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,7 @@ class Training:
         if not self.done:
             net.optimizer_.state.clear()
             _forget_misses(net)
+        data.forget_latents()
         on_images = "backbone" in self.learning_rates
         if on_images:
             net.backbone_trained_ = True
@@ -163,31 +192,25 @@ class Projection:
         module = net.module_.eval()
         module.train_only(())
         with _history_row(net, data, self.name):
-            train = data.train_features
-            own = net.processes.own_rows(len(train), net.batch_size)
-            concepts = net.concepts_
-            forbidden = None
-            if concepts is not None and concepts.forbidden.any():
-                forbidden = ForbiddenPatches(concepts, module, net.batch_size).distance
-            sources = find_sources(
-                net.latents(train, own),
-                module.scaled_prototypes(),
-                module.owner,
-                self.distinct,
-                gather=lambda rows: net.processes.in_order(rows, len(train)),
-                forbidden=forbidden,
-            )
-            net.sources_ = _take_patches(net, train, sources)
-            net.agree()
-            self._record_distinct(net, sources)
-            data.train_distance = _distances(net, train)
+            found = data.projected_by_start if self.distinct is None else None
+            if found is None:
+                what = self, described(net.concepts_)
+                found = remembered(net, data, what, net.head(), lambda: self._project(net, data))
+            module.prototypes.data.copy_(torch.as_tensor(found["prototypes"]))
+            data.train_distance = torch.as_tensor(found["distance"], device=net.device)
+            net.sources_ = {name: np.asarray(found[name]) for name in _PLACE}
+            self._record_distinct(net)
             _record_train_loss(net, data)
             _validate(net, data.valid_features)
 
-    def _record_distinct(self, net: SkorchProtoPNet, sources: Sources) -> None:
-        m = len(sources.image)
-        patches = len(np.unique(np.stack([sources.image, sources.cell]), axis=1).T)
-        images = len(np.unique(sources.image))
+    def _project(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
+        return with_boxes(net, project(net, data, self.distinct))
+
+    def _record_distinct(self, net: SkorchProtoPNet) -> None:
+        image, row, col = (net.sources_[name] for name in ("image", "row", "col"))
+        m = len(image)
+        patches = len(np.unique(np.stack([image, row, col]), axis=1).T)
+        images = len(np.unique(image))
         net.history.record("distinct_patches", patches)
         net.history.record("distinct_images", images)
         if patches < 0.8 * m:
@@ -221,13 +244,16 @@ class LastLayer:
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Solve and set W."""
-        module, train = net.module_, data.train_features
+        module = net.module_
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
-            views = [module.activations(_distances(net, view)) for view in data.view_features]
+            views = [
+                module.activations(image_distances(net, net.latents(view), len(view)))
+                for view in data.view_features
+            ]
             n_classes = len(module.last_layer.weight)
             net.activations_ = Activations(
-                g, train.y.to(g.device), module.owner, n_classes, train.sample_weight
+                g, data.train_y.to(g.device), module.owner, n_classes, data.train_weight
             )
             net.lambda_l1_ = self._penalty(net, data)
             self.solve(net, views)
@@ -344,39 +370,10 @@ def _validate(net: SkorchProtoPNet, valid: Dataset | None) -> None:
 @torch.no_grad()
 def _record_train_loss(net: SkorchProtoPNet, data: FitData) -> None:
     """Show skorch the training images as one batch, whose distances are known already."""
-    module, features, distance = net.module_, data.train_features, data.train_distance
+    module, y, distance = net.module_, data.train_y, data.train_distance
     outputs = module.last_layer(module.activations(distance)), distance, distance
-    inputs = {"features": features.features}
-    if features.sample_weight is not None:
-        inputs["sample_weight"] = features.sample_weight
-    step = {"loss": net.get_loss(outputs, features.y, X=inputs), "y_pred": outputs}
-    net.run_single_epoch([(inputs, features.y)], True, "train", lambda batch: step)
-
-
-@torch.no_grad()
-def _distances(net: SkorchProtoPNet, features: FeatureDataset) -> Tensor:
-    """Squared distances (N, m) of the training images to all prototypes."""
-    own = net.processes.own_rows(len(features), net.batch_size)
-    distance = torch.cat([net.module_.compare(z)[1] for z, _ in net.latents(features, own)])
-    return net.processes.in_order(distance, len(features))
-
-
-@torch.no_grad()
-def _take_patches(
-    net: SkorchProtoPNet, features: FeatureDataset, sources: Sources
-) -> dict[str, np.ndarray]:
-    """Write the chosen patches into the prototypes; return where each was found."""
-    module = net.module_
-    box = np.zeros((len(sources.image), 4))
-    for index, patches, z, sample in read_patches(
-        net.latents(features), sources, module.prototype_size
-    ):
-        module.prototypes[torch.from_numpy(index)] = patches
-        for i in np.unique(sample).tolist():
-            mine = index[sample == i]  # (k,), the prototypes of one image
-            maps = module.similarity_maps(z[i : i + 1], torch.from_numpy(mine))[0]  # (k, H', W')
-            cells = covered_cells(maps, module.prototype_size)  # (k, H, W)
-            box[mine] = activation_boxes(cells, net.image_size).cpu().numpy()
-        width = z.shape[3] - module.prototype_size[1] + 1
-    row, col = np.divmod(sources.cell, width)
-    return {"image": sources.image, "row": row, "col": col, "box": box, "moved": sources.distance}
+    inputs = {"index": torch.from_numpy(in_whole(data.train_images)[1])}
+    if data.train_weight is not None:
+        inputs["sample_weight"] = data.train_weight
+    step = {"loss": net.get_loss(outputs, y, X=inputs), "y_pred": outputs}
+    net.run_single_epoch([(inputs, y)], True, "train", lambda batch: step)

@@ -668,7 +668,7 @@ def test_a_module_given_by_the_user_is_never_changed():
     module[0].weight.requires_grad_(False)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     flags = [(p.requires_grad, p.grad) for p in module.parameters()]
-    clf = classifier(module, backbone_lr=0.1).fit(X, Y)
+    clf = classifier(module, backbone_lr=0.1, distinct="patches").fit(X, Y)
     clf.predict(X)
     assert clf.backbone is module
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())

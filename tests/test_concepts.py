@@ -301,3 +301,16 @@ def test_saving_says_that_pixels_of_concepts_are_left_out(clf, tmp_path):
         loaded.decision_function(marked()[0]), taught.decision_function(marked()[0])
     )
     assert loaded.edits_["action"].tolist() == taught.edits_["action"].tolist()
+
+
+def test_memory_does_not_mistake_a_projection_without_prohibition_for_one_with(tmp_path):
+    X, y = marked()
+    plain = classifier(train_backbone=False).fit(X, y)
+    cached = classifier(train_backbone=False, memory=tmp_path).fit(X, y)
+    for clf in (plain, cached):
+        clf.partial_fit(X, y)  # keeps a projection of these prototypes, where it can be kept
+    ids = on_mark(plain)
+    expected, taught = forbid(plain, ids, X, y), forbid(cached, ids, X, y)
+    assert not on_mark(taught)
+    assert taught.module_.prototypes.equal(expected.module_.prototypes)
+    np.testing.assert_array_equal(taught.coef_, expected.coef_)

@@ -17,6 +17,7 @@ from protoclf import (
     features,
     localization,
     nearest_patches,
+    patch_search,
     penalty,
     projection,
     stages,
@@ -210,7 +211,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
         assert on_gpu([g, y, owner])
         return [LastLayerResult(g.new_zeros(3, 4), 0.0, 0.0, 1, True, 1, 1, 0.1)]
 
-    monkeypatch.setattr(stages, "find_sources", sources)
+    monkeypatch.setattr(patch_search, "find_sources", sources)
     monkeypatch.setattr(features, "_check_finite", lambda rows, index: on_gpu([rows]))
     monkeypatch.setattr(penalty, "last_layer_path", solved)
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tuple(tensor.shape), int))

@@ -1,5 +1,6 @@
 """Backbone features that fits share: found by contents, never stale, never a change of result."""
 
+import os
 import shutil
 
 import joblib
@@ -11,9 +12,9 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
-from protoclf import ProtoPNetClassifier
+from protoclf import ProtoPNetClassifier, image_dataset
 from protoclf.backbones import SmallCNN
-from protoclf.feature_cache import fingerprint
+from protoclf.feature_cache import fingerprint, recent_features
 from protoclf.geometry import Preprocessing
 from protoclf.network import ProtoPNet
 
@@ -105,6 +106,7 @@ def test_damage_costs_time_alone(files, tmp_path, backbone_images):
     for i, file in enumerate(sorted((tmp_path / "m").rglob("*.npy"))):
         if i % 2:
             file.write_bytes(b"")
+    recent_features.clear()
     np.testing.assert_allclose(clf.decision_function(X), expected, atol=1e-4)
     assert sum(backbone_images) == len(X) + len(X) // 2
 
@@ -179,3 +181,36 @@ def test_missing_files_are_named_at_once(files, tmp_path):
     X[3], X[7] = "gone.png", "lost.png"
     with pytest.raises(ValueError, match=r"2 image\(s\) of X cannot be read"):
         frozen(tmp_path / "m").fit(X, y)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_refused_without_reading_it(files, tmp_path):
+    X, y = files
+    X = X.copy()
+    X[3] = str(tmp_path / "pipe")
+    os.mkfifo(X[3])  # to read from it would take for ever
+    with pytest.raises(ValueError, match="not a regular file"):
+        frozen(tmp_path / "m").fit(X, y)
+
+
+def test_files_are_checked_once_for_what_they_hold(files, tmp_path, monkeypatch):
+    X, y = files
+    for file in X:  # unlike those of other tests, which this process has seen
+        with open(file, "ab") as end:
+            end.write(os.urandom(8))
+    checked, check = [], image_dataset.check_files
+
+    def noting(images, **kwargs):
+        checked.append(len(images))
+        check(images, **kwargs)
+
+    monkeypatch.setattr(image_dataset, "check_files", noting)
+    for _ in range(2):
+        frozen(tmp_path / "m").fit(X, y)
+        assert checked == [24]
+    with open(X[0], "wb") as file:
+        file.write(b"no image")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"1 image\(s\) of X cannot be read"):
+            frozen(tmp_path / "m").fit(X, y)
+    assert checked == [24, 24, 24]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from protoclf import ProtoPNetClassifier, storage
+from protoclf import ProtoPNetClassifier, features, storage
 from protoclf.features import FeatureDataset, FitData, extract_features
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
@@ -159,3 +159,43 @@ def test_a_fit_learns_from_views(squares):
 
     assert objective(clf.coef_) == pytest.approx(expected.objective, abs=1e-3)
     assert objective(plain.coef_) > expected.objective + 1e-2
+
+
+def latents_of_all(net, data):
+    with torch.no_grad():
+        return net.module_.latents(data.train_features.features)
+
+
+@pytest.mark.parametrize("budget", [0, features.LATENT_BUDGET])
+def test_latents_are_those_of_the_features_whether_they_are_kept_or_not(
+    fitted, squares, monkeypatch, budget
+):
+    monkeypatch.setattr(features, "LATENT_BUDGET", budget)
+    data = FitData(fitted, dataset_of(fitted, squares), None)
+    expected = latents_of_all(fitted, data)
+    parts = [z for z, _ in data.train_latents()]
+    assert [len(part) for part in parts] == [8, 8, 8]
+    torch.testing.assert_close(torch.cat(parts), expected)
+    assert torch.equal(torch.cat([y for _, y in data.train_latents()]), data.train_y)
+    (some,) = [z for z, _ in data.train_latents(range(8, 16))]
+    torch.testing.assert_close(some, expected[8:16])
+    index = np.array([0, 3, 8, 15, 23])
+    torch.testing.assert_close(torch.cat(list(data.latents_of(index))), expected[index])
+
+
+def test_kept_latents_are_computed_anew_when_add_on_layers_or_features_change(fitted, squares):
+    net = copy.deepcopy(fitted)
+    data = FitData(net, dataset_of(net, squares), None)
+    first = data.train_latents()
+    assert data.train_latents() is first
+    with torch.no_grad():
+        net.module_.add_on[-1].mean += 0.1
+    torch.testing.assert_close(
+        torch.cat([z for z, _ in data.train_latents()]), latents_of_all(net, data)
+    )
+    with torch.no_grad():
+        net.module_.backbone[0][0].weight *= 2
+    data.forget_features()
+    torch.testing.assert_close(
+        torch.cat([z for z, _ in data.train_latents()]), latents_of_all(net, data)
+    )

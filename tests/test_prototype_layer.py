@@ -15,6 +15,7 @@ from protoclf.prototype_layer import (
     distance_maps,
     min_distances,
     own_class_distances,
+    rough_distances,
     similarity,
     unit_length,
 )
@@ -383,3 +384,27 @@ def test_wrong_shapes(z_shape, p_shape, message):
     for function in (min_distances, distance_maps):
         with pytest.raises(ValueError, match=message):
             function(torch.rand(z_shape), torch.rand(p_shape))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.usefixtures("_blocks")
+def test_rough_distances_are_those_of_the_layer_but_for_rounding(size):
+    z, p = make(size, m=9)
+    torch.testing.assert_close(rough_distances(z, p), min_distances(z, p)[0], rtol=1e-9, atol=1e-9)
+    p[0] = z[1, :, : size[0], : size[1]]
+    rough = rough_distances(z.float(), p.float())
+    assert rough.dtype == torch.float32
+    assert rough.amin() >= 0
+    torch.testing.assert_close(rough.double(), min_distances(z, p)[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="latent map and prototypes"):
+        rough_distances(z, p[:, :2])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (2, 300), (300, 1)])
+def test_the_largest_score_is_found_where_it_comes_first(shape):
+    score = torch.randint(0, 5, (3, *shape, 6)).float()
+    score[0, :, :, 1] = 2.0  # all equal
+    score[1, -1, -1, 2] = torch.nan  # which counts as the largest, so that nobody overlooks it
+    score[2, :, :, 3] = torch.nan
+    expected = score.flatten(1, 2).numpy().argmax(1)
+    assert torch.equal(prototype_layer._argmax(score), torch.from_numpy(expected))

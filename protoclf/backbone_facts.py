@@ -1,0 +1,48 @@
+"""What is found out about a backbone by running it, once for each backbone and process."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import nn
+
+from protoclf.acceleration import takes_channels_last
+from protoclf.fingerprints import module_digest
+from protoclf.receptive_field import BackboneGeometry, measure
+
+_KEPT = 16
+
+_known: OrderedDict[tuple[str, int], BackboneFacts] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """Facts of a backbone at one size of the images.
+
+    Attributes
+    ----------
+    geometry : BackboneGeometry
+    channels_last : bool
+        Whether it runs on images whose channels come last in memory.
+    """
+
+    geometry: BackboneGeometry
+    channels_last: bool
+
+
+def facts_of(backbone: nn.Module, image_size: int) -> BackboneFacts:
+    """Return the facts of a backbone; those of the last few are remembered.
+
+    A search builds the same backbone for each candidate: its digest costs far less than to run
+    it, even without numbers.
+    """
+    key = module_digest(backbone), image_size
+    facts = _known.pop(key, None)
+    if facts is None:
+        geometry = measure(backbone, image_size)
+        facts = BackboneFacts(geometry, takes_channels_last(backbone, image_size))
+    _known[key] = facts
+    while len(_known) > _KEPT:
+        _known.popitem(last=False)
+    return facts

@@ -1,0 +1,92 @@
+"""The projection of a network's prototypes onto its training images, and what else one pass finds.
+
+Chen et al., NeurIPS 2019, section 2.2, stage 2. N images, m prototypes, H x W cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protoclf.concepts import ForbiddenPatches
+from protoclf.features import Arrays, FitData
+from protoclf.localization import activation_boxes, covered_cells
+from protoclf.net import SkorchProtoPNet
+from protoclf.projection import Sources, find_sources, read_patches
+
+
+@torch.no_grad()
+def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays:
+    """Move every prototype onto the nearest latent patch of its class that is not forbidden.
+
+    Parameters
+    ----------
+    net : SkorchProtoPNet
+    data : FitData
+    distinct : {None, "patches", "images"}
+        As in `find_sources`.
+
+    Returns
+    -------
+    mapping
+        - "image", "row", "col" (m,) : the patch that each prototype is now
+        - "moved" (m,) : squared distance to it before
+        - "cells" (m, H, W) : the prototype's similarity to each cell of that image
+        - "prototypes" (m, D, H1, W1)
+        - "distance" (N, m) : of all training images
+    """
+    module, n, concepts = net.module_, len(data.train_features), net.concepts_
+    own = net.processes.own_rows(n, net.batch_size)
+    forbidden = None
+    if concepts is not None and concepts.forbidden.any():
+        forbidden = ForbiddenPatches(concepts, module, net.batch_size).distance
+    sources = find_sources(
+        data.train_latents(own),
+        module.scaled_prototypes(),
+        module.owner,
+        distinct,
+        gather=lambda rows: net.processes.in_order(rows, n),
+        forbidden=forbidden,
+    )
+    cells = _take_patches(net, data, sources)
+    net.agree()
+    distance = image_distances(net, data.train_latents(own), n)
+    row, col = np.divmod(sources.cell, cells.shape[2] - module.prototype_size[1] + 1)
+    places = {"image": sources.image, "row": row, "col": col, "moved": sources.distance}
+    return {**places, "cells": cells, "prototypes": module.prototypes, "distance": distance}
+
+
+def with_boxes(net: SkorchProtoPNet, projected: Arrays) -> Arrays:
+    """Replace "cells" by "box" (m, 4): where the activation is high, in pixels of the input."""
+    cells = torch.as_tensor(projected["cells"])
+    box = activation_boxes(cells, net.image_size).double().cpu().numpy()
+    return {name: v for name, v in projected.items() if name != "cells"} | {"box": box}
+
+
+@torch.no_grad()
+def image_distances(
+    net: SkorchProtoPNet, latents: Iterable[tuple[Tensor, Tensor]], n: int
+) -> Tensor:
+    """Return squared distances (n, m) of images to all prototypes.
+
+    `latents` are those of this process's rows of the n.
+    """
+    distance = torch.cat([net.module_.compare(z)[1] for z, _ in latents])
+    return net.processes.in_order(distance, n)
+
+
+def _take_patches(net: SkorchProtoPNet, data: FitData, sources: Sources) -> Tensor:
+    """Write the chosen patches into the prototypes; return where each is active (m, H, W)."""
+    module, order, maps = net.module_, [], []
+    batches = read_patches(data.train_latents(), sources, module.prototype_size)
+    for index, patches, z, sample in batches:
+        module.prototypes[torch.from_numpy(index)] = patches
+        for i in np.unique(sample).tolist():
+            mine = index[sample == i]  # (k,), the prototypes of one image
+            order.append(mine)
+            maps.append(module.similarity_maps(z[i : i + 1], torch.from_numpy(mine))[0])
+    cells = covered_cells(torch.cat(maps), module.prototype_size)  # (m, H, W)
+    return cells[torch.from_numpy(np.concatenate(order).argsort()).to(cells.device)]

@@ -1,0 +1,54 @@
+"""Tensors that were read or computed a short while ago, within a budget of memory."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Hashable
+
+from torch import Tensor
+
+RECENT_BUDGET = 2**28
+"""Bytes of features that a process keeps beside those under `memory` (256 MiB)."""
+
+
+class Recent:
+    """Tensors by key, as many as the budget holds.
+
+    A search reads the same images round and round. The longest unused one would be the next to be
+    read, so that where not all have room, those to go are drawn at random: a share stays.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[Hashable, Tensor] = {}
+        self._keys: list[Hashable] = []
+        self._size = 0
+        self._lock = threading.Lock()
+        self._random = random.Random(0)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """Return the tensor of a key, or None."""
+        return self._tensors.get(key)
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keep a tensor, which nobody may change from now on."""
+        with self._lock:
+            if key in self._tensors or tensor.nbytes > RECENT_BUDGET:
+                return
+            while self._size + tensor.nbytes > RECENT_BUDGET:
+                self._drop()
+            self._tensors[key] = tensor
+            self._keys.append(key)
+            self._size += tensor.nbytes
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        with self._lock:
+            self._tensors.clear()
+            self._keys.clear()
+            self._size = 0
+
+    def _drop(self) -> None:
+        place = self._random.randrange(len(self._keys))
+        self._keys[place], self._keys[-1] = self._keys[-1], self._keys[place]
+        self._size -= self._tensors.pop(self._keys.pop()).nbytes
