@@ -132,6 +132,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     lr_schedule : {"cosine", "step", None}, default="cosine"
         How learning rates fall in the joint stage: to 0 along half a cosine in each cycle, or to
         a tenth every 5 epochs (the paper's).
+    batch_norm : {"keep", "train"}, default="keep"
+        Whether batch-norm layers of the backbone that have statistics when `fit` begins keep them
+        in the joint stage, or go by those of each batch and learn them anew (the paper's). Layers
+        of a backbone without weights have none, and learn them.
     batch_size : int, default=32
     train_split : None or callable, default=None
         skorch's validation split, such as ``skorch.dataset.ValidSplit(5, stratified=True)``: it
@@ -231,6 +235,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         lr: float = 3e-3,
         backbone_lr: float = 1e-4,
         lr_schedule: str | None = "cosine",
+        batch_norm: str = "keep",
         batch_size: int = 32,
         train_split: Any = None,
         callbacks: Any = None,
@@ -281,6 +286,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.checkpoint = checkpoint
         self.backbone_lr = backbone_lr
         self.lr_schedule = lr_schedule
+        self.batch_norm = batch_norm
         self.precision = precision
         self.on_bad_image = on_bad_image
         self.tune_allocator = tune_allocator
@@ -314,6 +320,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             "joint_epochs": 10,
             "cycles": 3,
             "lr_schedule": "step",
+            "batch_norm": "train",
             "batch_size": 80,
             "optimizer__weight_decay": 1e-3,
         }

@@ -32,7 +32,7 @@ from protoclf.receptive_field import BackboneGeometry, measure
 
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
-    **{"augmented_views": 0, "checkpoint": None, "on_bad_image": "raise"},
+    **{"augmented_views": 0, "checkpoint": None, "on_bad_image": "raise", "batch_norm": "train"},
 }
 _MODULES_GIVEN = ("backbone", "augmentation")
 _NETWORK_INPUTS = ("images", "features")

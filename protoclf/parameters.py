@@ -105,6 +105,7 @@ RULES: dict[str, Rule] = {
     "joint_epochs": _integer(0),
     "cycles": _integer(1),
     "augmented_views": _integer(0),
+    "batch_norm": _one_of("keep", "train"),
     "lr": _non_negative(),
     "backbone_lr": _non_negative(),
     "lr_schedule": _one_of("cosine", "step", None),
