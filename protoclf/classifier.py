@@ -92,8 +92,11 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     distinct : {None, "patches", "images"}, default=None
         Whether the prototypes of a class must be projected onto distinct patches, or even onto
         distinct images.
-    lambda_clst, lambda_sep : float, default=0.8, 0.08
+    lambda_clst, lambda_sep : float, default=2.0, 0.08
         Weights of the cluster and the separation cost in the joint loss.
+    lambda_patch : float, default=0.8
+        Weight of the patch cost in the joint loss: the mean distance of a prototype to the nearest
+        patch of its class in the batch. It keeps what the projection changes small (0: the paper).
     self_matches : {"keep", "median"}, default="keep"
         A prototype matches the training image that it is a part of perfectly, as no new image
         will: "median" shows the last layer the median activation of the class's other images
@@ -221,8 +224,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         class_weight: Any = None,
         distinct: str | None = None,
         self_matches: str = "keep",
-        lambda_clst: float = 0.8,
+        lambda_clst: float = 2.0,
         lambda_sep: float = 0.08,
+        lambda_patch: float = 0.8,
         lambda_l1: float | str = 5e-4,
         warmup_epochs: int = 0,
         joint_epochs: int = 10,
@@ -276,6 +280,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.self_matches = self_matches
         self.lambda_clst = lambda_clst
         self.lambda_sep = lambda_sep
+        self.lambda_patch = lambda_patch
         self.lambda_l1 = lambda_l1
         self.warmup_epochs = warmup_epochs
         self.joint_epochs = joint_epochs
@@ -315,6 +320,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             "latent_dim": 128,
             "similarity": "log",
             "prototype_init": "random",
+            "lambda_clst": 0.8,
+            "lambda_patch": 0.0,
             "lambda_l1": 1e-4,
             "warmup_epochs": 5,
             "joint_epochs": 10,

@@ -100,6 +100,7 @@ RULES: dict[str, Rule] = {
     "class_weight": (_is_class_weight, 'None, "balanced" or a dict of a weight for each class'),
     "lambda_clst": _non_negative(),
     "lambda_sep": _non_negative(),
+    "lambda_patch": _non_negative(),
     "lambda_l1": _either("cv", _non_negative()),
     "warmup_epochs": _integer(0),
     "joint_epochs": _integer(0),
