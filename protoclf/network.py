@@ -221,9 +221,12 @@ class Centre(nn.Module):
 
 def _has_statistics(layer: nn.Module) -> bool:
     """Return whether this is a batch-norm layer that has seen images, here or where it is from."""
-    if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
+    if not isinstance(layer, _BatchNorm):
         return False
-    return not (torch.all(layer.running_mean == 0) and torch.all(layer.running_var == 1))
+    mean, variance = layer.running_mean, layer.running_var
+    if mean is None or variance is None:
+        return False
+    return not (mean.eq(0).all() and variance.eq(1).all())
 
 
 def _add_on_layers(channels: int, latent_dim: int | None, similarity: str) -> nn.Sequential:
