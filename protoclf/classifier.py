@@ -92,8 +92,11 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     distinct : {None, "patches", "images"}, default=None
         Whether the prototypes of a class must be projected onto distinct patches, or even onto
         distinct images.
-    lambda_clst, lambda_sep : float, default=0.8, 0.08
+    lambda_clst, lambda_sep : float, default=2.0, 0.08
         Weights of the cluster and the separation cost in the joint loss.
+    lambda_patch : float, default=0.8
+        Weight of the patch cost in the joint loss: the mean distance of a prototype to the nearest
+        patch of its class in the batch. It keeps what the projection changes small (0: the paper).
     self_matches : {"keep", "median"}, default="keep"
         A prototype matches the training image that it is a part of perfectly, as no new image
         will: "median" shows the last layer the median activation of the class's other images
@@ -133,6 +136,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     lr_schedule : {"cosine", "step", None}, default="cosine"
         How learning rates fall in the joint stage: to 0 along half a cosine in each cycle, or to
         a tenth every 5 epochs (the paper's).
+    batch_norm : {"keep", "train"}, default="keep"
+        Whether batch-norm layers of the backbone that have statistics when `fit` begins keep them
+        in the joint stage, or go by those of each batch and learn them anew (the paper's). Layers
+        of a backbone without weights have none, and learn them.
     batch_size : int, default=32
     train_split : None or callable, default=None
         skorch's validation split, such as ``skorch.dataset.ValidSplit(5, stratified=True)``: it
@@ -220,8 +227,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         class_weight: Any = None,
         distinct: str | None = None,
         self_matches: str = "keep",
-        lambda_clst: float = 0.8,
+        lambda_clst: float = 2.0,
         lambda_sep: float = 0.08,
+        lambda_patch: float = 0.8,
         lambda_l1: float | str = 5e-4,
         warmup_epochs: int = 0,
         joint_epochs: int = 10,
@@ -234,6 +242,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         lr: float = 3e-3,
         backbone_lr: float = 1e-4,
         lr_schedule: str | None = "cosine",
+        batch_norm: str = "keep",
         batch_size: int = 32,
         train_split: Any = None,
         callbacks: Any = None,
@@ -274,6 +283,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.self_matches = self_matches
         self.lambda_clst = lambda_clst
         self.lambda_sep = lambda_sep
+        self.lambda_patch = lambda_patch
         self.lambda_l1 = lambda_l1
         self.warmup_epochs = warmup_epochs
         self.joint_epochs = joint_epochs
@@ -284,6 +294,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.checkpoint = checkpoint
         self.backbone_lr = backbone_lr
         self.lr_schedule = lr_schedule
+        self.batch_norm = batch_norm
         self.precision = precision
         self.on_bad_image = on_bad_image
         self.tune_allocator = tune_allocator
@@ -312,11 +323,14 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             "latent_dim": 128,
             "similarity": "log",
             "prototype_init": "random",
+            "lambda_clst": 0.8,
+            "lambda_patch": 0.0,
             "lambda_l1": 1e-4,
             "warmup_epochs": 5,
             "joint_epochs": 10,
             "cycles": 3,
             "lr_schedule": "step",
+            "batch_norm": "train",
             "batch_size": 80,
             "optimizer__weight_decay": 1e-3,
         }

@@ -51,10 +51,10 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
     Notes
     -----
     The joint loss is that of the whole batch: with n processes each has about ``batch_size / n``
-    of its images, and gradients are averaged by the weights of the parts. Only batch
-    normalization sees its own part alone, unless the backbone has ``torch.nn.SyncBatchNorm``; at
-    the end of an epoch its running statistics are those of the first process. Every process
-    decodes all images, and holds all features.
+    of its images, and gradients are averaged by the weights of the parts. Two things see their own
+    part alone: the patch cost, and batch normalization that learns its statistics, unless the
+    backbone has ``torch.nn.SyncBatchNorm``; at the end of an epoch the running statistics are those
+    of the first process. Every process decodes all images, and holds all features.
 
     `save` writes what `ProtoPNetClassifier.load` reads, without Accelerate; call it where
     ``accelerator.is_main_process``.

@@ -103,6 +103,7 @@ class StagedNet(SkorchProtoPNet):
                 if first:
                     self.initialize()
                 self.prepare_processor()
+                self.module_.keep_statistics(self.batch_norm == "keep")
                 self.notify("on_train_begin", **whole)
                 self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
         except NotFinite as error:

@@ -1,7 +1,8 @@
-"""The joint loss of ProtoPNet: cross-entropy, cluster cost and separation cost.
+"""The joint loss of ProtoPNet: cross-entropy, cluster, separation and patch cost.
 
-Chen et al., NeurIPS 2019, section 2.2, stage 1. N images, C classes, m prototypes; `owner` (m,)
-is the class of each prototype. Means over images are weighted where weights are given.
+Chen et al., NeurIPS 2019, section 2.2, stage 1; the patch cost is R1 of Li et al., "Deep Learning
+for Case-Based Reasoning through Prototypes", AAAI 2018. N images, C classes, m prototypes; `owner`
+(m,) is the class of each prototype. Means over images are weighted where weights are given.
 """
 
 from __future__ import annotations
@@ -27,24 +28,41 @@ def separation_cost(
     return -_mean(_smallest(distance, y[:, None] != owner), weight)
 
 
+def patch_cost(distance: Tensor, y: Tensor, owner: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the mean smallest distance (N, m) of a prototype to an image of its own class.
+
+    That is how far a projection onto this batch would move the prototypes. Those whose class has
+    no image in it, or only images of weight 0, are left out.
+    """
+    among = y[:, None] == owner  # (N, m)
+    if weight is not None:
+        among = among & (weight[:, None] > 0)
+    nearest = distance.masked_fill(~among, torch.inf).amin(0)  # (m,)
+    found = among.any(0)  # (m,)
+    return torch.where(found, nearest, 0).sum() / found.sum().clamp_min(1)
+
+
 class ProtoPNetLoss(nn.Module):
-    """Cross-entropy + lambda_clst * Clst + lambda_sep * Sep.
+    """Cross-entropy + lambda_clst * Clst + lambda_sep * Sep + lambda_patch * patch cost.
 
     Parameters
     ----------
     owner : Tensor of shape (m,), int64
         The class that owns each prototype.
-    lambda_clst, lambda_sep : float
-        Weights of the two costs.
+    lambda_clst, lambda_sep, lambda_patch : float
+        Weights of the three costs.
     """
 
     owner: Tensor
 
-    def __init__(self, owner: Tensor, lambda_clst: float, lambda_sep: float) -> None:
+    def __init__(
+        self, owner: Tensor, lambda_clst: float, lambda_sep: float, lambda_patch: float = 0.0
+    ) -> None:
         super().__init__()
         self.register_buffer("owner", owner)
         self.lambda_clst = lambda_clst
         self.lambda_sep = lambda_sep
+        self.lambda_patch = lambda_patch
 
     def forward(self, outputs: Outputs, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the loss of a batch, a scalar; y (N,) holds class indices."""
@@ -54,6 +72,8 @@ class ProtoPNetLoss(nn.Module):
             loss = loss + self.lambda_clst * cluster_cost(distance, y, self.owner, weight)
         if self.lambda_sep:
             loss = loss + self.lambda_sep * separation_cost(distance, y, self.owner, weight)
+        if self.lambda_patch:
+            loss = loss + self.lambda_patch * patch_cost(distance, y, self.owner, weight)
         return loss
 
 

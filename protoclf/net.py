@@ -40,7 +40,8 @@ from protoclf.receptive_field import BackboneGeometry
 
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
-    **{"augmented_views": 0, "checkpoint": None, "on_bad_image": "raise"},
+    **{"augmented_views": 0, "checkpoint": None, "on_bad_image": "raise", "batch_norm": "train"},
+    "lambda_patch": 0.0,
 }
 _MODULES_GIVEN = ("backbone", "augmentation")
 _NETWORK_INPUTS = ("images", "features")
@@ -141,7 +142,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def initialize_criterion(self):
         """Build the joint loss (called by skorch)."""
-        self.criterion_ = ProtoPNetLoss(self.module_.owner, self.lambda_clst, self.lambda_sep)
+        lambdas = self.lambda_clst, self.lambda_sep, self.lambda_patch
+        self.criterion_ = ProtoPNetLoss(self.module_.owner, *lambdas)
         return self
 
     def initialize_optimizer(self, triggered_directly=None):

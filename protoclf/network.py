@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclf.prototype_layer import distance_maps, min_distances, similarity, unit_length
 
@@ -61,6 +62,8 @@ class ProtoPNet(nn.Module):
         Whether the backbone computes in bfloat16, by autocast. What follows it never does.
     memory_format : torch.memory_format
         How images come to the backbone.
+    settled : tuple of str, default=()
+        Batch-norm layers of the backbone that stay in evaluation mode: see `keep_statistics`.
 
     Notes
     -----
@@ -71,6 +74,7 @@ class ProtoPNet(nn.Module):
 
     half_precision: bool
     memory_format: torch.memory_format
+    settled: tuple[str, ...] = ()
     owner: Tensor
     mean: Tensor
     std: Tensor
@@ -166,11 +170,23 @@ class ProtoPNet(nn.Module):
         for name in PARTS:
             getattr(self, name).requires_grad_(name in parts)
 
+    def keep_statistics(self, keep: bool) -> None:
+        """Let those batch-norm layers of the backbone that have statistics keep them, or not.
+
+        A new layer has none, and learns them either way. Where they are kept, training compares
+        prototypes with the latents that the projection, the last layer and predictions see: those
+        of a few images by their own statistics are others.
+        """
+        layers = self.backbone.named_modules()
+        self.settled = tuple(name for name, layer in layers if keep and _has_statistics(layer))
+
     def train(self, mode: bool = True) -> ProtoPNet:
-        """Set the training mode, except that the batch-norm of a frozen backbone stays frozen."""
+        """Set the training mode, but of no frozen backbone and of no settled batch-norm layer."""
         super().train(mode)
         if not any(p.requires_grad for p in self.backbone.parameters()):
             self.backbone.eval()
+        for name in self.settled:
+            self.backbone.get_submodule(name).eval()
         return self
 
     @property
@@ -201,6 +217,16 @@ class Centre(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Return centred maps (N, channels, H, W)."""
         return z - self.mean
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    """Return whether this is a batch-norm layer that has seen images, here or where it is from."""
+    if not isinstance(layer, _BatchNorm):
+        return False
+    mean, variance = layer.running_mean, layer.running_var
+    if mean is None or variance is None:
+        return False
+    return not (mean.eq(0).all() and variance.eq(1).all())
 
 
 def _add_on_layers(channels: int, latent_dim: int | None, similarity: str) -> nn.Sequential:

@@ -19,8 +19,14 @@ FITS = {  # what is fitted -> its parameters
     "distinct": FROZEN | {"distinct": "images", "prototype_size": (2, 2), "lambda_l1": "cv"},
     "auto": FROZEN | {"prototypes_per_class": "auto"},
     "few batches": FROZEN | {"batch_size": 64},
-    "warm-up": FROZEN | {"warmup_epochs": 2, "latent_dim": 6, "similarity": "log"},
-    "joint": {"joint_epochs": 2, "augmentation": None, "random_state": 0},
+    "warm-up": FROZEN
+    | {"warmup_epochs": 2, "latent_dim": 6, "similarity": "log", "lambda_patch": 0.0},
+    "joint": {
+        "joint_epochs": 2,
+        "augmentation": None,
+        "lambda_patch": 0.0,  # each process looks for the nearest image in its part of the batch
+        "random_state": 0,
+    },
     "all at once": {
         "backbone": "small_cnn",
         "warmup_epochs": 1,

@@ -627,7 +627,9 @@ def test_paper_has_the_settings_of_the_paper():
         "joint_epochs": 10,
         "lambda_clst": 0.8,
         "lambda_sep": 0.08,
+        "lambda_patch": 0.0,
         "lambda_l1": 1e-4,
+        "batch_norm": "train",
         "train_backbone": True,
     }
     assert {name: params[name] for name in expected} == expected

@@ -86,7 +86,7 @@ def test_forward_loss_and_similarity_maps_stay_on_the_device(gpu, size, similari
     net, images, y = make(gpu, size, similarity, latent_dim)
     features = net.features(images)
     outputs = net(images)
-    losses = ProtoPNetLoss(net.owner, 0.8, 0.08)(outputs, y, torch.ones(5, device=gpu))
+    losses = ProtoPNetLoss(net.owner, 0.8, 0.08, 0.5)(outputs, y, torch.ones(5, device=gpu))
     maps = net.similarity_maps(net.latents(features), torch.zeros(2, dtype=int, device=gpu))
     assert maps.shape == (5, 2, 5 - size[0], 5 - size[1])
     assert on_gpu([*outputs, *net(features=features), losses, maps])
@@ -176,7 +176,7 @@ def test_a_tensor_left_behind_on_the_cpu_is_found(gpu, monkeypatch):
     net, images, _ = make(gpu)
     net.owner = net.owner.to("cpu")
     with pytest.raises(RuntimeError, match="device"):
-        ProtoPNetLoss(net.owner, 0.8, 0.08)(net(images), torch.zeros(5, dtype=int, device=gpu))
+        ProtoPNetLoss(net.owner, 0.8, 0.08, 0.5)(net(images), torch.zeros(5, dtype=int, device=gpu))
     matrix = localization._bicubic
     monkeypatch.setattr(localization, "_bicubic", lambda *args: matrix(*args).to("cpu"))
     with pytest.raises(RuntimeError, match="device"):
@@ -220,7 +220,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
     with FakeTensorMode(allow_non_fake_inputs=True):  # images come from the host
         module, *_ = make("cuda", size, similarity)
         vars(clf)["module_"] = module
-        vars(clf)["criterion_"] = ProtoPNetLoss(module.owner, 0.8, 0.08)
+        vars(clf)["criterion_"] = ProtoPNetLoss(module.owner, 0.8, 0.08, 0.5)
         data = FitData(clf, dataset, None)
         stages.Projection(None).run(clf, data)
         stages.LastLayer(0.1).run(clf, data)
@@ -233,7 +233,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_training_step_on_the_meta_device(size, similarity, weighted):
     net, images, y = make("meta", size, similarity)
-    loss = ProtoPNetLoss(net.owner, 0.8, 0.08)
+    loss = ProtoPNetLoss(net.owner, 0.8, 0.08, 0.5)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-3)
     weight = torch.ones(5, device="meta") if weighted else None
     net.train()

@@ -1,4 +1,4 @@
-"""Cluster cost, separation cost and the joint loss, against loops over the paper's formulas."""
+"""The costs and the joint loss, against loops over the papers' formulas."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protoclf.losses import ProtoPNetLoss, cluster_cost, separation_cost
+from protoclf.losses import ProtoPNetLoss, cluster_cost, patch_cost, separation_cost
 
 OWNER = torch.tensor([0, 0, 1, 2, 2, 2])
 
@@ -45,6 +45,15 @@ def loop_sep(distance, y, owner, weight):
     return -loop_mean(values, weight)
 
 
+def loop_patch(distance, y, owner, weight):
+    """Mean over prototypes of min over y_i = c(j), weight_i > 0 of d_j(x_i), where there is one."""
+    values = []
+    for j, c in enumerate(owner):
+        own = [float(distance[i][j]) for i, y_i in enumerate(y) if y_i == c and weight[i] > 0]
+        values += [min(own)] if own else []
+    return sum(values) / len(values) if values else 0.0
+
+
 def loop_cross_entropy(logits, y, weight):
     values = []
     for i, y_i in enumerate(y):
@@ -57,7 +66,7 @@ def loop_cross_entropy(logits, y, weight):
 @given(
     n=st.integers(1, 6),
     others=st.lists(st.integers(0, 2), max_size=6),
-    lambdas=st.tuples(st.floats(0, 2), st.floats(0, 2)),
+    lambdas=st.tuples(st.floats(0, 2), st.floats(0, 2), st.floats(0, 2)),
     weighted=st.booleans(),
     seed=st.integers(0, 999),
 )
@@ -69,9 +78,12 @@ def test_joint_loss_is_that_of_loops(n, others, lambdas, weighted, seed):
     logits, distance, _ = outputs
     args = distance, y.tolist(), owner.tolist(), weight
     clst, sep = loop_clst(*args), loop_sep(*args)
-    expected = loop_cross_entropy(logits, y.tolist(), weight) + lambdas[0] * clst + lambdas[1] * sep
+    patch = loop_patch(*args)
+    costs = lambdas[0] * clst + lambdas[1] * sep + lambdas[2] * patch
+    expected = loop_cross_entropy(logits, y.tolist(), weight) + costs
     assert cluster_cost(distance, y, owner, given_weight).item() == pytest.approx(clst)
     assert separation_cost(distance, y, owner, given_weight).item() == pytest.approx(sep)
+    assert patch_cost(distance, y, owner, given_weight).item() == pytest.approx(patch)
     loss = ProtoPNetLoss(owner, *lambdas)(outputs, y, given_weight)
     assert loss.item() == pytest.approx(expected)
 
@@ -87,7 +99,7 @@ def test_separation_enters_with_the_papers_sign():
 
 def test_weight_two_is_a_row_twice():
     outputs, y, _ = batch()
-    loss = ProtoPNetLoss(OWNER, 0.8, 0.08)
+    loss = ProtoPNetLoss(OWNER, 0.8, 0.08, 0.5)
     weight = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     twice = torch.tensor([0, 1, 1, 2, 3, 4])
     repeated = tuple(values[twice] for values in outputs)
@@ -96,7 +108,7 @@ def test_weight_two_is_a_row_twice():
 
 def test_weight_zero_is_a_row_left_out():
     outputs, y, _ = batch()
-    loss = ProtoPNetLoss(OWNER, 0.8, 0.08)
+    loss = ProtoPNetLoss(OWNER, 0.8, 0.08, 0.5)
     weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     kept = torch.tensor([0, 2, 3])
     fewer = tuple(values[kept] for values in outputs)
@@ -106,7 +118,7 @@ def test_weight_zero_is_a_row_left_out():
 def test_a_batch_of_weight_zero_costs_nothing_and_has_zero_gradients():
     (logits, distance, cell), y, _ = batch()
     logits.requires_grad_(), distance.requires_grad_()
-    loss = ProtoPNetLoss(OWNER, 0.8, 0.08)((logits, distance, cell), y, torch.zeros(5))
+    loss = ProtoPNetLoss(OWNER, 0.8, 0.08, 0.5)((logits, distance, cell), y, torch.zeros(5))
     loss.backward()
     assert loss.item() == 0
     assert (logits.grad == 0).all()
@@ -152,3 +164,24 @@ def test_far_distances_leave_gradients_finite():
     ProtoPNetLoss(OWNER, 0.8, 0.08)((logits, distance, cell), y).backward()
     assert logits.grad.isfinite().all()
     assert distance.grad.isfinite().all()
+
+
+def test_patch_cost_reaches_each_prototype_through_its_nearest_own_image_alone():
+    (_, distance, _), y, weight = batch()
+    weight[0] = 0.0  # the nearest, did it count
+    distance[0] /= 100
+    distance.requires_grad_()
+    patch_cost(distance, y, OWNER, weight).backward()
+    for j, c in enumerate(OWNER.tolist()):
+        own = [i for i, y_i in enumerate(y.tolist()) if y_i == c and i > 0]
+        nearest = min(own, key=lambda i: distance[i, j].item())
+        expected = [1 / len(OWNER) if i == nearest else 0.0 for i in range(len(y))]
+        assert distance.grad[:, j].tolist() == pytest.approx(expected)
+
+
+def test_patch_cost_leaves_out_prototypes_whose_class_is_not_in_the_batch():
+    (_, distance, _), _, _ = batch()
+    distance.requires_grad_()
+    patch_cost(distance, torch.ones(5, dtype=torch.int64), OWNER).backward()
+    assert distance.grad.isfinite().all()
+    assert distance.grad.sum(0).tolist() == [0, 0, 1, 0, 0, 0]

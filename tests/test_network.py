@@ -156,6 +156,49 @@ def test_batch_norm_of_a_trained_backbone_learns_in_training_mode_only():
     assert not torch.equal(net.backbone[0][1].running_mean, before)
 
 
+def seen_images(backbone):
+    """Give the batch-norm layers of a backbone statistics of their own."""
+    for layer in backbone.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -1, 1)
+    return backbone
+
+
+def test_settled_batch_norm_trains_by_the_statistics_that_it_predicts_by():
+    net, images = make(backbone=seen_images(SmallCNN(8)))
+    net.keep_statistics(True)
+    before = {name: value.clone() for name, value in net.backbone.named_buffers()}
+    expected = net.eval()(images)[0]
+    logits = net.train()(images)[0]
+    assert torch.equal(logits, expected)
+    assert all(torch.equal(v, before[name]) for name, v in net.backbone.named_buffers())
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.backbone.parameters())
+    net.keep_statistics(False)
+    assert all(module.training for module in net.train().modules())
+
+
+def test_batch_norm_without_statistics_learns_them():
+    net, images = make(backbone=nn.Sequential(seen_images(SmallCNN(4)), nn.BatchNorm2d(4)))
+    net.backbone.append(nn.Conv2d(4, 8, 1))
+    net.keep_statistics(True)
+    settled = {
+        name for name, layer in net.backbone[0].named_modules() if hasattr(layer, "momentum")
+    }
+    assert set(net.settled) == {f"0.{name}" for name in settled}
+    before = {name: value.clone() for name, value in net.backbone.named_buffers()}
+    net.train()(images)
+    changed = {n for n, v in net.backbone.named_buffers() if not torch.equal(v, before[n])}
+    assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def test_batch_norm_that_never_tracks_is_never_settled():
+    net, _ = make(backbone=nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, momentum=None)))
+    net.backbone[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    net.keep_statistics(True)
+    assert net.settled == ()
+
+
 def select(net, index, similarity):
     """A network of these prototypes of another."""
     owner = [OWNER[j] for j in index]

@@ -274,6 +274,33 @@ def test_a_frozen_backbone_is_left_as_it_was_by_the_whole_fit(squares):
         assert same(part(state, "backbone"), part(recorder.start, "backbone"))
 
 
+def statistics(module):
+    return {k: v.clone() for k, v in module.state_dict().items() if "running" in k}
+
+
+@pytest.mark.parametrize(("batch_norm", "kept"), [("keep", True), ("train", False)])
+def test_a_backbone_with_statistics_keeps_them_or_learns_them_anew(squares, batch_norm, kept):
+    backbone = SmallCNN(8)
+    for layer in backbone.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -0.1, 0.1)
+    before = statistics(backbone)
+    clf = make(backbone=backbone, batch_norm=batch_norm, cycles=2).fit(*squares)
+    assert same(statistics(clf.module_.backbone), before) == kept
+    assert not torch.equal(clf.module_.backbone[0][1].weight, backbone[0][1].weight)
+
+
+def test_a_backbone_from_scratch_learns_its_statistics_in_all_cycles_and_then_keeps_them(squares):
+    recorder = Recorder()
+    clf = make(cycles=2, callbacks=[recorder]).fit(*squares)
+    new, first, second = recorder.start, *recorder.states("joint")
+    name = "backbone.0.1.running_mean"
+    assert len({tuple(state[name].tolist()) for state in (new, first, second)}) == 3
+    learned = statistics(clf.module_)
+    clf.partial_fit(*squares)
+    assert same(statistics(clf.module_), learned)
+
+
 # Projection and last layer ----------------------------------------------------------------------
 
 NETWORKS = {

@@ -6,7 +6,8 @@
 Without --test, 4-fold cross-validation on the training folder: the way to choose settings.
 The black boxes: scikit-learn's logistic regression, its C cross-validated, on the standardised and
 pooled features (its time is that of one pass over the training images), and with --fine-tune the
-same CNN with pooling and a linear layer, trained with the same augmentation, rates and epochs.
+same CNN with pooling and a linear layer, trained with the same augmentation, rates, epochs and
+precision: with batch-norm statistics learned anew, and with those that came with the weights.
 """
 
 import argparse
@@ -18,11 +19,13 @@ import torch
 from black_box import train_network
 from photos import backbone_of, photos
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from stage_accuracy import StageAccuracy
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclf import ProtoPNetClassifier
 from protoclf.acceleration import keep_freed_memory
@@ -55,7 +58,8 @@ def models(args, first):
     if first:  # nothing random in it
         yield logistic_regression
     if args.fine_tune:
-        yield cnn
+        yield lambda *given: cnn(*given, keep_statistics=False)
+        yield lambda *given: cnn(*given, keep_statistics=True)
     for k in args.prototypes:
         yield lambda *given, k=k: protopnet(*given, k)
 
@@ -99,8 +103,15 @@ def logistic_regression(args, train, held_out, seed):
     rates = {"C": [1e-3, 3e-3, 1e-2, 3e-2]}
     search = GridSearchCV(LogisticRegression(max_iter=1000), rates, cv=4)
     model = make_pipeline(StandardScaler(), search).fit(features, train[1])
-    accuracy = model.score(pooled(args, held_out[0]), held_out[1])
-    return {"model": "logistic regression", "accuracy": accuracy, "fit_s": seconds}
+    probability = model.predict_proba(pooled(args, held_out[0]))
+    scores = scored(held_out[1], probability, model.classes_)
+    return {"model": "logistic regression", **scores, "fit_s": seconds}
+
+
+def scored(y, probability, classes):
+    """Accuracy and log-loss, of which the latter tells small differences apart sooner."""
+    accuracy = float((classes[probability.argmax(1)] == y).mean())
+    return {"accuracy": accuracy, "log_loss": log_loss(y, probability, labels=classes)}
 
 
 def pooled(args, paths):
@@ -121,7 +132,7 @@ def prepared(args):
     return backbone, lambda x: ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def cnn(args, train, held_out, seed):
+def cnn(args, train, held_out, seed, keep_statistics):
     """Fine-tune with Adam: 1e-4 for the backbone, 3e-3 for the linear layer, cosine schedule."""
     start = time.perf_counter()
     backbone, prepare = prepared(args)
@@ -138,13 +149,17 @@ def cnn(args, train, held_out, seed):
     def augmented(index):
         return prepare(augment_mildly(pixels[index]))
 
-    train_network(net, optimizer, args.fine_tune, y, augmented)
+    settled = [m for m in backbone.modules() if keep_statistics and isinstance(m, _BatchNorm)]
+    half = "precision=bfloat16" in args.set
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    train_network(net, optimizer, args.fine_tune, y, augmented, settled, precision)
     seconds = time.perf_counter() - start
     pixels, _ = decode(Images(list(held_out[0])), Preprocessing(args.image_size))
-    with torch.no_grad():
-        predicted = torch.cat([net.eval()(prepare(p)).argmax(1) for p in pixels.split(32)])
-    accuracy = float((classes[predicted.numpy()] == held_out[1]).mean())
-    return {"model": f"CNN, {args.fine_tune} epochs", "accuracy": accuracy, "fit_s": seconds}
+    with torch.no_grad(), precision:
+        logits = torch.cat([net.eval()(prepare(p)).double() for p in pixels.split(32)])
+    name = f"CNN, {args.fine_tune} epochs, statistics {'kept' if keep_statistics else 'learned'}"
+    scores = scored(held_out[1], logits.softmax(1).numpy(), classes)
+    return {"model": name, **scores, "fit_s": seconds}
 
 
 def protopnet(args, train, held_out, seed, k):
@@ -169,7 +184,7 @@ def protopnet(args, train, held_out, seed, k):
     seconds = time.perf_counter() - start
     return {
         "model": f"protopnet, {k} per class",
-        "accuracy": clf.score(*held_out),
+        **scored(held_out[1], clf.predict_proba(held_out[0]), clf.classes_),
         "fit_s": seconds,
         "prototypes": clf.n_prototypes_,
         "nonzero": int((clf.coef_ != 0).sum()),
