@@ -145,7 +145,17 @@ class OnTables(OfOneProcess, DistributedProtoPNetClassifier):
     """Takes rows of a table for images, as scikit-learn's checks need."""
 
 
-on_tables = OnTables(accelerator=Accelerator(cpu=True), **as_for_one_process.get_params(deep=False))
+class OnCPU(Accelerator):
+    """One whose name is the same in every process, as names of tests have to be."""
+
+    def __init__(self):
+        super().__init__(cpu=True)
+
+    def __repr__(self):
+        return "OnCPU()"
+
+
+on_tables = OnTables(accelerator=OnCPU(), **as_for_one_process.get_params(deep=False))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the checks repeat rows: prototypes collapse
