@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from skorch import NeuralNet
-from skorch.utils import is_dataset
 from torch import nn
 
 from protoclf.attribution import gradient_boxes, image_boxes
@@ -31,7 +30,7 @@ from protoclf.features import feature_batches
 from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import ImageError, Images
-from protoclf.labels import encode, read_groups, read_labels
+from protoclf.labels import check_classes, encode, read_groups, read_labels
 from protoclf.localization import upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
@@ -44,6 +43,7 @@ from protoclf.parameters import (
 )
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
+from protoclf.torch_datasets import is_batches, unpacked
 
 
 @with_parameters_of(NeuralNet)
@@ -381,9 +381,20 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """Go on from the present network: joint cycles, projection and last layer on X.
 
         The first call is a `fit`. Prototypes are projected onto patches of this X, so it should
-        hold all the images that prototypes may show.
+        hold all the images that prototypes may show. What the network was built from, such as
+        `backbone`, `prototypes_per_class` and `similarity`, stays as it was in the first call.
+
+        Parameters
+        ----------
+        X, y, sample_weight, groups
+            As in `fit`; every class has as many images as prototypes, in each call.
+        classes : array-like of labels, optional
+            Those of y in the first call; others are refused.
         """
-        return self._fit(X, y, sample_weight, groups, first=not self._is_trained())
+        first = not self._is_trained()
+        if classes is not None:
+            check_classes(classes, unpacked(X, y)[1] if first else self.classes_)
+        return self._fit(X, y, sample_weight, groups, first)
 
     # Using it -----------------------------------------------------------------------------------
 
@@ -400,9 +411,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     def predict(self, X: Any) -> np.ndarray:
         """Return the class label of each image, (n,).
 
-        For a torch Dataset, whose targets are class indices, these are class indices too.
+        To a callback in the middle of a fit, whose data sets have class indices for targets, these
+        are class indices too.
         """
-        return self._logits(X).argmax(1) if is_dataset(X) else super().predict(X)
+        return self._logits(X).argmax(1) if is_batches(X) else super().predict(X)
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the activations g: the similarity of each image to each prototype, (n, m)."""
@@ -579,7 +591,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """
         self._fitted()
         maps: list[Any] = []
-        dataset = ImageDataset(Images(X), self.preprocessing_)  # which no missing map could fit
+        images = Images(unpacked(X, None)[0])
+        dataset = ImageDataset(images, self.preprocessing_)  # which no missing map could fit
         self.prepare_processor()
         for inputs, y in feature_batches(self, dataset):
             with torch.no_grad():
@@ -735,7 +748,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     @torch.no_grad()
     def _outputs(self, X: Any) -> Iterator[Outputs]:
         """Yield the outputs for each batch of X, on the device: no batch waits for a copy."""
-        if is_dataset(X):  # from a callback in the middle of a fit, which may know the outputs
+        if is_batches(X):  # from a callback in the middle of a fit, which may know the outputs
             for outputs in self.forward_iter(X, training=False, device=self.device):
                 yield tuple(output.detach() for output in outputs)
             return

@@ -33,6 +33,7 @@ from protoclf.parameters import (
     check_rules,
     normalization,
     prototype_counts,
+    refuse_unknown_of_members,
 )
 
 _FITTED = ("estimators_", "named_estimators_", "classes_")
@@ -356,6 +357,10 @@ class ProtoPNetEnsemble(
 
     def set_params(self, **params: Any):
         """Set parameters; a member by its name, its parameters by nested ones."""
+        members = params.get("estimators", self.estimators)
+        pairs = members if isinstance(members, list) else []  # `fit` checks what they are
+        names = [item[0] for item in pairs if isinstance(item, tuple | list) and len(item) == 2]
+        refuse_unknown_of_members(params, self, names)
         return self._set_params("estimators", **params)
 
     def __sklearn_is_fitted__(self) -> bool:

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from skorch import NeuralNetClassifier
 from skorch.callbacks import PrintLog
-from skorch.utils import is_dataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -37,6 +36,7 @@ from protoclf.parameters import (
 from protoclf.penalty import Activations
 from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry
+from protoclf.torch_datasets import is_batches, unpacked
 
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
@@ -161,8 +161,9 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def get_dataset(self, X: Any, y: Any = None) -> Dataset:
         """Return batches of images for X (called by skorch)."""
-        if is_dataset(X):
+        if is_batches(X):
             return X
+        X, _ = unpacked(X, y)
         return ImageDataset(Images(X), self.preprocessing_, y, on_bad_image=self.on_bad_image)
 
     def get_iterator(

@@ -193,8 +193,7 @@ def _check_nested(params: Mapping[str, Any]) -> None:
         known = inspect.signature(params[component]).parameters
         if own in known or any(p.kind == p.VAR_KEYWORD for p in known.values()):
             continue
-        near = difflib.get_close_matches(own, sorted(known), n=1)
-        hint = f" Did you mean {component + nested + near[0]!r}?" if near else ""
+        hint = _nearest(own, known, before=component + nested)
         raise TypeError(f"{component} has no parameter {own!r}.{hint}")
     check_order(params)
 
@@ -318,6 +317,20 @@ def refuse_unknown(
         prefix, nested, _ = name.partition("__")
         if name in known or (nested and prefix in _NESTED):
             continue
-        near = difflib.get_close_matches(prefix, sorted(_NESTED if nested else known), n=1)
-        hint = f" Did you mean {near[0] + name[len(prefix) :]!r}?" if near else ""
+        hint = _nearest(prefix, _NESTED if nested else known, behind=name[len(prefix) :])
         raise error(f"{estimator.__name__} has no parameter {name!r}.{hint}")
+
+
+def refuse_unknown_of_members(names: Iterable[str], ensemble: Any, members: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no parameter of an ensemble, and of no member of it."""
+    known = {*inspect.signature(type(ensemble)).parameters, *members}
+    for name in names:
+        first, nested, own = name.partition("__")
+        if first not in known:
+            hint = _nearest(first, known, behind=nested + own)
+            raise ValueError(f"{type(ensemble).__name__} has no parameter {name!r}.{hint}")
+
+
+def _nearest(name: str, known: Iterable[str], before: str = "", behind: str = "") -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" Did you mean {before + near[0] + behind!r}?" if near else ""

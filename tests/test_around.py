@@ -233,6 +233,35 @@ def test_groups_and_weights_are_routed(paths, squares):
     assert len(scores) == 2
 
 
+def test_weights_are_routed_through_a_pipeline_and_a_search(paths, squares):
+    import sklearn
+
+    y, weight = squares[1], np.where(squares[1] == "red", 5.0, np.arange(24) % 4)
+    given = {"sample_weight": weight, "groups": np.arange(24) // 6}
+    with sklearn.config_context(enable_metadata_routing=True):
+        clf = small().set_fit_request(sample_weight=True, groups=True)
+        pipeline = make_pipeline("passthrough", clf.set_score_request(sample_weight=True))
+        grid = {"protopnetclassifier__lambda_l1": [1e-3, 1e-2]}
+        search = GridSearchCV(pipeline, grid, cv=GroupKFold(2), error_score="raise")
+        search.fit(paths, y, **given)
+    for i, (train, test) in enumerate(GroupKFold(2).split(paths, y, given["groups"])):
+        alone = small(lambda_l1=1e-2).fit(paths[train], y[train], weight[train])
+        score = alone.score(paths[test], y[test], weight[test])
+        assert search.cv_results_[f"split{i}_test_score"][1] == pytest.approx(score)
+    best = search.best_estimator_[-1]
+    expected = small(lambda_l1=best.lambda_l1).fit(paths, y, weight)
+    assert np.array_equal(best.coef_, expected.coef_)
+
+
+def test_backbones_are_searched(paths, squares):
+    backbones = ["small_cnn", torch.nn.Conv2d(3, 8, 4, 4)]
+    search = GridSearchCV(small(), {"backbone": backbones}, cv=FOLDS, error_score="raise")
+    search.fit(paths, squares[1])
+    for backbone, score in zip(backbones, search.cv_results_["mean_test_score"], strict=True):
+        alone = cross_val_score(small().set_params(backbone=backbone), paths, squares[1], cv=FOLDS)
+        assert score == alone.mean()
+
+
 # ---- around it --------------------------------------------------------------------------------
 
 

@@ -307,12 +307,10 @@ def test_wrong_sample_weights_are_refused(backbone_images):
     assert not backbone_images
 
 
-def test_a_weight_of_zero_leaves_an_image_out_of_the_last_layer():
-    weight = np.ones(18)
-    weight[CODES == 0] = 0
+def test_a_class_weight_of_zero_leaves_its_images_out_of_the_last_layer():
     clf = classifier(own_module(), train_backbone=False, lambda_l1=1e-4)
     plain = clone(clf).fit(X, Y)
-    weighted = clf.fit(X, Y, sample_weight=weight)
+    weighted = clf.set_params(class_weight={"wren": 0}).fit(X, Y)
     assert plain.coef_[2].max() > 0
     assert weighted.coef_[2].max() == 0  # nothing is left to say for the wren
 
@@ -774,6 +772,26 @@ def test_training_goes_on_without_a_second_warm_up(how):
     with pytest.raises(ValueError, match=r"did not see: \['kiwi'\]"):
         go_on(X, np.where(Y == "owl", "kiwi", Y))
     assert np.array_equal(clf.predict_proba(X), kept)
+
+
+@pytest.mark.parametrize("how", ["partial_fit", "warm_start"])
+def test_a_fit_does_not_go_on_at_another_size(how):
+    clf = classifier(own_module(), train_backbone=False, warm_start=how == "warm_start").fit(X, Y)
+    expected = clf.explain(X[:2])
+    go_on = clf.partial_fit if how == "partial_fit" else clf.fit
+    clf.set_params(image_size=64)
+    with pytest.raises(ValueError, match="image_size is 64 now and was 32"):
+        go_on(X, Y)
+    pd.testing.assert_frame_equal(clf.explain(X[:2]), expected)
+
+
+@pytest.mark.parametrize("classes", [["a"], [*np.unique(Y), "z"]])
+def test_other_classes_than_those_of_y_are_refused_by_partial_fit(classes):
+    fitted = classifier(own_module(), train_backbone=False).partial_fit(X, Y, classes=np.unique(Y))
+    for clf in (classifier(own_module()), fitted):
+        with pytest.raises(ValueError, match="classes must be those of y in the first call"):
+            clf.partial_fit(X, Y, classes=classes)
+    assert fitted.partial_fit(X, Y, classes=np.unique(Y)[::-1]).classes_.tolist() == sorted(set(Y))
 
 
 def test_the_first_partial_fit_is_a_fit():

@@ -37,6 +37,12 @@ def test_every_page_is_in_the_navigation():
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_figures_are_left_to_fill_in(page):
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^[A-Z_]{6,}$|\bTODO\b|\bTBD\b", text, re.M) == []
+
+
 @pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_hold(name):

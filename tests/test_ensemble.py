@@ -494,6 +494,9 @@ def test_parameters_are_stored_untouched_and_set_by_nested_names():
     assert ensemble.estimators == [("first", first), ("second", third)]
     with pytest.raises(ValueError, match="Did you mean 'lambda_clst'"):
         ensemble.set_params(first__lambda_cluster=0)
+    for wrong, near in {"n_job": "n_jobs", "frist__lr": "first__lr", "secnd": "second"}.items():
+        with pytest.raises(ValueError, match=f"has no parameter '{wrong}'. Did you mean '{near}'"):
+            ensemble.set_params(**{wrong: 1})
     copy = clone(ensemble)
     assert copy.estimators[0][1] is not first
     assert copy.get_params()["first__lr"] == 0.5

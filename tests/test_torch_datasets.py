@@ -1,10 +1,11 @@
 """Fits on torch's data sets are those on what the data sets hold."""
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from protoclf import ImageError, ProtoPNetClassifier
@@ -36,6 +37,7 @@ def test_tensors(squares, expected):
     assert clf.classes_.tolist() == [0, 1, 2]
     named = small().fit(dataset, y)
     assert named.classes_.tolist() == sorted(set(y))
+    assert named.score(dataset, y) == named.score(X, y)  # labels, not indices
     half = small().fit(Subset(dataset, range(12)))
     assert half.prototypes_["source_index"].max() < 12
 
@@ -51,6 +53,39 @@ def test_a_folder_of_torchvision_is_read_by_its_paths(squares, tmp_path):
     assert small().fit(half).source_image(0).shape == (20, 30, 3)
 
 
+class Photos(Dataset):
+    """Pairs of a PIL image and a label."""
+
+    def __init__(self, squares):
+        self.squares = squares
+
+    def __len__(self):
+        return len(self.squares[1])
+
+    def __getitem__(self, i):
+        return PIL.Image.fromarray(self.squares[0][i]), str(self.squares[1][i])
+
+
+class InBatches(Photos):
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+def test_what_was_fitted_to_a_data_set_answers_it(squares):
+    X = squares[0]
+    photos = Photos(squares)
+    clf = small().fit(photos)
+    assert clf.classes_.tolist() == ["blue", "green", "red"]
+    assert clf.predict(photos).tolist() == clf.predict(X).tolist()
+    for method in ("predict_proba", "decision_function", "transform", "similarity_maps"):
+        answer = getattr(clf, method)
+        assert np.array_equal(answer(photos), answer(X)), method
+    pd.testing.assert_frame_equal(clf.explain(Subset(photos, [3, 1])), clf.explain(X[[3, 1]]))
+    in_batches = InBatches(squares)
+    again = small().fit(in_batches)
+    assert np.array_equal(again.decision_function(in_batches), clf.decision_function(X))
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield np.zeros((8, 8, 3), np.uint8), 0
@@ -59,5 +94,7 @@ class Stream(IterableDataset):
 def test_other_data_sets_are_refused(squares):
     with pytest.raises(ImageError, match="map-style"):
         small().fit(Stream())
+    with pytest.raises(ImageError, match="map-style"):
+        small().fit(*squares).predict(Stream())
     with pytest.raises(ImageError, match="pairs"):
         small().fit(TensorDataset(torch.zeros(4, 3, 8, 8)))
