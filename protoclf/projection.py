@@ -93,9 +93,7 @@ def find_sources(
         targets.append(y)
     parts = (distances, cells, bars, targets)
     arrays = [gather(torch.cat(part)).cpu().numpy() for part in parts]
-    return _choose(
-        *(arrays[0], arrays[1], arrays[2].astype(bool), arrays[3]), owner.cpu().numpy(), distinct
-    )
+    return _choose(*arrays, owner.cpu().numpy(), distinct)
 
 
 @torch.no_grad()
@@ -159,7 +157,7 @@ def _choose(
     choose = {None: _nearest, "patches": _distinct_patches, "images": _distinct_images}[distinct]
     for c in np.unique(owner):
         mine, images = np.flatnonzero(owner == c), np.flatnonzero(y == c)
-        d, where, bar = (a[images, : len(mine)] for a in (distance, cell, barred))  # (n, K, k)
+        d, where, bar = (a[images, : len(mine)] for a in (distance, cell, barred != 0))  # (n, K, k)
         slot = np.arange(len(mine))
         try:
             image, rank = choose(np.where(bar, np.inf, d), where)  # (K,), (K,)

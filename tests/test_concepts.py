@@ -215,7 +215,7 @@ def test_sheets_add_up_and_prototypes_are_patches(clf):
 def test_what_is_encouraged_is_drawn_nearer():
     X, y = marked()
     settings = {"prototypes_per_class": 2, "joint_epochs": 1, "lr": 0.05, "distinct": "patches"}
-    clf = classifier(lambda_clst=0.0, lambda_sep=0.0, **settings).fit(X, y)
+    clf = classifier(lambda_clst=0.0, lambda_sep=0.0, lambda_patch=0.0, **settings).fit(X, y)
     ids = np.flatnonzero(clf.prototypes_["class"] == "red")
     with torch.no_grad():  # somewhere else, so that training has something to mend
         clf.module_.prototypes[ids] *= -1

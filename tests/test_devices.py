@@ -25,6 +25,7 @@ from protoclf import (
 from protoclf.attribution import gradient_maps
 from protoclf.augmentation import AugmentedDataset, augment_mildly
 from protoclf.backbones import SmallCNN
+from protoclf.concepts import Concepts, ForbiddenPatches
 from protoclf.explanation import explain_batch
 from protoclf.features import FitData
 from protoclf.geometry import Preprocessing
@@ -96,8 +97,9 @@ def test_forward_loss_and_similarity_maps_stay_on_the_device(gpu, size, similari
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("distinct", projection.DISTINCT)
+@pytest.mark.parametrize("forbids", [False, True])
 def test_the_search_of_the_projection_stays_on_the_device(
-    gpu, monkeypatch, size, similarity, distinct
+    gpu, monkeypatch, size, similarity, distinct, forbids
 ):
     """All that it hands over to the host are the candidates, once."""
     net, images, y = make(gpu, size, similarity)
@@ -113,11 +115,15 @@ def test_the_search_of_the_projection_stays_on_the_device(
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)
     z = net.latents(net.features(images))
     batches = [(z, y.to("cpu")), (z[:2], y[:2].to("cpu"))]
-    distance, cell, target, owner, _ = projection.find_sources(
-        batches, net.scaled_prototypes(), net.owner, distinct
+    concepts = ForbiddenPatches.__new__(ForbiddenPatches)
+    concepts.patches, concepts.owner = net.scaled_prototypes()[:2], net.owner[:2]
+    forbidden = concepts.distance if forbids else None
+    distance, cell, barred, target, owner, _ = projection.find_sources(
+        batches, net.scaled_prototypes(), net.owner, distinct, forbidden=forbidden
     )
     assert on_gpu(taken)
-    assert len(taken) == 4
+    assert len(taken) == 5
+    assert barred.shape == cell.shape
     assert distance.shape == cell.shape
     assert distance.shape[:2] == (7, 2)
     assert target.shape == (7,)
@@ -160,11 +166,25 @@ def test_nearest_patches_stay_on_the_device(gpu, monkeypatch):
     net, images, _ = make(gpu)
     z = net.eval().latents(net.features(images))
     monkeypatch.setattr(FakeTensor, "tolist", lambda counts: [3] * 4 + [0])  # 3 of 4 prototypes
-    best = nearest_patches._best_of_batch(net, z, 0, 3)
-    merged = nearest_patches._merged(best, nearest_patches._best_of_batch(net, z, 5, 3), 3)
+    others = torch.zeros(5, 4, dtype=torch.bool, device=gpu)
+    best = nearest_patches._best_of_batch(net, z, others, 0, 3)
+    more = nearest_patches._best_of_batch(net, z, others, 5, 3)
+    merged = nearest_patches._merged(best, more, 3)
     for parts in (best, merged):
         assert on_gpu(parts)
         assert [tuple(part.shape) for part in parts] == [(4, 3)] * 3 + [(4, 3, 4, 4)]
+
+
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_costs_of_concepts_stay_on_the_device(gpu, monkeypatch, forbidden):
+    """They are kept on the CPU, and come to the device batch by batch."""
+    net, images, y = make(gpu)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda places: [0] * len(places))
+    cells = torch.zeros(5, dtype=int)
+    kinds = torch.full((5,), forbidden), torch.ones(5)
+    box = torch.tensor([[0, 0, 4, 4]]).expand(5, 4)
+    concepts = Concepts(images.to("cpu"), box, cells, cells, y.to("cpu"), *kinds)
+    assert on_gpu([concepts.cost(net)])
 
 
 def test_a_tensor_left_behind_on_the_cpu_is_found(gpu, monkeypatch):
@@ -203,7 +223,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
     dataset = ImageDataset(images, Preprocessing(32), y, np.ones(len(y))).keep()
     clf.initialize().device = "cuda"
 
-    def sources(latents, prototypes, owner, distinct, gather):
+    def sources(latents, prototypes, owner, distinct, gather, forbidden):
         assert on_gpu([z for z, _ in latents] + [prototypes, owner])
         return projection.Sources(np.arange(4), np.zeros(4, int), np.zeros(4))
 

@@ -187,9 +187,11 @@ def test_similarity_maps_are_of_the_highest_contributions(fitted, squares, tmp_p
 
 def test_similarity_maps_of_another_class_or_of_given_prototypes(fitted, squares):
     image = squares[0][2]
-    other = plot_similarity_maps(fitted, image, label="green")
-    assert other.label == "green"
-    sheet = fitted.explain([image], ["green"])
+    sheet = fitted.explain([image], "all")
+    label = sheet.loc[~sheet["is_predicted"] & (sheet["contribution"] > 0), "class"].iloc[0]
+    other = plot_similarity_maps(fitted, image, label=label)
+    assert other.label == label
+    sheet = sheet[sheet["class"] == label]
     expected = sheet.loc[sheet["contribution"] > 0, "prototype"].tolist()
     assert other.table["prototype"].tolist() == expected
     given = plot_similarity_maps(fitted, image, prototypes=[5, 0])
