@@ -73,7 +73,15 @@ def gradient_boxes(
 def image_boxes(
     net: SkorchProtoPNet, dataset: ImageDataset, i: int, prototypes: np.ndarray, percentile: float
 ) -> np.ndarray:
-    """Return the boxes (k, 4) of prototypes in image i, in its pixels.
+    """Return the boxes (k, 4) of prototypes in image i, in its pixels."""
+    on_input = input_boxes(net, dataset, i, prototypes, percentile)
+    return dataset.preprocessing.to_original_pixels(on_input, dataset.sizes([i] * len(on_input)))
+
+
+def input_boxes(
+    net: SkorchProtoPNet, dataset: ImageDataset, i: int, prototypes: np.ndarray, percentile: float
+) -> np.ndarray:
+    """Return the boxes (k, 4) of prototypes in image i, in pixels of the model input.
 
     The maps are blurred by half a cell; a box encloses the pixels of at least this percentile
     that hang together with the highest one.
@@ -82,8 +90,7 @@ def image_boxes(
     index = torch.from_numpy(prototypes).to(net.device)
     maps = gradient_maps(net.module_.eval(), image, index).cpu().numpy()
     blur = _BLUR * net.geometry_.stride[0]
-    on_input = [salient_box(m, blur, percentile) for m in maps]
-    return dataset.preprocessing.to_original_pixels(on_input, dataset.sizes([i] * len(maps)))
+    return np.array([salient_box(m, blur, percentile) for m in maps])
 
 
 def salient_box(attribution: np.ndarray, blur: float, percentile: float) -> list[int]:

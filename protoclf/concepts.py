@@ -16,7 +16,7 @@ from torch import Tensor
 from protoclf.network import ProtoPNet
 from protoclf.prototype_layer import distance_maps
 
-_BATCH = 16  # patches in each step
+_BATCH = 8  # patches in each step
 _SAME_PATCH = 1e-4  # squared distance of latents, which batches of other sizes round otherwise
 
 

@@ -212,8 +212,8 @@ def forbid(
     y: ArrayLike,
     *,
     reason: str = "",
-    k: int = 10,
-    weight: float = 1.0,
+    k: int = 20,
+    weight: float = 20.0,
     epochs: int | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -235,11 +235,11 @@ def forbid(
         To train on, as in `partial_fit`: the training images as a rule.
     reason : str, default=""
         For the record.
-    k : int, default=10
+    k : int, default=20
         Images in which each of the prototypes is found most clearly, among those of its class: the
         patches found there are what is forbidden. All of them should show it; with fewer than k
         images of the class it is all images.
-    weight : float, default=1
+    weight : float, default=20
         Weight of the penalty in the joint loss: of the mean similarity of a class's prototypes to
         a forbidden patch, as a share of the largest similarity there is, for the patch alone on a
         plain ground and in its place.
@@ -289,8 +289,10 @@ def encourage(
 
     Parameters
     ----------
-    clf, ids, X, y, reason, k, epochs, sample_weight, groups
+    clf, ids, X, y, reason, epochs, sample_weight, groups
         As in `forbid`, for prototypes that show what should be looked at.
+    k : int, default=10
+        As in `forbid`.
     weight : float, default=1
         Weight in the joint loss: of the smallest squared distance from a patch that these show to
         a prototype of its class, for the patch alone on a plain ground and in its place.

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 
+from protoclf.attribution import input_boxes
 from protoclf.concepts import Concepts
 from protoclf.explanation import BOX
 from protoclf.features import feature_batches
@@ -195,10 +196,14 @@ def find_concepts(
     forbidden: bool,
     weight: float,
 ) -> Concepts:
-    """Return what prototypes show in the k images of their classes that they are found in best."""
+    """Return what prototypes show in the k images of their classes that they are found in best.
+
+    Boxes are those of the gradient: upsampled cells lie beside what they see, and a patch that
+    does not hold what is meant would forbid something else.
+    """
     best = best_patches(clf, dataset, k, 95, own_class=True)
     owner, y = clf.module_.owner.cpu().numpy(), dataset.y.numpy()
-    places: dict[tuple[int, int, int], np.ndarray] = {}  # a patch counts once
+    places: dict[tuple[int, int, int], int] = {}  # of a patch that several show, the first
     for j in ids:
         shown = (y[best.sample[j]] == owner[j]) & np.isfinite(best.similarity[j])
         shown &= ~dataset.failed(best.sample[j])
@@ -206,12 +211,16 @@ def find_concepts(
             label = clf.classes_.tolist()[owner[j]]
             raise ValueError(f"X has no image of class {label!r}, which prototype {j} is of.")
         patch = np.stack([best.sample[j], best.row[j], best.col[j]], axis=1)[shown]
-        for place, box in zip(patch.tolist(), best.box[j][shown], strict=True):
-            places.setdefault(tuple(place), box)
+        for place in patch.tolist():
+            places.setdefault(tuple(place), j)
     sample, row, col = torch.tensor(list(places)).T
+    boxes = [
+        input_boxes(clf, dataset, i, np.array([j]), 95)[0]
+        for i, j in zip(sample.tolist(), places.values(), strict=True)
+    ]
     return Concepts(
         dataset.__getitems__(sample.numpy())[0]["images"].clone(),
-        torch.from_numpy(np.stack(list(places.values()))).long(),
+        torch.from_numpy(np.stack(boxes)),
         row.clone(),
         col.clone(),
         dataset.y[sample],

@@ -92,8 +92,8 @@ def find_sources(
         bars.append(barred.to(torch.uint8))  # which any process group can gather
         targets.append(y)
     parts = (distances, cells, bars, targets)
-    arrays = [gather(torch.cat(part)).cpu().numpy() for part in parts]
-    return _choose(*arrays, owner.cpu().numpy(), distinct)
+    a = [gather(torch.cat(part)).cpu().numpy() for part in parts]
+    return _choose(a[0], a[1], a[2], a[3], owner.cpu().numpy(), distinct)
 
 
 @torch.no_grad()
