@@ -213,7 +213,7 @@ def forbid(
     *,
     reason: str = "",
     k: int = 20,
-    weight: float = 20.0,
+    weight: float = 1.0,
     epochs: int | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -239,7 +239,7 @@ def forbid(
         Images in which each of the prototypes is found most clearly, among those of its class: the
         patches found there are what is forbidden. All of them should show it; with fewer than k
         images of the class it is all images.
-    weight : float, default=20
+    weight : float, default=1
         Weight of the penalty in the joint loss: of the mean similarity of a class's prototypes to
         a forbidden patch, as a share of the largest similarity there is, for the patch alone on a
         plain ground and in its place.
