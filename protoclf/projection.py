@@ -19,6 +19,9 @@ from protoclf.prototype_layer import own_class_distances
 
 DISTINCT = (None, "patches", "images")
 
+Choice = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From distances and cells (n, K, k) to the image and rank (K,) that each prototype takes."""
+
 
 class Sources(NamedTuple):
     """Where each of the m prototypes comes from.
@@ -159,12 +162,8 @@ def _choose(
         mine, images = np.flatnonzero(owner == c), np.flatnonzero(y == c)
         d, where, bar = (a[images, : len(mine)] for a in (distance, cell, barred != 0))  # (n, K, k)
         slot = np.arange(len(mine))
-        try:
-            image, rank = choose(np.where(bar, np.inf, d), where)  # (K,), (K,)
-            found = not bar[image, slot, rank].any()
-        except ValueError:  # of scipy: too few patches are left for all to be distinct
-            found = False
-        if not found:
+        chosen = _of_those_left(choose, d, where, bar) if bar.any() else choose(d, where)
+        if chosen is None:
             warn(
                 f"Too few patches of class number {c} are unlike what is forbidden: its "
                 "prototypes were projected onto the nearest patches, whatever they show. Forbid "
@@ -172,11 +171,24 @@ def _choose(
                 UserWarning,
                 stacklevel=2,
             )
-            image, rank = choose(d, where)
+            chosen = choose(d, where)
+        image, rank = chosen  # (K,), (K,)
         sources.image[mine] = images[image]
         sources.cell[mine] = where[image, slot, rank]
         sources.distance[mine] = d[image, slot, rank]
     return sources
+
+
+def _of_those_left(
+    choose: Choice, d: np.ndarray, where: np.ndarray, barred: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Choose among the candidates (n, K, k) that are not barred; None where these are too few."""
+    try:
+        image, rank = choose(np.where(barred, np.inf, d), where)
+    except ValueError:  # of scipy: not enough for all to be distinct
+        return None
+    taken = barred[image, np.arange(len(image)), rank]
+    return None if taken.any() else (image, rank)
 
 
 def _nearest(distance: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
