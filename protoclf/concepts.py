@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from protoclf.localization import box_masks
 from protoclf.network import ProtoPNet
 from protoclf.prototype_layer import distance_maps
 
@@ -91,11 +92,9 @@ class Concepts:
 
     def alone(self) -> Tensor:
         """Return the patches on grounds of their images' mean colours, (F, 3, S, S), uint8."""
-        at = torch.arange(self.images.shape[-1])
-        x0, y0, x1, y1 = self.box.T[:, :, None]
-        across, down = (at >= x0) & (at < x1), (at >= y0) & (at < y1)  # (F, S) each
+        patch = box_masks(self.box, self.images.shape[-1])  # (F, S, S)
         ground = self.images.float().mean((2, 3), keepdim=True).to(torch.uint8)
-        return torch.where((down[:, :, None] & across[:, None])[:, None], self.images, ground)
+        return torch.where(patch[:, None], self.images, ground)
 
     def _patches(self, module: ProtoPNet, z: Tensor) -> Tensor:
         """Cut the patches (F, D, H1, W1) out of the latent maps of their images."""

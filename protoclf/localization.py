@@ -99,6 +99,14 @@ def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> T
     return torch.cat(blocks)
 
 
+def box_masks(boxes: Tensor, side: int) -> Tensor:
+    """Return bool masks (k, S, S) of half-open boxes (k, 4), x0, y0, x1, y1 in pixels."""
+    at = torch.arange(side, device=boxes.device)
+    x0, y0, x1, y1 = boxes.T[..., None]  # (k, 1) each
+    columns, rows = (at >= x0) & (at < x1), (at >= y0) & (at < y1)  # (k, S)
+    return rows[:, :, None] & columns[:, None, :]
+
+
 def _bicubic(n_in: int, n_out: int, like: Tensor) -> Tensor:
     """Return the matrix (n_out, n_in) of bicubic interpolation along one side."""
     eye = torch.eye(n_in, dtype=like.dtype, device=like.device)[None, None]

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclf.explanation import BOX
-from protoclf.metrics.masks import box_masks, cover
+from protoclf.localization import box_masks
+from protoclf.metrics.masks import cover
 from protoclf.metrics.streams import opened, sheet_of
 from protoclf.parameters import DELETION_RULES, check_rules
 

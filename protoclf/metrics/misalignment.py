@@ -13,8 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from protoclf.localization import pair_boxes, pair_maps, upsample
-from protoclf.metrics.masks import box_masks
+from protoclf.localization import box_masks, pair_boxes, pair_maps, upsample
 from protoclf.metrics.perturbations import UNIT
 from protoclf.metrics.rules import COUNT, NON_NEGATIVE, PERCENTILE, SEED
 from protoclf.metrics.streams import image_batches, latents_of, opened, paths_of
