@@ -337,13 +337,16 @@ def _taught(
     codes = encode(read_labels(y, len(images)), clf.classes_)[1]
     table, taught = clf.prototypes_, copy.deepcopy(clf)
     dataset = ImageDataset(images, clf.preprocessing_, codes, on_bad_image=clf.on_bad_image)
-    concepts = find_concepts(taught, dataset, chosen, given["k"], forbidden, given["weight"])
+    taught.prepare_processor()
+    data = FitData(taught, dataset, None)
+    kind = chosen, given["k"], forbidden, given["weight"]
+    concepts = find_concepts(taught, dataset, data.train_features, *kind)
     reasons = dict.fromkeys(chosen, reason)
     if forbidden:
         avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)
         for j in avoided.among(taught.module_):
             reasons.setdefault(j, "its patch is one of those that are forbidden")
-        restart_prototypes(taught, FitData(taught, dataset, None), list(reasons), avoided)
+        restart_prototypes(taught, data, list(reasons), avoided)
     known = clf.concepts_
     taught.concepts_ = concepts if known is None else known.with_others(concepts)
     if given["epochs"] is not None:

@@ -13,11 +13,12 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
+from torch.utils.data import Dataset
 
 from protoclf.attribution import input_boxes
 from protoclf.concepts import Concepts
 from protoclf.explanation import BOX
-from protoclf.features import feature_batches
+from protoclf.features import FeatureDataset, feature_batches
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.labels import read_labels
@@ -76,10 +77,12 @@ def nearest_patches(
     images = Images(X)
     labels = None if y is None else read_labels(y, len(images))
     dataset = ImageDataset(images, clf.preprocessing_)
-    best = best_patches(clf, dataset, k, percentile)
+    clf.prepare_processor()
+    best = best_patches(clf, dataset, k)
     m, k = best.sample.shape
     shown = best.sample.flatten()
-    boxes = dataset.preprocessing.to_original_pixels(best.box.reshape(-1, 4), dataset.sizes(shown))
+    on_input = activation_boxes(best.maps.flatten(0, 1), clf.preprocessing_.image_size, percentile)
+    boxes = dataset.preprocessing.to_original_pixels(on_input.cpu().numpy(), dataset.sizes(shown))
     prototype = np.repeat(np.arange(m), k)
     return pd.DataFrame(
         {
@@ -126,27 +129,22 @@ class BestPatches(NamedTuple):
     sample : ndarray of shape (m, k), int64
         Positions of the images in the data set.
     row, col : ndarray of shape (m, k), int64
-    box : ndarray of shape (m, k, 4)
-        Of the high activation, in pixels of the model's input.
+    maps : Tensor of shape (m, k, H, W)
+        Similarities of the cells.
     """
 
     similarity: np.ndarray
     sample: np.ndarray
     row: np.ndarray
     col: np.ndarray
-    box: np.ndarray
+    maps: torch.Tensor
 
 
 @torch.no_grad()
 def best_patches(
-    clf: ProtoPNetClassifier,
-    dataset: ImageDataset,
-    k: int,
-    percentile: float,
-    own_class: bool = False,
+    clf: ProtoPNetClassifier, dataset: Dataset, k: int, own_class: bool = False
 ) -> BestPatches:
-    """Search all images, in one pass; with `own_class`, prefer those of a prototype's class."""
-    clf.prepare_processor()
+    """Search images, or features, in one pass; with `own_class`, prefer a prototype's class."""
     module, best, first = clf.module_, None, 0
     for inputs, y in feature_batches(clf, dataset, progress=bool(clf.verbose)):
         z = module.latents(inputs["features"])
@@ -155,11 +153,9 @@ def best_patches(
         first += len(y)
     assert best is not None, "X has at least one image"
     similarity, sample, cell, maps = best  # (m, k), (m, k), (m, k), (m, k, H, W)
-    side = dataset.preprocessing.image_size
-    box = activation_boxes(maps.flatten(0, 1), side, percentile).unflatten(0, sample.shape)
     width = maps.shape[3] - module.prototype_size[1] + 1
     row, col = np.divmod(cell.cpu().numpy(), width)
-    return BestPatches(similarity.cpu().numpy(), sample.cpu().numpy(), row, col, box.cpu().numpy())
+    return BestPatches(similarity.cpu().numpy(), sample.cpu().numpy(), row, col, maps)
 
 
 Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -191,6 +187,7 @@ def _merged(best: Best | None, new: Best, k: int) -> Best:
 def find_concepts(
     clf: ProtoPNetClassifier,
     dataset: ImageDataset,
+    features: FeatureDataset,
     ids: Sequence[int],
     k: int,
     forbidden: bool,
@@ -198,10 +195,12 @@ def find_concepts(
 ) -> Concepts:
     """Return what prototypes show in the k images of their classes that they are found in best.
 
+    `features` are those of `dataset`.
+
     Boxes are those of the gradient: upsampled cells lie beside what they see, and a patch that
     does not hold what is meant would forbid something else.
     """
-    best = best_patches(clf, dataset, k, 95, own_class=True)
+    best = best_patches(clf, features, k, own_class=True)
     owner, y = clf.module_.owner.cpu().numpy(), dataset.y.numpy()
     places: dict[tuple[int, int, int], int] = {}  # of a patch that several show, the first
     for j in ids:
