@@ -12,10 +12,9 @@ from numpy.typing import ArrayLike
 from protoclf.features import FeatureDataset, extract_features
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
-from protoclf.labels import encode, read_labels
 from protoclf.localization import pair_boxes
 from protoclf.metrics.rules import SEED
-from protoclf.metrics.streams import check_classifier
+from protoclf.metrics.streams import check_classifier, codes_of
 from protoclf.parameters import check_rules
 from protoclf.penalty import Activations
 from protoclf.projection import Sources, read_patches
@@ -54,7 +53,7 @@ def random_prototypes(
     check_rules({"random_state": random_state}, {"random_state": SEED})
     check_classifier(clf)
     images = Images(X)
-    codes = encode(read_labels(y, len(images)), clf.classes_)[1]
+    codes = codes_of(clf, y, len(images))
     drawn = copy.deepcopy(clf)
     drawn.prepare_processor()
     dataset = ImageDataset(images, drawn.preprocessing_, codes)

@@ -16,9 +16,8 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import roc_auc_score
 
 from protoclf.image_dataset import ImageDataset
-from protoclf.labels import encode, read_labels
 from protoclf.metrics.masks import Masks, check_number, cover, mask_of, on_input
-from protoclf.metrics.streams import image_batches, latent_batches, latents_of, opened
+from protoclf.metrics.streams import codes_of, image_batches, latent_batches, latents_of, opened
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -113,12 +112,14 @@ def find_confounders(
         raise ValueError("X_valid and y_valid go together: give both, or neither.")
     dataset = opened(clf, X)
     owner = clf.module_.owner.cpu().numpy()  # (m,)
-    own = _codes(clf, y, dataset, "y")[:, None] == owner  # (N, m)
+    if y is None:
+        raise ValueError("y is needed: the labels of the images.")
+    own = codes_of(clf, y, len(dataset))[:, None] == owner  # (N, m)
     _check_classes(clf, own, owner)
-    g, place, width = _activations(clf, dataset)
+    g, cell = _activations(clf, dataset)
     values = {
         "kept": np.full(len(owner), np.nan),
-        "same_place": _same_place(place, own, width),
+        "same_place": _same_place(clf, cell, own),
         "separation": np.array([roc_auc_score(own[:, j], g[:, j]) for j in range(len(owner))]),
         "validation_drop": np.full(len(owner), np.nan),
     }
@@ -127,7 +128,7 @@ def find_confounders(
         values["kept"] = _kept(g, _covered_activations(clf, dataset, masks), own)
     if X_valid is not None:
         valid = opened(clf, X_valid)
-        own_valid = _codes(clf, y_valid, valid, "y_valid")[:, None] == owner
+        own_valid = codes_of(clf, y_valid, len(valid))[:, None] == owner
         values["validation_drop"] = _drop(g, own, _activations(clf, valid)[0], own_valid)
     weight = clf.module_.last_layer.weight.detach().cpu().numpy()
     table = clf.prototypes_[["prototype", "class", "source"]].reset_index(drop=True)
@@ -142,12 +143,6 @@ def _thresholds(given: Mapping[str, float] | None) -> dict[str, float]:
     return {name: sign.threshold for name, sign in SIGNS.items()} | dict(given or {})
 
 
-def _codes(clf: ProtoPNetClassifier, y: Any, dataset: ImageDataset, name: str) -> np.ndarray:
-    if y is None:
-        raise ValueError(f"{name} is needed: the labels of the images.")
-    return encode(read_labels(y, len(dataset)), clf.classes_)[1]
-
-
 def _check_classes(clf: ProtoPNetClassifier, own: np.ndarray, owner: np.ndarray) -> None:
     bare = clf.classes_[np.unique(owner[~own.any(0)])].tolist()
     if bare:
@@ -156,20 +151,15 @@ def _check_classes(clf: ProtoPNetClassifier, own: np.ndarray, owner: np.ndarray)
         raise ValueError("X has images of one class alone; what is alike across classes is unseen.")
 
 
-def _activations(
-    clf: ProtoPNetClassifier, dataset: ImageDataset
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return g (N, m), where each prototype is found, as (N, m, 2), and W."""
-    module, parts, cells, width = clf.module_, [], [], 1
+@torch.no_grad()
+def _activations(clf: ProtoPNetClassifier, dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return g, and in which cell each prototype is found, both (N, m)."""
+    parts, cells = [], []
     for _, z in latent_batches(clf, dataset):
-        with torch.no_grad():
-            _, distance, cell = module.compare(z)
-            parts.append(module.activations(distance).cpu())
+        _, distance, cell = clf.module_.compare(z)
+        parts.append(clf.module_.activations(distance).cpu())
         cells.append(cell.cpu())
-        width = z.shape[3] - module.prototype_size[1] + 1
-        height = z.shape[2] - module.prototype_size[0] + 1
-    place = np.stack(np.divmod(torch.cat(cells).numpy(), width), axis=2)  # (N, m, 2)
-    return torch.cat(parts).numpy(), place, max(width, height)
+    return torch.cat(parts).numpy(), torch.cat(cells).numpy()
 
 
 @torch.no_grad()
@@ -194,10 +184,13 @@ def _kept(g: np.ndarray, covered: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.mean((covered / g).clip(0, 1), axis=0, where=own)
 
 
-def _same_place(place: np.ndarray, own: np.ndarray, longest: int) -> np.ndarray:
-    """Return the largest share (m,) of places (N, m, 2) that lie within one cell of one of them."""
-    if longest <= 3:  # any place is within one cell of the middle
-        return np.full(place.shape[1], np.nan)
+def _same_place(clf: ProtoPNetClassifier, cell: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Return the largest share (m,) of cells (N, m) that lie within one cell of one of them."""
+    geometry, (rows, cols) = clf.geometry_, clf.module_.prototype_size
+    height, width = geometry.height - rows + 1, geometry.width - cols + 1
+    if max(height, width) <= 3:  # any place is within one cell of the middle
+        return np.full(cell.shape[1], np.nan)
+    place = np.stack(np.divmod(cell, width), axis=2)  # (N, m, 2)
     shares = []
     for j in range(place.shape[1]):
         places, counts = np.unique(place[own[:, j], j], axis=0, return_counts=True)  # (u, 2), (u,)

@@ -14,12 +14,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from protoclf.labels import encode, read_labels
 from protoclf.metrics.part_labels import PartLabels
 from protoclf.metrics.perturbations import with_noise
 from protoclf.metrics.regions import pair_regions
 from protoclf.metrics.rules import NON_NEGATIVE, PERCENTILE, REGION, SEED, SHARE
-from protoclf.metrics.streams import image_batches, latent_batches, latents_of, opened
+from protoclf.metrics.streams import codes_of, image_batches, latent_batches, latents_of, opened
 from protoclf.parameters import Rule, check_rules
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def consistency(
     given = {"region": region, "threshold": threshold, "percentile": percentile}
     check_rules(given, CONSISTENCY_RULES)
     dataset = opened(clf, X)
-    labels, codes = PartLabels(parts, dataset), _codes(clf, y, len(dataset))
+    labels, codes = PartLabels(parts, dataset), codes_of(clf, y, len(dataset))
     m = clf.n_prototypes_
     hits, seen = np.zeros((m, len(labels.names))), np.zeros((m, len(labels.names)))
     for rows, z in latent_batches(clf, dataset):
@@ -152,7 +151,7 @@ def stability(
     given = {"region": region, "percentile": percentile, "noise": noise, "clip": clip}
     check_rules(given | {"random_state": random_state}, STABILITY_RULES)
     dataset = opened(clf, X)
-    labels, codes = PartLabels(parts, dataset), _codes(clf, y, len(dataset))
+    labels, codes = PartLabels(parts, dataset), codes_of(clf, y, len(dataset))
     equal = np.zeros(clf.n_prototypes_)
     for rows, images in image_batches(clf, dataset, "stability"):
         sample, prototype = _own_pairs(clf, codes[rows])
@@ -166,10 +165,6 @@ def stability(
     n = table["n_images"].to_numpy(float)
     table["stable"] = np.divide(equal, n, out=np.full(len(n), np.nan), where=n > 0)
     return table
-
-
-def _codes(clf: ProtoPNetClassifier, y: ArrayLike, n: int) -> np.ndarray:
-    return encode(read_labels(y, n), clf.classes_)[1]
 
 
 def _own_pairs(clf: ProtoPNetClassifier, codes: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from sklearn.utils.validation import check_is_fitted
@@ -15,6 +16,7 @@ from protoclf.explanation import UNREADABLE
 from protoclf.features import feature_batches
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import ImageError, Images
+from protoclf.labels import encode, read_labels
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -54,6 +56,11 @@ def sheet_of(clf: ProtoPNetClassifier, X: Any, **options: Any) -> pd.DataFrame:
             f"{' and others' if len(unreadable) > 5 else ''}. Leave them out of X, y and masks."
         )
     return sheet
+
+
+def codes_of(clf: ProtoPNetClassifier, y: Any, n: int) -> np.ndarray:
+    """Return the labels of n images as indices into `classes_`."""
+    return encode(read_labels(y, n), clf.classes_)[1]
 
 
 def latent_batches(
