@@ -50,6 +50,16 @@ def squares():
     return X, y
 
 
+@pytest.fixture
+def files(tmp_path, squares):
+    """The pictures of `squares` as files; their paths, and labels."""
+    X, y = squares
+    paths = [str(tmp_path / f"{i}.png") for i in range(len(X))]
+    for path, pixels in zip(paths, X, strict=True):
+        PIL.Image.fromarray(pixels).save(path)
+    return np.array(paths, dtype=object), y
+
+
 @pytest.fixture(scope="session")
 def fitted(squares):
     """A small classifier that went through all stages; to be read, not to be changed."""

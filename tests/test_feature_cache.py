@@ -19,15 +19,6 @@ from protoclf.geometry import Preprocessing
 from protoclf.network import ProtoPNet
 
 
-@pytest.fixture
-def files(tmp_path, squares):
-    X, y = squares
-    paths = [str(tmp_path / f"{i}.png") for i in range(len(X))]
-    for path, pixels in zip(paths, X, strict=True):
-        PIL.Image.fromarray(pixels).save(path)
-    return np.array(paths, dtype=object), y
-
-
 def backbone():
     torch.manual_seed(3)
     return SmallCNN(16)

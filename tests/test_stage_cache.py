@@ -3,7 +3,6 @@
 import shutil
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from sklearn.model_selection import GridSearchCV
@@ -27,15 +26,6 @@ FROZEN = {
     "validation": {"train_split": ValidSplit(4, stratified=True)},
     "medians": {"self_matches": "median", "cycles": 2},
 }
-
-
-@pytest.fixture
-def files(tmp_path, squares):
-    X, y = squares
-    paths = [str(tmp_path / f"{i}.png") for i in range(len(X))]
-    for path, pixels in zip(paths, X, strict=True):
-        PIL.Image.fromarray(pixels).save(path)
-    return np.array(paths, dtype=object), y
 
 
 @pytest.fixture
