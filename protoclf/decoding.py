@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import joblib
 import numpy as np
@@ -15,8 +14,6 @@ from tqdm import tqdm
 from protoclf.geometry import Preprocessing
 from protoclf.images import Failure, ImageError, Images, reading_error
 from protoclf.picture import open_file, reason_for
-
-T = TypeVar("T")
 
 _MAX_THREADS = 8  # by default; beyond that the disk is what limits
 
@@ -148,21 +145,17 @@ def _chunks(
         return [failure for i in part if (failure := work(i))], len(part)
 
     starts = range(0, n, size)
-    yield from _mapped(chunk, starts, threads)
+    if threads == 1 or len(starts) < 2:
+        yield from map(chunk, starts)
+        return
+    with ThreadPoolExecutor(min(threads, len(starts))) as pool:  # its own: safe under fork
+        yield from pool.map(chunk, starts)
 
 
 def in_threads(work: Callable[[int], None], n: int) -> None:
     """Call work(0), ..., work(n - 1), in as many threads as decode images by default."""
-    for _ in _mapped(work, range(n), _n_threads(None)):
+    for _ in _chunks(work, n, _n_threads(None)):
         pass
-
-
-def _mapped(work: Callable[[int], T], numbers: Sequence[int], threads: int) -> Iterator[T]:
-    if threads == 1 or len(numbers) < 2:
-        yield from map(work, numbers)
-        return
-    with ThreadPoolExecutor(min(threads, len(numbers))) as pool:  # its own: safe under fork
-        yield from pool.map(work, numbers)
 
 
 def _n_threads(n_jobs: int | None) -> int:
