@@ -115,9 +115,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Random transform of uint8 images (3, S, S) in the joint stage, such as one of
         torchvision.transforms.v2. Stages with the backbone frozen see images as they are, and
         `augmented_views` of them.
-    augmented_views : int, default=0
+    augmented_views : int or "auto", default="auto"
         Transforms of each training image that warm-up and last layer learn from too. They are
-        drawn once, and each costs one pass of the backbone.
+        drawn once, and each costs one pass of the backbone. "auto" is 2 for the last layer behind
+        a backbone that was trained, which knows the images as they are by heart, and none else.
     memory : None, path or joblib.Memory, default=None
         Folder in which the features of the backbone as given are kept, for other fits and for
         `predict`, in this process or another: a search then runs it once for each image. They are
@@ -184,8 +185,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     last_layer_path_ : DataFrame
         With ``lambda_l1="cv"`` only: see `last_layer_path`.
     activations_ : Activations
-        The training images' activations, 4 n m bytes, that edits solve the last layer on: see
-        `protoclf.editing`.
+        The training images' activations, 4 n m bytes, and those of `augmented_views`, that edits
+        solve the last layer on: see `protoclf.editing`.
     skipped_ : DataFrame
         With ``on_bad_image="skip"`` only: position, path and reason of each image left out.
     edits_ : DataFrame
@@ -235,7 +236,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         joint_epochs: int = 10,
         cycles: int = 1,
         augmentation: Any = "default",
-        augmented_views: int = 0,
+        augmented_views: int | str = "auto",
         memory: Any = None,
         checkpoint: str | os.PathLike[str] | None = None,
         optimizer: Any = torch.optim.Adam,
@@ -329,6 +330,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             "warmup_epochs": 5,
             "joint_epochs": 10,
             "cycles": 3,
+            "augmented_views": 0,
             "lr_schedule": "step",
             "batch_norm": "train",
             "batch_size": 80,

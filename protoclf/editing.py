@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-from warnings import warn
 
 import numpy as np
 import pandas as pd
@@ -85,12 +84,6 @@ def select_prototypes(
     edited.activations_ = activations.of_prototypes(torch.from_numpy(kept))
     keep_prototypes(edited, torch.from_numpy(kept))
     self_matches = clf.self_matches if X is None else "keep"  # X need not hold the sources
-    if clf.augmented_views and X is None:
-        warn(
-            "The last layer of this classifier was solved on augmented views of the training "
-            "images too; an edit solves it on the images as they are.",
-            stacklevel=2,
-        )
     LastLayer(clf.lambda_l1_, self_matches).solve(edited)
     edited.__dict__.pop("last_layer_path_", None)
     if X is not None:  # another edit without images would take them for the training images

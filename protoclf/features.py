@@ -23,6 +23,8 @@ from protoclf.storage import allocate
 
 _KEPT = ("features", "index", "sample_weight")
 
+_VIEWS_BEHIND_TRAINED = 2  # which knows the images as they are
+
 LATENT_BUDGET = 2**28
 """Bytes of latent maps that a fit keeps beside the features (256 MiB)."""
 
@@ -325,7 +327,10 @@ class FitData:
     def view_features(self) -> list[FeatureDataset]:
         """Features of the training images, transformed at random `augmented_views` times."""
         if self._view_features is None:
-            self._view_features = self._transformed(self.net.augmented_views)
+            count = self.net.augmented_views
+            if count == "auto":
+                count = _VIEWS_BEHIND_TRAINED if self.net.backbone_trained_ else 0
+            self._view_features = self._transformed(count)
         return self._view_features
 
     def _transformed(self, count: int) -> list[FeatureDataset]:

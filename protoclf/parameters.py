@@ -111,7 +111,7 @@ RULES: dict[str, Rule] = {
     "warmup_epochs": _integer(0),
     "joint_epochs": _integer(0),
     "cycles": _integer(1),
-    "augmented_views": _integer(0),
+    "augmented_views": _either("auto", _integer(0)),
     "batch_norm": _one_of("keep", "train"),
     "lr": _non_negative(),
     "backbone_lr": _non_negative(),

@@ -35,49 +35,59 @@ class Activations:
     n_classes : int
     weight : Tensor of shape (N,) or None
         Sample weights.
+    views : Tensor of shape (V, N, m) or None
+        Of random transforms of the same images.
     """
 
     def __init__(
-        self, g: Tensor, y: Tensor, owner: Tensor, n_classes: int, weight: Tensor | None = None
+        self,
+        g: Tensor,
+        y: Tensor,
+        owner: Tensor,
+        n_classes: int,
+        weight: Tensor | None = None,
+        views: Tensor | None = None,
     ) -> None:
         self.g, self.y, self.owner, self.n_classes, self.weight = g, y, owner, n_classes, weight
+        self.views = g.new_empty(0, *g.shape) if views is None else views
 
-    def with_views(self, views: Sequence[Tensor]) -> Activations:
-        """Add activations (N, m) of the same images, transformed."""
-        if not views:
-            return self
-        times = len(views) + 1
-        weight = None if self.weight is None else self.weight.repeat(times)
-        g = torch.cat([self.g, *(view.to(self.g) for view in views)])
-        return Activations(g, self.y.repeat(times), self.owner, self.n_classes, weight)
+    def with_images(self, g: Tensor) -> Activations:
+        """Return the same with others (N, m) of the images as they are."""
+        return Activations(g, self.y, self.owner, self.n_classes, self.weight, self.views.to(g))
 
     def of_prototypes(self, index: Tensor) -> Activations:
         """Return the activations of some prototypes."""
-        g, owner = self.g[:, index.to(self.g.device)], self.owner[index.to(self.owner.device)]
-        return Activations(g, self.y, owner, self.n_classes, self.weight)
+        columns = index.to(self.g.device)
+        owner, views = self.owner[index.to(self.owner.device)], self.views[..., columns]
+        return Activations(self.g[:, columns], self.y, owner, self.n_classes, self.weight, views)
 
     def cpu(self) -> Activations:
         """Return the activations in main memory."""
         weight = None if self.weight is None else self.weight.cpu()
-        return Activations(self.g.cpu(), self.y.cpu(), self.owner.cpu(), self.n_classes, weight)
+        g, y, owner = self.g.cpu(), self.y.cpu(), self.owner.cpu()
+        return Activations(g, y, owner, self.n_classes, weight, self.views.cpu())
 
     def take(self, index: np.ndarray) -> Activations:
         """Return the activations of some images."""
         rows = torch.from_numpy(index).to(self.g.device)
         weight = None if self.weight is None else self.weight[rows.to(self.weight.device)]
-        return Activations(self.g[rows], self.y[rows], self.owner, self.n_classes, weight)
+        known = self.owner, self.n_classes, weight, self.views[:, rows]
+        return Activations(self.g[rows], self.y[rows], *known)
 
     def solve(self, penalties: Sequence[float], tol: float = 1e-6) -> list[LastLayerResult]:
-        """Solve for each penalty, the largest first."""
+        """Solve for each penalty, the largest first, on images and views alike."""
+        times = 1 + len(self.views)
         return last_layer_path(
-            *(self.g, self.y, self.owner, penalties),
-            sample_weight=self.weight,
+            torch.cat([self.g, *self.views]),
+            self.y.repeat(times),
+            *(self.owner, penalties),
+            sample_weight=None if self.weight is None else self.weight.repeat(times),
             n_classes=self.n_classes,
             tol=tol,
         )
 
     def scores(self, weight: Tensor) -> tuple[float, float]:
-        """Return accuracy and mean cross-entropy of a last layer, weighted."""
+        """Return accuracy and mean cross-entropy of a last layer on the images, weighted."""
         logits = self.g @ weight.to(self.g).T  # (N, C)
         entropy = torch.nn.functional.cross_entropy(logits, self.y, reduction="none")
         right = (logits.argmax(1) == self.y).to(entropy)

@@ -195,8 +195,8 @@ def _tensors(clf: ProtoPNetClassifier, pictures: Mapping[int, np.ndarray]) -> di
 def _activations_of(clf: ProtoPNetClassifier) -> dict[str, Tensor]:
     if not hasattr(clf, "activations_"):
         return {}
-    fields = {name: getattr(clf.activations_, name) for name in ("g", "y", "weight")}
-    return {f"activations.{name}": t for name, t in fields.items() if t is not None}
+    fields = {name: getattr(clf.activations_, name) for name in ("g", "y", "weight", "views")}
+    return {f"activations.{n}": t for n, t in fields.items() if t is not None and len(t)}
 
 
 def _network_state(module: nn.Module) -> dict[str, Tensor]:
@@ -322,8 +322,9 @@ def _activations(saved: SavedModel) -> Activations:
     g, y, owner = (
         saved.tensors[n].clone() for n in ("activations.g", "activations.y", "network.owner")
     )
-    weight = saved.tensors.get("activations.weight")
-    return Activations(g, y, owner, len(saved.classes), None if weight is None else weight.clone())
+    weight, views = (saved.tensors.get(f"activations.{name}") for name in ("weight", "views"))
+    weight, views = (t if t is None else t.clone() for t in (weight, views))
+    return Activations(g, y, owner, len(saved.classes), weight, views)
 
 
 def _last_layer_path(saved: SavedModel) -> pd.DataFrame:

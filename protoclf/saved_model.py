@@ -190,6 +190,8 @@ class SavedModel:
         kinds: dict[str, Kind] = {"g": ("float32", (n, m)), "y": ("int64", (n,))}
         if "weight" in self._names("activations."):
             kinds["weight"] = "float32", (n,)
+        if "views" in self._names("activations."):
+            kinds["views"] = "float32", (None, n, m)
         return {f"activations.{name}": kind for name, kind in kinds.items()}
 
     def _expected_path(self, n_classes: int) -> dict[str, Kind]:

@@ -8,7 +8,7 @@ skorch's own loop, so that callbacks and the history see every stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -251,12 +251,13 @@ class LastLayer:
                 module.activations(image_distances(net, net.latents(view), len(view)))
                 for view in data.view_features
             ]
-            n_classes = len(module.last_layer.weight)
             net.activations_ = Activations(
-                g, data.train_y.to(g.device), module.owner, n_classes, data.train_weight
+                *(g, data.train_y.to(g.device), module.owner, len(module.last_layer.weight)),
+                weight=data.train_weight,
+                views=torch.stack(views) if views else None,
             )
             net.lambda_l1_ = self._penalty(net, data)
-            self.solve(net, views)
+            self.solve(net)
             net.agree()
             if self.drop_unused:
                 self._drop_unused(net, data)
@@ -267,9 +268,9 @@ class LastLayer:
             _validate(net, data.valid_features)
 
     @torch.no_grad()
-    def solve(self, net: SkorchProtoPNet, views: Sequence[Tensor] = ()) -> None:
-        """Set W to the optimum for the activations that the net holds, and for those of views."""
-        (result,) = self._shown(net).with_views(views).solve([net.lambda_l1_])
+    def solve(self, net: SkorchProtoPNet) -> None:
+        """Set W to the optimum for the activations that the net holds."""
+        (result,) = self._shown(net).solve([net.lambda_l1_])
         weight = net.module_.last_layer.weight
         weight.copy_(result.weight)
         net.last_layer_result_ = replace(result, weight=weight.clone())
@@ -282,8 +283,7 @@ class LastLayer:
         if median or self.self_matches == "median":
             source = torch.from_numpy(net.sources_["image"]).to(g.device)
             g = replace_self_matches(g, a.y, a.owner, source)
-        g = g if g.device.type == "mps" else g.double()
-        return Activations(g, a.y, a.owner, a.n_classes, a.weight)
+        return a.with_images(g if g.device.type == "mps" else g.double())
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
         """Return the penalty; where it is to be chosen, no image left out may be a source."""

@@ -69,6 +69,7 @@ def fitted(squares):
         prototypes_per_class=2,
         warmup_epochs=1,
         joint_epochs=1,
+        augmented_views=0,
         batch_size=8,
         random_state=0,
         verbose=0,

@@ -141,6 +141,24 @@ def test_without_views_features_are_those_of_the_images(fitted, squares):
     assert data.features_to_learn_from is data.train_features
 
 
+@pytest.mark.parametrize(("trained", "expected"), [(True, 2), (False, 0)])
+def test_a_trained_backbone_gets_views_by_default(fitted, squares, trained, expected):
+    clf = copy.deepcopy(fitted).set_params(augmented_views="auto", random_state=0)
+    clf.backbone_trained_ = trained
+    assert len(FitData(clf, dataset_of(clf, squares), None).view_features) == expected
+
+
+def test_views_of_the_warmup_are_not_those_of_the_last_layer(squares):
+    X, y = squares
+    clf = ProtoPNetClassifier(
+        "small_cnn", image_size=32, warmup_epochs=1, joint_epochs=1, prototypes_per_class=2,
+        random_state=0, verbose=0,
+    ).fit(X, y)  # fmt: skip
+    assert clf.activations_.views.shape == (2, len(X), 6)
+    frozen = ProtoPNetClassifier(**clf.get_params()).set_params(train_backbone=False).fit(X, y)
+    assert frozen.activations_.views.shape == (0, len(X), 6)
+
+
 def test_a_fit_learns_from_views(squares):
     X, y = squares
     settings = {"image_size": 48, "prototypes_per_class": 2, "joint_epochs": 0, "verbose": 0}

@@ -153,6 +153,7 @@ def test_nothing_changes(images, tmp_path, parameters):
         np.testing.assert_array_equal(values, loaded.sources_[name])
     assert torch.equal(clf.activations_.g, loaded.activations_.g)
     assert torch.equal(clf.activations_.y, loaded.activations_.y)
+    assert torch.equal(clf.activations_.views, loaded.activations_.views)
 
 
 LABELS = {
