@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from photos import backbone_of, photos
 from sklearn.model_selection import train_test_split
-from stage_accuracy import StageAccuracy
+from stage_accuracy import StageAccuracy, scored
 
 from protoclf import ProtoPNetClassifier
 from protoclf.last_layer import solve_last_layer
@@ -35,6 +35,7 @@ ROWS = {
     "cosine, self-matches median": {"self_matches": "median"},
     "add-on layers, D=128": {"latent_dim": 128, "warmup_epochs": 5},
     "no augmentation": {"augmentation": None},
+    "last layer without views": {"augmented_views": 0},
     "constant learning rates": {"lr_schedule": None},
     "distinct images": {"distinct": "images"},
     "auto prototypes": {"prototypes_per_class": "auto"},
@@ -61,12 +62,12 @@ def measured(args, name, change, train, test, seed):
     stages = StageAccuracy(train, test)
     clf = classifier(args, change, seed).set_params(callbacks=[stages] if args.epochs else None)
     clf.fit(*train)
-    row = {"row": name, "delivered": clf.score(*test), "prototypes": clf.n_prototypes_}
-    row |= getattr(stages, "accuracy", {})
+    row = {"row": name, **scored(test[1], clf.predict_proba(test[0]), clf.classes_)}
+    row |= {"prototypes": clf.n_prototypes_, **getattr(stages, "accuracy", {})}
     if name != "defaults":
         return [row]
-    free = {"row": "without sign bounds", "delivered": without_bounds(clf, train, test)}
-    unprojected = {"row": "without projection", "delivered": row.get("before, solved")}
+    free = {"row": "without sign bounds", **without_bounds(clf, train, test)}
+    unprojected = {"row": "without projection", "accuracy": row.get("before, solved")}
     return [free, unprojected, row]
 
 
@@ -81,8 +82,8 @@ def without_bounds(clf, train, test):
     owner = clf.module_.owner.repeat(2)
     weight = solve_last_layer(torch.cat([g, -g], 1), y, owner, clf.lambda_l1).weight
     positive, negative = weight.chunk(2, dim=1)
-    logits = clf.transform(test[0]) @ (positive - negative).numpy().T
-    return (clf.classes_[logits.argmax(1)] == test[1]).mean()
+    logits = torch.from_numpy(clf.transform(test[0])).double() @ (positive - negative).T
+    return scored(test[1], logits.softmax(1).numpy(), clf.classes_)
 
 
 def classifier(args, change, seed):

@@ -19,11 +19,10 @@ import torch
 from black_box import train_network
 from photos import backbone_of, photos
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from stage_accuracy import StageAccuracy
+from stage_accuracy import StageAccuracy, scored
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -106,12 +105,6 @@ def logistic_regression(args, train, held_out, seed):
     probability = model.predict_proba(pooled(args, held_out[0]))
     scores = scored(held_out[1], probability, model.classes_)
     return {"model": "logistic regression", **scores, "fit_s": seconds}
-
-
-def scored(y, probability, classes):
-    """Accuracy and log-loss, of which the latter tells small differences apart sooner."""
-    accuracy = float((classes[probability.argmax(1)] == y).mean())
-    return {"accuracy": accuracy, "log_loss": log_loss(y, probability, labels=classes)}
 
 
 def pooled(args, paths):

@@ -1,6 +1,7 @@
 """Accuracy on images left out, at the points of a fit where it may be lost."""
 
 import torch
+from sklearn.metrics import log_loss
 from skorch.callbacks import Callback
 
 from protoclf.features import extract_features
@@ -55,6 +56,12 @@ def solved(net, train):
     g, y = train
     owner, n_classes = net.module_.owner, len(net.classes_)
     return solve_last_layer(g.double(), y, owner, net.lambda_l1, n_classes=n_classes).weight
+
+
+def scored(y, probability, classes):
+    """Accuracy and log-loss, of which the latter tells small differences apart sooner."""
+    accuracy = float((classes[probability.argmax(1)] == y).mean())
+    return {"accuracy": accuracy, "log_loss": log_loss(y, probability, labels=classes)}
 
 
 def score(data, weight):
