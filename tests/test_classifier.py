@@ -189,9 +189,11 @@ def test_all_images_are_trained_on_and_pass_a_frozen_backbone_once(backbone_imag
         assert not any(key.startswith("valid") for row in clf.history for key in row)
 
 
-def test_projection_and_last_layer_cost_one_pass_after_joint_training(backbone_images):
-    classifier(cycles=2).fit(X, Y)
-    passes = 1 + 2 * (1 + 1)  # warm-up; in each cycle an epoch, and projection with last layer
+@pytest.mark.parametrize("views", [0, 3])
+def test_projection_and_last_layer_cost_one_pass_and_the_views(backbone_images, views):
+    classifier(cycles=2, augmented_views=views).fit(X, Y)
+    begun = 1 + views  # warm-up
+    passes = begun + 2 * (1 + 1 + views)  # in each cycle an epoch, and projection with last layer
     assert sum(backbone_images) == passes * len(X)
 
 

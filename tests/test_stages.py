@@ -370,7 +370,7 @@ def test_only_the_joint_stage_sees_augmented_images_and_only_training_ones(
     squares, monkeypatch, train_split
 ):
     monkeypatch.setattr(BlackOut, "calls", 0)
-    clf = make(augmentation=BlackOut(), joint_epochs=2, train_split=train_split)
+    clf = make(augmentation=BlackOut(), augmented_views=0, joint_epochs=2, train_split=train_split)
     clf.fit(*squares)
     n = 24 if train_split is None else 18
     assert BlackOut.calls == 2 * n
