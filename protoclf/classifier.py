@@ -132,8 +132,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     optimizer : class, default=torch.optim.Adam
     lr : float, default=3e-3
         Learning rate of add-on layers and prototypes.
-    backbone_lr : float, default=1e-4
-        Learning rate of the backbone.
+    backbone_lr : float, default=2e-4
+        Learning rate of the backbone (1e-4 in the paper).
     lr_schedule : {"cosine", "step", None}, default="cosine"
         How learning rates fall in the joint stage: to 0 along half a cosine in each cycle, or to
         a tenth every 5 epochs (the paper's).
@@ -241,7 +241,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         checkpoint: str | os.PathLike[str] | None = None,
         optimizer: Any = torch.optim.Adam,
         lr: float = 3e-3,
-        backbone_lr: float = 1e-4,
+        backbone_lr: float = 2e-4,
         lr_schedule: str | None = "cosine",
         batch_norm: str = "keep",
         batch_size: int = 32,
@@ -331,6 +331,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             "joint_epochs": 10,
             "cycles": 3,
             "augmented_views": 0,
+            "backbone_lr": 1e-4,
             "lr_schedule": "step",
             "batch_norm": "train",
             "batch_size": 80,

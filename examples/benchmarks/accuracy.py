@@ -126,7 +126,7 @@ def prepared(args):
 
 
 def cnn(args, train, held_out, seed, keep_statistics):
-    """Fine-tune with Adam: 1e-4 for the backbone, 3e-3 for the linear layer, cosine schedule."""
+    """Fine-tune with Adam, the ProtoPNet's rate for the backbone, and a cosine schedule."""
     start = time.perf_counter()
     backbone, prepare = prepared(args)
     pixels, _ = decode(Images(list(train[0])), Preprocessing(args.image_size))
@@ -136,8 +136,9 @@ def cnn(args, train, held_out, seed, keep_statistics):
         channels = backbone(prepare(pixels[:2])).shape[1]
     head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(channels, len(classes)))
     net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), head)
-    groups = [{"params": backbone.parameters(), "lr": 1e-4}, {"params": head.parameters()}]
-    optimizer = torch.optim.Adam(groups, lr=3e-3)
+    rates = ProtoPNetClassifier(**settings_of(args))
+    groups = [{"params": backbone.parameters(), "lr": rates.backbone_lr}]
+    optimizer = torch.optim.Adam([*groups, {"params": head.parameters()}], lr=rates.lr)
 
     def augmented(index):
         return prepare(augment_mildly(pixels[index]))
@@ -156,7 +157,6 @@ def cnn(args, train, held_out, seed, keep_statistics):
 
 
 def protopnet(args, train, held_out, seed, k):
-    extra = dict(item.split("=", 1) for item in args.set)
     backbone, norm = backbone_of(args.backbone)
     stages = StageAccuracy(train, held_out)
     clf = ProtoPNetClassifier(
@@ -170,7 +170,7 @@ def protopnet(args, train, held_out, seed, k):
         random_state=seed,
         verbose=0,
         callbacks=[stages] if args.fine_tune else None,
-        **{name: _value(value) for name, value in extra.items()},
+        **settings_of(args),
     )
     start = time.perf_counter()
     clf.fit(train[0], train[1])
@@ -184,6 +184,11 @@ def protopnet(args, train, held_out, seed, k):
         "moved": clf.prototypes_["moved"].mean(),
         **getattr(stages, "accuracy", {}),
     }
+
+
+def settings_of(args):
+    """Return the parameters of `--set`."""
+    return {name: _value(value) for name, value in (item.split("=", 1) for item in args.set)}
 
 
 def _value(text):
