@@ -42,9 +42,9 @@ def main() -> None:
     paths, y = photos(args.train, args.quick)
     test = load_folder(args.test) if args.test else None
     rows = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for train, held_out in splits(paths, y, test, seed, args.folds):
-            for model in models(args, first=test is None or seed == 0):
+            for model in models(args, first=test is None or seed == args.first_seed):
                 torch.manual_seed(seed)
                 rows.append(model(args, train, held_out, seed))
                 print(rows[-1], flush=True)
@@ -74,6 +74,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--prototypes", nargs="+", default=["5", "10"], help='numbers, or "auto"')
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--folds", type=int, default=4, help="how many of the four folds")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters")
     parser.add_argument("--quick", action="store_true", help="drawn birds, for correctness only")
