@@ -20,6 +20,7 @@ from stage_accuracy import StageAccuracy, scored
 from protoclf import ProtoPNetClassifier
 from protoclf.last_layer import solve_last_layer
 
+ADD_ON = {"latent_dim": 128, "warmup_epochs": 5}  # the paper's
 ROWS = {
     "defaults": {},
     "without Clst": {"lambda_clst": 0.0},
@@ -33,7 +34,9 @@ ROWS = {
     "log similarity": {"similarity": "log"},
     "log, self-matches median": {"similarity": "log", "self_matches": "median"},
     "cosine, self-matches median": {"self_matches": "median"},
-    "add-on layers, D=128": {"latent_dim": 128, "warmup_epochs": 5},
+    "add-on layers": ADD_ON,
+    "add-on layers, log similarity": ADD_ON | {"similarity": "log"},
+    "add-on layers, random start": ADD_ON | {"prototype_init": "random"},
     "no augmentation": {"augmentation": None},
     "last layer without views": {"augmented_views": 0},
     "constant learning rates": {"lr_schedule": None},
