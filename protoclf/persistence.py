@@ -322,9 +322,9 @@ def _activations(saved: SavedModel) -> Activations:
     g, y, owner = (
         saved.tensors[n].clone() for n in ("activations.g", "activations.y", "network.owner")
     )
-    weight, views = (saved.tensors.get(f"activations.{name}") for name in ("weight", "views"))
-    weight, views = (t if t is None else t.clone() for t in (weight, views))
-    return Activations(g, y, owner, len(saved.classes), weight, views)
+    known = {name: saved.tensors.get(f"activations.{name}") for name in ("weight", "views")}
+    more = {name: t.clone() for name, t in known.items() if t is not None}
+    return Activations(g, y, owner, len(saved.classes), **more)
 
 
 def _last_layer_path(saved: SavedModel) -> pd.DataFrame:

@@ -188,10 +188,9 @@ class SavedModel:
     def _expected_activations(self, m: int) -> dict[str, Kind]:
         n = self.tensors.get("activations.y", torch.empty(0)).numel()
         kinds: dict[str, Kind] = {"g": ("float32", (n, m)), "y": ("int64", (n,))}
-        if "weight" in self._names("activations."):
-            kinds["weight"] = "float32", (n,)
-        if "views" in self._names("activations."):
-            kinds["views"] = "float32", (None, n, m)
+        optional: dict[str, tuple[int | None, ...]] = {"weight": (n,), "views": (None, n, m)}
+        held = self._names("activations.")
+        kinds |= {name: ("float32", shape) for name, shape in optional.items() if name in held}
         return {f"activations.{name}": kind for name, kind in kinds.items()}
 
     def _expected_path(self, n_classes: int) -> dict[str, Kind]:

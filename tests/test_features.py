@@ -150,12 +150,11 @@ def test_a_trained_backbone_gets_views_by_default(fitted, squares, trained, expe
 
 def test_views_of_the_warmup_are_not_those_of_the_last_layer(squares):
     X, y = squares
-    clf = ProtoPNetClassifier(
-        "small_cnn", image_size=32, warmup_epochs=1, joint_epochs=1, prototypes_per_class=2,
-        random_state=0, verbose=0,
-    ).fit(X, y)  # fmt: skip
+    settings = {"image_size": 32, "prototypes_per_class": 2, "random_state": 0, "verbose": 0}
+    settings |= {"warmup_epochs": 1, "joint_epochs": 1}
+    clf = ProtoPNetClassifier("small_cnn", **settings).fit(X, y)
     assert clf.activations_.views.shape == (2, len(X), 6)
-    frozen = ProtoPNetClassifier(**clf.get_params()).set_params(train_backbone=False).fit(X, y)
+    frozen = ProtoPNetClassifier("small_cnn", train_backbone=False, **settings).fit(X, y)
     assert frozen.activations_.views.shape == (0, len(X), 6)
 
 
