@@ -6,9 +6,9 @@ N images, m prototypes, D channels, H x W cells; a prototype covers H1 x W1 cell
 has L = H' W' patches of K = D H1 W1 numbers, H' = H - H1 + 1 and W' = W - W1 + 1.
 
 No function here keeps all N m L distances for the backward pass. The nearest patches come from
-blocks of matrix products that stay in the processor's cache; the distances to them are then
-computed anew from the differences, since ||z||^2 - 2 z.p + ||p||^2 loses, by cancellation, the
-digits that the logarithm of a near match needs.
+blocks of matrix products that stay in the processor's cache, and so do the distances, as
+||z||^2 - 2 z.p + ||p||^2. Where cancellation takes digits of that, which the logarithm of a near
+match needs, they are computed anew from the differences.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from torch import Tensor
 _BLOCK_CPU = 2**20  # numbers in a block: 4 MiB of float32, little enough to stay in the caches
 _BLOCK_GPU = 2**25  # 128 MiB: few launches matter more than caches
 _PER_PAIR = 16  # numbers that the backward pass makes for an image and a prototype, at most
+_CLOSE = 0.25  # of ||p||^2: of nearer patches, the difference is computed
 _SPARE = 8  # candidates beyond the k nearest, for those that rounding put in the wrong order
 
 
@@ -212,13 +213,16 @@ def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     size = _images_per_block(z, prototypes, scores)
     distance = z.new_empty(len(z), len(prototypes))  # (N, m)
     cell = torch.empty_like(distance, dtype=torch.int64)  # (N, m)
-    p = prototypes.flatten(1)  # (m, K)
+    p, shape = prototypes.flatten(1), _map_shape(z, prototypes)  # (m, K)
     buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes), p.shape[1]))
     with _no_autocast(z):
+        squares = torch.linalg.vector_norm(p, dim=1).square_()  # (m,)
         for i in range(0, len(z), size):
-            patches = patches_of(z[i : i + size], prototypes)  # (n, L, K)
-            _nearest(patches, p, _map_shape(z, prototypes), buffer, out=cell[i : i + size])
-            _distances_at(cell[i : i + size], patches, p, buffer, out=distance[i : i + size])
+            patches, block = patches_of(z[i : i + size], prototypes), slice(i, i + size)
+            for j, score in _scores(patches, p, buffer):
+                cell[block, j], distance[block, j] = _argmax(score.unflatten(1, shape))
+            distance[block].mul_(-2).add_(squares).clamp_(min=0)
+            _sharpen(distance[block], cell[block], patches, p, squares, buffer)
     return distance, cell
 
 
@@ -253,12 +257,6 @@ def _grad_prototypes(g: Tensor, z: Tensor, prototypes: Tensor, cell: Tensor) -> 
     return grad.view(prototypes.shape)
 
 
-def _nearest(patches: Tensor, p: Tensor, shape: tuple[int, int], buffer: Tensor, out: Tensor):
-    """Write the cells where the score z.p - ||z||^2 / 2 is largest to `out` (n, m)."""
-    for j, score in _scores(patches, p, buffer):
-        out[:, j] = _argmax(score.unflatten(1, shape))  # (n, m)
-
-
 def _scores(patches: Tensor, p: Tensor, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield scores z.p - ||z||^2 / 2 (n, L, k) of a few prototypes after the other, in `buffer`."""
     rows = patches.flatten(0, 1)  # (n L, K)
@@ -269,8 +267,8 @@ def _scores(patches: Tensor, p: Tensor, buffer: Tensor) -> Iterator[tuple[slice,
         yield j, score.view(*patches.shape[:2], -1)
 
 
-def _argmax(score: Tensor) -> Tensor:
-    """Flat index (n, m) of the largest score (n, H', W', m), the first of equals.
+def _argmax(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat index (n, m) of the largest score (n, H', W', m), the first of equals, and that score.
 
     The row of the map first, then the cell in it: the plain maximum is many times faster than
     the one that keeps track of indices, and leaves 1 / W' + 1 / H' of the numbers to look through.
@@ -281,28 +279,37 @@ def _argmax(score: Tensor) -> Tensor:
     row = _first(rows, best)
     index = row[:, None, None].expand(-1, 1, width, -1)  # (n, 1, W', m)
     column = _first(score.gather(1, index).squeeze(1), best)  # (n, m)
-    return row.mul_(width).add_(column)
+    return row.mul_(width).add_(column), best
 
 
 def _first(values: Tensor, best: Tensor) -> Tensor:
-    """Index (n, m) of the first of the values (n, k, m) that is the best (n, m), or NaN."""
+    """Index (n, m) of the first of the values (n, k, m) that is the best (n, m); any for NaN."""
     k = values.shape[1]
     small = torch.uint8 if k < 256 else torch.int32
     rank = torch.arange(k, 0, -1, dtype=small, device=values.device)[:, None]  # (k, 1)
-    found = (values == best[:, None]) | (values != values)  # (n, k, m)
-    return k - (found * rank).amax(1).long()
+    found = values == best[:, None]  # (n, k, m)
+    return (k - (found * rank).amax(1).long()).clamp_(max=k - 1)
 
 
-def _distances_at(cell: Tensor, patches: Tensor, p: Tensor, buffer: Tensor, out: Tensor):
-    """Write ||patch - p_j||^2 at the patches of `cell` (n, m), by differences, to `out`."""
-    n, K = len(patches), patches.shape[2]
-    rows, index = patches.flatten(0, 1), _flat(cell, patches.shape[1])  # (n L, K), (n, m)
-    for j in _chunks(len(p), len(buffer) // (n * K)):
-        index_j = index[:, j].flatten()  # (n m)
-        difference = buffer[: len(index_j) * K].view(-1, K)  # (n m, K)
-        torch.index_select(rows, 0, index_j, out=difference)
-        difference = difference.view(n, -1, K).sub_(p[j])  # (n, m, K)
-        out[:, j] = torch.linalg.vector_norm(difference, dim=2).square_()  # (n, m)
+def _sharpen(
+    distance: Tensor, cell: Tensor, patches: Tensor, p: Tensor, squares: Tensor, buffer: Tensor
+) -> None:
+    """Replace distances (n, m) at `cell` where they are small, by those of differences.
+
+    To look for those on a GPU would make it wait, so that all are replaced there.
+    """
+    flat = distance.view(-1)  # (n m)
+    if distance.device.type == "cpu":
+        pairs = (distance < _CLOSE * squares).view(-1).nonzero()[:, 0]
+    else:
+        pairs = torch.arange(len(flat), device=flat.device)
+    rows, at = patches.flatten(0, 1), _flat(cell, patches.shape[1]).view(-1)  # (n L, K), (n m)
+    size = max(1, len(buffer) // rows.shape[1])
+    for some in pairs.split(size):
+        difference = buffer[: some.numel() * rows.shape[1]].view(-1, rows.shape[1])  # (pairs, K)
+        torch.index_select(rows, 0, at[some], out=difference)
+        difference -= p[some % len(p)]
+        flat[some] = torch.linalg.vector_norm(difference, dim=1).square_()
 
 
 def _sum_per_patch(g: Tensor, cell: Tensor, L: int) -> Tensor:

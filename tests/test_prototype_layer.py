@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -404,7 +404,36 @@ def test_rough_distances_are_those_of_the_layer_but_for_rounding(size):
 def test_the_largest_score_is_found_where_it_comes_first(shape):
     score = torch.randint(0, 5, (3, *shape, 6)).float()
     score[0, :, :, 1] = 2.0  # all equal
-    score[1, -1, -1, 2] = torch.nan  # which counts as the largest, so that nobody overlooks it
-    score[2, :, :, 3] = torch.nan
-    expected = score.flatten(1, 2).numpy().argmax(1)
-    assert torch.equal(prototype_layer._argmax(score), torch.from_numpy(expected))
+    expected = score.flatten(1, 2).numpy()
+    index, best = prototype_layer._argmax(score)
+    assert torch.equal(index, torch.from_numpy(expected.argmax(1)))
+    assert torch.equal(best, torch.from_numpy(expected.max(1)))
+
+
+def test_a_latent_that_is_no_number_is_overlooked_by_no_prototype():
+    z, p = make(dtype=torch.float32)
+    z[1, 2, 3, 4] = torch.nan
+    distance, cell = min_distances(z, p)
+    assert distance.isnan().all(1).tolist() == [False, True, False]
+    assert not distance[[0, 2]].isnan().any()
+    assert ((cell >= 0) & (cell < 20)).all()
+
+
+@pytest.mark.usefixtures("_blocks")
+@example(1.0, 0.0, 0)
+@given(st.floats(0.01, 10), st.floats(0, 1), st.integers(0, 2**31))
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_single_precision_keeps_its_digits_near_and_far(scale, apart, seed):
+    """`apart` goes from prototypes that are patches to such as have nothing to do with them."""
+    torch.manual_seed(seed)
+    z = scale * torch.randn(3, 64, 4, 5)
+    p = torch.lerp(
+        z.transpose(0, 1).flatten(1).T[:, :, None, None], torch.randn(60, 64, 1, 1), apart
+    )
+    distance, _ = min_distances(z, p)
+    exact, _ = min_distances(z.double(), p.double())
+    torch.testing.assert_close(distance.double(), exact, rtol=1e-5, atol=0)
+    if apart == 0:
+        assert (distance.amin(0) == 0).all()
