@@ -84,8 +84,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         1 - d / 2 of latents of unit length.
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
-        those patches, of eight times as many candidates (80 at least, where there are as many),
-        that a sparse last layer makes use of, "random" at random (the paper's).
+        those patches, of 8 to 32 candidates for each, that a sparse last layer makes use of,
+        "random" at random (the paper's).
     class_weight : None, "balanced" or dict, default=None
         Weight of the images of each class, times `sample_weight`; "balanced" gives all classes
         the same weight in sum.

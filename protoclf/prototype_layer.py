@@ -22,7 +22,8 @@ _BLOCK_CPU = 2**20  # numbers in a block: 4 MiB of float32, little enough to sta
 _BLOCK_GPU = 2**25  # 128 MiB: few launches matter more than caches
 _PER_PAIR = 16  # numbers that the backward pass makes for an image and a prototype, at most
 _CLOSE = 0.25  # of ||p||^2: of nearer patches, the difference is computed
-_SPARE = 8  # candidates beyond the k nearest, for those that rounding put in the wrong order
+_SPARE = 8  # candidates beyond the k nearest, at most, for what rounding puts in the wrong order
+_ROUNDING = 64  # times the last place of ||z||^2 + ||p||^2: what a matrix product may be off
 
 
 def min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,22 +295,28 @@ def _first(values: Tensor, best: Tensor) -> Tensor:
 def _sharpen(
     distance: Tensor, cell: Tensor, patches: Tensor, p: Tensor, squares: Tensor, buffer: Tensor
 ) -> None:
-    """Replace distances (n, m) at `cell` where they are small, by those of differences.
+    """Replace distances (n, m) at `cell` where they are small, by those of differences."""
+    pairs = _where(distance < _CLOSE * squares)
+    rows, row = patches.flatten(0, 1), _flat(cell, patches.shape[1]).view(-1)[pairs]
+    distance.view(-1)[pairs] = _distances_between(rows, row, p, pairs % len(p), buffer)
 
-    To look for those on a GPU would make it wait, so that all are replaced there.
-    """
-    flat = distance.view(-1)  # (n m)
-    if distance.device.type == "cpu":
-        pairs = (distance < _CLOSE * squares).view(-1).nonzero()[:, 0]
-    else:
-        pairs = torch.arange(len(flat), device=flat.device)
-    rows, at = patches.flatten(0, 1), _flat(cell, patches.shape[1]).view(-1)  # (n L, K), (n m)
-    size = max(1, len(buffer) // rows.shape[1])
-    for some in pairs.split(size):
-        difference = buffer[: some.numel() * rows.shape[1]].view(-1, rows.shape[1])  # (pairs, K)
-        torch.index_select(rows, 0, at[some], out=difference)
-        difference -= p[some % len(p)]
-        flat[some] = torch.linalg.vector_norm(difference, dim=1).square_()
+
+def _where(wanted: Tensor) -> Tensor:
+    """Flat indices of what is wanted; on a GPU, which would have to wait for them, of all."""
+    if wanted.device.type == "cpu":
+        return wanted.view(-1).nonzero()[:, 0]
+    return torch.arange(wanted.numel(), device=wanted.device)
+
+
+def _distances_between(rows: Tensor, row: Tensor, p: Tensor, of: Tensor, buffer: Tensor) -> Tensor:
+    """||rows[row] - p[of]||^2 for each of the pairs, by differences, (pairs,)."""
+    distance = rows.new_empty(len(row))
+    for some in _chunks(len(row), len(buffer) // rows.shape[1]):
+        difference = buffer[: len(row[some]) * rows.shape[1]].view(-1, rows.shape[1])  # (k, K)
+        torch.index_select(rows, 0, row[some], out=difference)
+        difference -= p[of[some]]
+        torch.linalg.vector_norm(difference, dim=1, out=distance[some])
+    return distance.square_()
 
 
 def _sum_per_patch(g: Tensor, cell: Tensor, L: int) -> Tensor:
@@ -336,13 +343,24 @@ def _weighted_sums(
 
 
 def _k_nearest(patches: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances and cells (n, P, k) of the patches (n, L, K) nearest to `p` (n, P, K)."""
+    """Distances and cells (n, P, k) of the patches (n, L, K) nearest to `p` (n, P, K).
+
+    Candidates are those that rounding may have put behind the k nearest.
+    """
+    rows, p_rows = patches.flatten(0, 1), p.flatten(0, 1)  # (n L, K), (n P, K)
     half_square = torch.linalg.vector_norm(patches, dim=2).square_()[:, None] / 2  # (n, 1, L)
     score = torch.baddbmm(half_square, p, patches.transpose(1, 2), beta=-1)  # (n, P, L)
-    cell = score.sort(dim=2, descending=True, stable=True).indices[..., : k + _SPARE]  # (n, P, c)
-    cell = cell.sort(dim=2).values  # (n, P, c), ascending, so that the stable sort keeps ties so
-    nearest = patches.flatten(0, 1)[_flat(cell, patches.shape[1])]  # (n, P, c, K)
-    distance = torch.linalg.vector_norm(nearest.sub_(p[:, :, None]), dim=3).square_()  # (n, P, c)
+    score, cell = score.sort(dim=2, descending=True, stable=True)
+    score, cell = score[..., : k + _SPARE], cell[..., : k + _SPARE]  # (n, P, c)
+    scale = half_square.amax(2, keepdim=True) + p.square().sum(2, keepdim=True) / 2  # (n, P, 1)
+    rounding = _ROUNDING * torch.finfo(score.dtype).eps * scale
+    cell, order = cell.sort(dim=2)  # ascending, so that the stable sort keeps equals so
+    pairs = _where((score >= score[..., k - 1 : k] - rounding).gather(2, order))
+    row = _flat(cell, patches.shape[1]).view(-1)[pairs]
+    distance = torch.full_like(score, torch.inf)  # (n, P, c)
+    buffer = patches.new_empty(max(_block(patches), patches.shape[2]))
+    of = pairs.div(cell.shape[2], rounding_mode="floor")
+    distance.view(-1)[pairs] = _distances_between(rows, row, p_rows, of, buffer)
     distance, order = distance.sort(dim=2, stable=True)
     return distance[..., :k], cell.gather(2, order[..., :k])
 

@@ -21,7 +21,8 @@ from protoclf.stage_cache import remembered
 
 _COMPONENTS = 64
 _SAMPLE = 1024  # patches of a class that its principal components are found from
-_CANDIDATES = 8  # for each prototype
+_CANDIDATES = 8, 32  # for each prototype: at least, at most
+_MANY = 8192  # candidates of all classes, that more than the least are not to exceed
 _FEWEST = 10  # prototypes: for fewer, candidates are as many as for so many, and found once
 _L1 = 3e-3  # for activations of at most 1
 _TOLERANCE = 1e-4
@@ -87,10 +88,11 @@ def _candidates(
     """
     module, rng = net.module_.eval(), np.random.default_rng(net.seed_)
     draws = torch.Generator().manual_seed(net.seed_)
+    each = _candidates_each(sum(numbers))
     found, owner = [], []
     for c, number in enumerate(numbers):
         patches = class_patches(net, data, c, rng)  # (n, K)
-        k = min(len(patches), max(number, min(_CANDIDATES * number, len(patches) // 4)))
+        k = min(len(patches), max(number, min(each * number, len(patches) // 4)))
         found.append(patches[_representatives(patches, k, min(k, number), draws)])
         owner += [c] * len(found[-1])
     candidates = torch.cat(found).view(-1, *module.prototypes.shape[1:])
@@ -101,6 +103,14 @@ def _candidates(
         return {**project(net, data, None), "owner": classes}
     distance = torch.cat([rough_distances(z, candidates) for z, _ in data.train_latents()])
     return {"prototypes": candidates, "owner": classes, "distance": distance}
+
+
+def _candidates_each(m: int) -> int:
+    """Return how many candidates there are for each of m prototypes: many, where these are few.
+
+    They make the start better, and what they cost grows as their number times that of the images.
+    """
+    return int(np.clip(_MANY // m, *_CANDIDATES))
 
 
 def _representatives(patches: Tensor, k: int, least: int, draws: torch.Generator) -> Tensor:

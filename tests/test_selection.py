@@ -6,7 +6,7 @@ import torch
 from sklearn.cluster import kmeans_plusplus
 
 from protoclf import selection
-from protoclf.selection import _principal_axes, _representatives, _spread
+from protoclf.selection import _candidates_each, _principal_axes, _representatives, _spread
 
 
 def clusters(n=200, k=8, d=5, seed=0):
@@ -43,6 +43,11 @@ def test_representatives_are_the_middle_points_of_their_clusters():
         mine = points[label == label[i]]
         middle = (mine - mine.mean(0)).square().sum(1).amin()
         assert (points[i] - mine.mean(0)).square().sum() == pytest.approx(float(middle), rel=1e-3)
+
+
+@pytest.mark.parametrize(("m", "each"), [(10, 32), (256, 32), (512, 16), (2000, 8)])
+def test_more_prototypes_have_fewer_candidates_each(m, each):
+    assert _candidates_each(m) == each
 
 
 @pytest.mark.parametrize("least", [1, 3])
