@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from photos import backbone_of, photos
 from sklearn.model_selection import train_test_split
-from stage_accuracy import StageAccuracy, scored
+from stage_scores import StageScores, accuracy_and_log_loss
 
 from protoclf import ProtoPNetClassifier
 from protoclf.last_layer import solve_last_layer
@@ -62,15 +62,16 @@ def main():
 
 def measured(args, name, change, train, test, seed):
     """Return the row of a change; for the defaults also the rows that read the same network."""
-    stages = StageAccuracy(train, test)
+    stages = StageScores(train, test)
     clf = classifier(args, change, seed).set_params(callbacks=[stages] if args.epochs else None)
     clf.fit(*train)
-    row = {"row": name, **scored(test[1], clf.predict_proba(test[0]), clf.classes_)}
-    row |= {"prototypes": clf.n_prototypes_, **getattr(stages, "accuracy", {})}
+    row = {"row": name, **accuracy_and_log_loss(test[1], clf.predict_proba(test[0]), clf.classes_)}
+    row |= {"prototypes": clf.n_prototypes_, **stages.row}
     if name != "defaults":
         return [row]
     free = {"row": "without sign bounds", **without_bounds(clf, train, test)}
-    unprojected = {"row": "without projection", "accuracy": row.get("before, solved")}
+    scores = {name: row.get(f"before, solved {name}") for name in ("accuracy", "log_loss")}
+    unprojected = {"row": "without projection", **scores}
     return [free, unprojected, row]
 
 
@@ -86,7 +87,7 @@ def without_bounds(clf, train, test):
     weight = solve_last_layer(torch.cat([g, -g], 1), y, owner, clf.lambda_l1).weight
     positive, negative = weight.chunk(2, dim=1)
     logits = torch.from_numpy(clf.transform(test[0])).double() @ (positive - negative).T
-    return scored(test[1], logits.softmax(1).numpy(), clf.classes_)
+    return accuracy_and_log_loss(test[1], logits.softmax(1).numpy(), clf.classes_)
 
 
 def classifier(args, change, seed):

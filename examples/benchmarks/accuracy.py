@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from stage_accuracy import StageAccuracy, scored
+from stage_scores import StageScores, accuracy_and_log_loss
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -104,7 +104,7 @@ def logistic_regression(args, train, held_out, seed):
     search = GridSearchCV(LogisticRegression(max_iter=1000), rates, cv=4)
     model = make_pipeline(StandardScaler(), search).fit(features, train[1])
     probability = model.predict_proba(pooled(args, held_out[0]))
-    scores = scored(held_out[1], probability, model.classes_)
+    scores = accuracy_and_log_loss(held_out[1], probability, model.classes_)
     return {"model": "logistic regression", **scores, "fit_s": seconds}
 
 
@@ -153,13 +153,13 @@ def cnn(args, train, held_out, seed, keep_statistics):
     with torch.no_grad(), precision:
         logits = torch.cat([net.eval()(prepare(p)).double() for p in pixels.split(32)])
     name = f"CNN, {args.fine_tune} epochs, statistics {'kept' if keep_statistics else 'learned'}"
-    scores = scored(held_out[1], logits.softmax(1).numpy(), classes)
+    scores = accuracy_and_log_loss(held_out[1], logits.softmax(1).numpy(), classes)
     return {"model": name, **scores, "fit_s": seconds}
 
 
 def protopnet(args, train, held_out, seed, k):
     backbone, norm = backbone_of(args.backbone)
-    stages = StageAccuracy(train, held_out)
+    stages = StageScores(train, held_out)
     clf = ProtoPNetClassifier(
         backbone,
         weights=None,
@@ -178,12 +178,12 @@ def protopnet(args, train, held_out, seed, k):
     seconds = time.perf_counter() - start
     return {
         "model": f"protopnet, {k} per class",
-        **scored(held_out[1], clf.predict_proba(held_out[0]), clf.classes_),
+        **accuracy_and_log_loss(held_out[1], clf.predict_proba(held_out[0]), clf.classes_),
         "fit_s": seconds,
         "prototypes": clf.n_prototypes_,
         "nonzero": int((clf.coef_ != 0).sum()),
         "moved": clf.prototypes_["moved"].mean(),
-        **getattr(stages, "accuracy", {}),
+        **stages.row,
     }
 
 

@@ -19,7 +19,7 @@ from black_box import train_network
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
-from stage_accuracy import StageAccuracy
+from stage_scores import StageScores
 from torch import nn
 
 from protoclf import ProtoPNetClassifier
@@ -87,7 +87,7 @@ def cnn(args, train, test, seed):
 
 
 def protopnet(args, train, test, seed):
-    stages = StageAccuracy(train, test)
+    stages = StageScores(train, test)
     clf = ProtoPNetClassifier(
         "small_cnn",
         joint_epochs=args.epochs,
@@ -101,7 +101,7 @@ def protopnet(args, train, test, seed):
     clf.fit(*train)
     seconds = time.perf_counter() - start
     accuracy = clf.score(*test)
-    return {"model": "protopnet", "accuracy": accuracy, "fit_s": seconds} | stages.accuracy
+    return {"model": "protopnet", "accuracy": accuracy, "fit_s": seconds} | stages.row
 
 
 def arguments():

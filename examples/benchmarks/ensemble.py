@@ -19,10 +19,10 @@ from accuracy import pooled
 from photos import backbone_of, photos
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from stage_scores import accuracy_and_log_loss
 
 from protoclf import ProtoPNetClassifier, ProtoPNetEnsemble
 
@@ -72,7 +72,7 @@ def protopnets(args, memory, paths, y, train, held_out):
     totals = sheet.groupby("sample")["contribution"].sum()
     logit = sheet.groupby("sample")["logit"].first()
     assert np.allclose(totals, logit, atol=1e-3), "a sheet sums to the ensemble's logit"
-    return scored("ProtoPNet", logits, ensemble.classes_, y[held_out])
+    return rows_of("ProtoPNet", logits, ensemble.classes_, y[held_out])
 
 
 def member(args, memory, name):
@@ -105,18 +105,16 @@ def black_boxes(args, features, y, train, held_out):
         model = make_pipeline(StandardScaler(), search).fit(pooled_features[train], y[train])
         logits[name] = model.decision_function(pooled_features[held_out])
     logits["sum"] = sum(logits.values())
-    return scored("logistic regression", logits, model.classes_, y[held_out])
+    return rows_of("logistic regression", logits, model.classes_, y[held_out])
 
 
-def scored(model, logits, classes, y):
+def rows_of(model, logits, classes, y):
     """Return rows of accuracy and cross-entropy, of each (n, C) and of the mean of the logits."""
     rows = []
     for name, values in (logits | {"mean": logits["sum"] / (len(logits) - 1)}).items():
-        accuracy = float((classes[values.argmax(1)] == y).mean())
         probability = softmax(values.astype(float), axis=1)
-        cross_entropy = log_loss(y, probability, labels=classes)
-        row = {"model": model, "logits of": name, "accuracy": accuracy}
-        rows.append(row | {"cross_entropy": cross_entropy})
+        scores = accuracy_and_log_loss(y, probability, classes)
+        rows.append({"model": model, "logits of": name, **scores})
     return rows
 
 
