@@ -9,6 +9,7 @@ import torch
 from colour_model import CELL, SIDE, Pooled, picture
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from skorch.callbacks import Callback
 
 from protoclf import ProtoPNetClassifier
 from protoclf.concepts import Concepts, ForbiddenPatches
@@ -212,26 +213,41 @@ def test_sheets_add_up_and_prototypes_are_patches(clf):
     np.testing.assert_allclose(own, 1, atol=1e-5)
 
 
+class DistanceToConcepts(Callback):
+    """Keeps how far the prototypes of "red" are from what they are to show, after each epoch."""
+
+    def on_epoch_end(self, net, **_):
+        """Measure, before the projection makes a patch of each prototype."""
+        if net.history[-1, "stage"] != "joint" or net.concepts_ is None:
+            return
+        module = net.module_
+        with torch.no_grad():
+            patches = net.concepts_.embedded(module, 4).flatten(1)
+            own = module.scaled_prototypes()[module.owner == 1].flatten(1)
+            self.last = float(torch.cdist(patches, own).amin(1).mean())
+
+
 def test_what_is_encouraged_is_drawn_nearer():
     X, y = marked()
+    distance = DistanceToConcepts()
+    costs = {"lambda_clst": 0.0, "lambda_sep": 0.0, "lambda_patch": 0.0}
     settings = {"prototypes_per_class": 2, "joint_epochs": 1, "lr": 0.05, "distinct": "patches"}
-    clf = classifier(lambda_clst=0.0, lambda_sep=0.0, lambda_patch=0.0, **settings).fit(X, y)
+    clf = classifier(**costs, **settings, callbacks=[distance]).fit(X, y)
     ids = np.flatnonzero(clf.prototypes_["class"] == "red")
     with torch.no_grad():  # somewhere else, so that training has something to mend
         clf.module_.prototypes[ids] *= -1
     before = clf.module_.prototypes.clone()
 
-    def distance(weight):
+    def trained(weight):
         taught = encourage(clf, ids[:1], X, y, k=3, weight=weight, epochs=10)
-        concepts, module = taught.concepts_, taught.module_
-        assert not concepts.forbidden.any()
+        assert not taught.concepts_.forbidden.any()
         assert taught.edits_["action"].tolist() == ["encourage"]
         assert taught.n_prototypes_ == clf.n_prototypes_
-        patches = concepts.embedded(module, 4).flatten(1)
-        own = module.scaled_prototypes()[module.owner == 1].flatten(1)
-        return torch.cdist(patches, own).amin(1).mean()
+        (kept,) = (c for c in taught.callbacks if isinstance(c, DistanceToConcepts))
+        return kept.last
 
-    assert distance(50.0) < 0.5 * distance(0.0)
+    far, near = trained(0.0), trained(50.0)
+    assert near < 0.5 * far
     assert clf.module_.prototypes.equal(before)
 
 

@@ -231,7 +231,7 @@ def test_sheet_does_not_depend_on_the_batch_size(fitted, squares):
         sheet = fitted.set_params(batch_size=size).explain(squares[0], "top2")
         close = ["logit", "probability", "similarity", "contribution"]
         assert sheet.drop(columns=close).equals(expected.drop(columns=close))
-        np.testing.assert_allclose(sheet[close], expected[close], rtol=1e-4)
+        np.testing.assert_allclose(sheet[close], expected[close], rtol=1e-4, atol=1e-6)
     fitted.set_params(batch_size=8)
 
 
