@@ -137,7 +137,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         fast = self.precision == "auto" and not trained and has_fast_bfloat16(device)
         self.module_.half_precision = fast or self.precision == "bfloat16"
         if self.channels_last_ and (device.type == "cpu" or self.module_.half_precision):
-            self.module_.memory_format = torch.channels_last
+            self.module_.channels_last = True
             self.module_.backbone.to(memory_format=torch.channels_last)
 
     def initialize_criterion(self):

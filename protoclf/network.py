@@ -60,8 +60,8 @@ class ProtoPNet(nn.Module):
     ----------
     half_precision : bool, default=False
         Whether the backbone computes in bfloat16, by autocast. What follows it never does.
-    memory_format : torch.memory_format
-        How images come to the backbone.
+    channels_last : bool, default=False
+        How images lie in memory on their way to the backbone.
     settled : tuple of str, default=()
         Batch-norm layers of the backbone that stay in evaluation mode: see `keep_statistics`.
 
@@ -73,7 +73,7 @@ class ProtoPNet(nn.Module):
     """
 
     half_precision: bool
-    memory_format: torch.memory_format
+    channels_last: bool = False
     settled: tuple[str, ...] = ()
     owner: Tensor
     mean: Tensor
@@ -89,7 +89,6 @@ class ProtoPNet(nn.Module):
     ) -> None:
         super().__init__()
         self.half_precision = False
-        self.memory_format = torch.contiguous_format
         self.backbone = backbone
         self.add_on = _add_on_layers(channels, latent_dim, spec.similarity)
         shape = (len(spec.owner), latent_dim or channels, *spec.size)
@@ -133,7 +132,8 @@ class ProtoPNet(nn.Module):
         In bfloat16 where the backbone computes so; channels come last in memory.
         """
         scale, shift = 1 / (255 * self.std), self.mean / self.std
-        pixels = images.to(memory_format=self.memory_format) * scale - shift
+        lie = torch.channels_last if self.channels_last else torch.contiguous_format
+        pixels = images.to(memory_format=lie) * scale - shift
         with self._precision(images.device):
             features = self.backbone(pixels)
         return features.contiguous(memory_format=torch.channels_last)

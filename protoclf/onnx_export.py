@@ -125,7 +125,7 @@ class _Exported(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(network).cpu()
         self.network.half_precision = False
-        self.network.memory_format = torch.contiguous_format
+        self.network.channels_last = False
         self.wide = torch.float64 if network.similarity == "log" else torch.float32
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ from protoclf.features import Arrays, FitData
 from protoclf.fit_key import described
 from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
+from protoclf.interrupts import noticing_ctrl_c
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import image_distances, project, with_boxes
 from protoclf.penalty import PENALTIES, Activations, penalty_path
@@ -348,10 +349,13 @@ def _history_row(net: SkorchProtoPNet, data: FitData, stage: str) -> Iterator[_R
     row = _Row()
     yield row
     net.history[-1:] = net.processes.agreed(net.history[-1:])
-    try:
-        net.notify("on_epoch_end", **datasets)
-    except KeyboardInterrupt:  # skorch's early stopping speaks so; it ends the stage, not the fit
-        row.stopped = True
+    with noticing_ctrl_c() as ctrl_c:
+        try:
+            net.notify("on_epoch_end", **datasets)
+        except KeyboardInterrupt:  # skorch's early stopping speaks so: it ends the stage alone
+            if ctrl_c.is_set():
+                raise
+            row.stopped = True
 
 
 def _forget_misses(net: SkorchProtoPNet) -> None:

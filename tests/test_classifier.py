@@ -1,6 +1,8 @@
 """The estimator: what holds for every fitted model, what X and y may be, and what is refused."""
 
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -166,6 +168,30 @@ def test_a_clone_fits_to_the_same_model_and_starts_unfitted(model):
     with pytest.raises(NotFittedError):
         copy.predict(NEW_X)
     assert_same_model(model, copy.fit(X, Y))
+
+
+WRITE = """
+import multiprocessing  # first, as scikit-learn and joblib do: __main__ is __mp_main__ from then on
+import pickle, sys
+import numpy as np
+import torch
+from protoclf import ProtoPNetClassifier
+
+X = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+settings = {"image_size": 16, "prototypes_per_class": 1, "joint_epochs": 1, "verbose": 0}
+clf = ProtoPNetClassifier("small_cnn", **settings).fit(X, [0, 1] * 4)
+with open(sys.argv[1], "wb") as file:
+    pickle.dump((clf, X, clf.predict_proba(X)), file)
+"""
+
+
+def test_a_pickle_is_read_in_a_process_whose_script_imports_nothing(tmp_path):
+    """A memory format of torch is pickled as if it were of any module that has a `torch`."""
+    file = str(tmp_path / "clf.pickle")
+    subprocess.run([sys.executable, "-c", WRITE, file], check=True)
+    with open(file, "rb") as stream:
+        clf, X, expected = pickle.load(stream)
+    np.testing.assert_allclose(clf.predict_proba(X), expected, atol=1e-6)
 
 
 def test_pickle_and_joblib_keep_predictions_and_sheets(model, tmp_path):

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -443,6 +445,33 @@ def test_an_interrupted_fit_stops_and_leaves_no_fitted_estimator(
     for use in (clf.predict, clf.transform, clf.explain, clf.similarity_maps):
         with pytest.raises(NotFittedError):
             use(squares[0])
+
+
+class CtrlC(Callback):
+    """Presses Ctrl-C, as the system does, while the callbacks of the second epoch run."""
+
+    def on_epoch_end(self, net, **kwargs):
+        if len(net.history) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_ctrl_c_among_the_callbacks_ends_the_fit_and_no_stage_alone(squares, tmp_path, checkpoint):
+    handler = signal.getsignal(signal.SIGINT)
+    folder = tmp_path if checkpoint else None
+    clf = make(joint_epochs=4, callbacks=[CtrlC()], checkpoint=folder)
+    with pytest.raises(KeyboardInterrupt):
+        clf.fit(*squares)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(clf)
+    assert len(list(tmp_path.iterdir())) == checkpoint  # something to go on from
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_fit_in_another_thread_has_no_ctrl_c_to_notice(squares):
+    with ThreadPoolExecutor(1) as pool:
+        clf = pool.submit(lambda: make(joint_epochs=1).fit(*squares)).result()
+    check_is_fitted(clf)
 
 
 def test_an_image_of_weight_zero_is_an_image_left_out_of_the_joint_loss(squares):
