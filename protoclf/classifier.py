@@ -30,13 +30,14 @@ from protoclf.features import feature_batches
 from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import ImageError, Images
-from protoclf.labels import check_classes, encode, read_groups, read_labels
+from protoclf.labels import check_classes, checked_weights, encode, read_groups, read_labels
 from protoclf.localization import upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import (
     EXPLAIN_RULES,
+    PATH_RULES,
     check_rules,
     refuse_unknown,
     with_parameters_of,
@@ -155,7 +156,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     on_bad_image : {"raise", "skip"}, default="raise"
         What becomes of an image that cannot be read: an error that names it, or `fit` leaves it
         out and lists it in `skipped_`, and for other methods it is a row without an answer: None,
-        NaN, or "(unreadable)" as `source` in a sheet.
+        NaN, or "(unreadable)" as `source` in a sheet. `score` and `last_layer_path` do without it.
     tune_allocator : bool, default=True
         On a CPU, and with glibc, let the process keep the memory that it frees, which makes
         convolutions several times as fast. It is given back at the end of `fit`; `predict`
@@ -565,18 +566,38 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
               and standard deviation over the folds
             - weight : the solution for all images, an array (C, m)
         """
-        g = self.similarities(X).double()
+        penalties = list(penalties)
+        check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
+        activations, known = self.activations_of(X, y, sample_weight)
+        activations = activations.with_images(activations.g.double())
+        of_groups = None if groups is None else read_groups(groups, len(known))[known]
+        path = penalty_path(activations, penalties, folds, self.seed_, of_groups)
+        if folds and path["accuracy"].isna().all():
+            raise ValueError(
+                "folds needs a class of two images at least, and two groups where there are "
+                "groups; folds=0 leaves the held-out columns out."
+            )
+        return path
+
+    def activations_of(
+        self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> tuple[Activations, np.ndarray]:
+        """Return what a last layer is solved on, and which of the images that is, a mask (n,).
+
+        With ``on_bad_image="skip"`` those are left out that cannot be read.
+        """
+        g = self.similarities(X)
         labels, codes = encode(read_labels(y, len(g)), self.classes_)
-        weight = self.weights_of(codes, labels, sample_weight)
+        known = np.ones(len(g), dtype=bool)
+        if self.on_bad_image == "skip":
+            known = ~g.isnan().all(1).numpy()
+        weight = checked_weights(sample_weight, len(g))
+        weight = self.weights_of(codes[known], labels, None if weight is None else weight[known])
         activations = Activations(
-            g,
-            torch.from_numpy(codes),
-            self.module_.owner.cpu(),
-            len(labels),
+            *(g[known], torch.from_numpy(codes[known]), self.module_.owner.cpu(), len(labels)),
             None if weight is None else torch.from_numpy(weight),
         )
-        groups = None if groups is None else read_groups(groups, len(codes))
-        return penalty_path(activations, penalties, folds, self.seed_, groups)
+        return activations, known
 
     def similarity_maps(self, X: Any, upsampled: bool = False) -> np.ndarray | list[np.ndarray]:
         """Return the similarity of each prototype to each patch of each image.

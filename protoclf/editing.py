@@ -34,6 +34,8 @@ from protoclf.stages import LastLayer, keep_prototypes
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
 
+_SHOWN = 5  # of what an error names
+
 EDIT_COLUMNS = ["step", "action", "prototype", "class", "source", "source_index", "reason"]
 
 
@@ -74,6 +76,7 @@ def select_prototypes(
         If an id is unknown, a class would be left without prototypes, or activations are missing.
     """
     check_is_fitted(clf)
+    _check_reason(reason)
     kept = np.array(sorted(_known(clf, ids)), dtype=int)
     table = clf.prototypes_
     bare = sorted(set(clf.classes_.tolist()) - set(table["class"].iloc[kept].tolist()))
@@ -322,6 +325,7 @@ def _taught(
 ) -> ProtoPNetClassifier:
     """Find patches that prototypes show, and train with them as forbidden or encouraged."""
     check_is_fitted(clf)
+    _check_reason(reason)
     check_rules(given, CONCEPT_RULES)
     chosen = sorted(_known(clf, ids))
     if not chosen:
@@ -360,11 +364,7 @@ def activations_of(clf: ProtoPNetClassifier, X: Any = None, y: Any = None) -> Ac
         if not hasattr(clf, "activations_"):
             raise ValueError("This classifier holds no activations of training images: pass X, y.")
         return clf.activations_
-    g = clf.similarities(X)
-    classes, codes = encode(read_labels(y, len(g)), clf.classes_)
-    weights = clf.weights_of(codes, classes, None)
-    weight = None if weights is None else torch.from_numpy(weights)
-    return Activations(g, torch.from_numpy(codes), clf.module_.owner.cpu(), len(classes), weight)
+    return clf.activations_of(X, y)[0]
 
 
 def own_among_nearest(activations: Activations, k: int) -> np.ndarray:
@@ -374,13 +374,21 @@ def own_among_nearest(activations: Activations, k: int) -> np.ndarray:
 
 
 def _known(clf: ProtoPNetClassifier, ids: ArrayLike) -> list[int]:
-    given: Iterable[Any] = np.atleast_1d(np.asarray(ids)).ravel().tolist()
+    values = np.atleast_1d(np.asarray(ids)).ravel()
+    must = f"ids must be those of prototypes, from 0 to {clf.n_prototypes_ - 1}"
+    if values.dtype == bool:
+        raise ValueError(f"{must}; of a mask, np.flatnonzero(mask) gives them.")
+    given: Iterable[Any] = values.tolist()
     unknown = [j for j in given if type(j) is not int or not 0 <= j < clf.n_prototypes_]
     if unknown:
-        raise ValueError(
-            f"ids must be those of prototypes, from 0 to {clf.n_prototypes_ - 1}; got {unknown}."
-        )
+        shown = ", ".join(map(repr, unknown[:_SHOWN])) + ", ..." * (len(unknown) > _SHOWN)
+        raise ValueError(f"{must}; got {shown}.")
     return list(dict.fromkeys(given))
+
+
+def _check_reason(reason: Any) -> None:
+    if not isinstance(reason, (str, dict)):
+        raise TypeError(f"reason must be a str, or a dict of one for each id; got {reason!r}.")
 
 
 def _edits(clf: ProtoPNetClassifier) -> pd.DataFrame:

@@ -204,7 +204,8 @@ class ProtoPNetEnsemble(
                 _check_member(member, codes, classes)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Member {name!r}: {error}") from error
-        check_files(images, progress=None if self.verbose else False)
+        if any(member.on_bad_image == "raise" for _, member in members):
+            check_files(images, progress=None if self.verbose else False)
         return y, classes
 
     # Using it -----------------------------------------------------------------------------------

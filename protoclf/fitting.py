@@ -203,6 +203,13 @@ class StagedNet(SkorchProtoPNet):
         """Walk the stages over a data set of images (called by `fit`)."""
         together = {} if groups is None else {"groups": groups}
         train, valid = self.get_split_datasets(X, y, **together)
+        for part in (train, valid):
+            if part is not None and in_whole(part)[0] is not in_whole(X)[0]:
+                raise ValueError(
+                    "train_split must divide the images that fit was given. For a validation set "
+                    "of your own, pass all images and ValidSplit(PredefinedSplit(fold)), with fold "
+                    "-1 for those to train on and 0 for the others."
+                )
         whole, positions = in_whole(train)
         if groups is not None and valid is not None and in_whole(valid)[0] is whole:
             check_apart(groups[positions], groups[in_whole(valid)[1]])

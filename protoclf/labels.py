@@ -29,6 +29,8 @@ def read_labels(y: Any, n: int) -> np.ndarray:
     if any(strings) and not all(strings):
         kinds = sorted({type(label).__name__ for label in y})
         raise TypeError(f"y mixes labels of types that have no order: {kinds}. Give them one type.")
+    if y.dtype == object and not any(strings):  # numbers or booleans, which numpy has types for
+        y = pd.Series(y).infer_objects().to_numpy()
     check_classification_targets(y)
     return y
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
+from sklearn.metrics import accuracy_score
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -30,6 +32,23 @@ class LogitsMixin:
             labels = labels.astype(object)
             labels[missing] = None
         return labels
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy; of images that cannot be read it leaves those out that are skipped.
+
+        It warns where it does, and raises ValueError where none is left.
+        """
+        answers = self.predict(X)
+        known = np.array([answer is not None for answer in answers])
+        y, weight = np.asarray(y), sample_weight
+        if not known.all() and len(y) == len(known):
+            if not known.any():
+                raise ValueError(f"None of the {len(known)} images can be read: there is no score.")
+            left_out = f"{(~known).sum()} of {len(known)} images, which cannot be read"
+            warn(f"The score leaves out {left_out}.", UserWarning, stacklevel=2)
+            answers = answers[known].astype(self.classes_.dtype)
+            y, weight = y[known], None if weight is None else np.asarray(weight)[known]
+        return float(accuracy_score(y, answers, sample_weight=weight))
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probability of each class, (n, C): the softmax of the logits."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+import joblib
 import numpy as np
+import torch
 
 T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]
@@ -73,7 +76,24 @@ def _is_percentile(value: Any) -> bool:
 def _is_class_weight(value: Any) -> bool:
     if isinstance(value, str):
         return value == "balanced"
-    return value is None or isinstance(value, Mapping)
+    if isinstance(value, Mapping):
+        return all(isinstance(weight, Real) for weight in value.values())
+    return value is None
+
+
+def _is_folder(value: Any) -> bool:
+    return value is None or isinstance(value, str | os.PathLike)
+
+
+def _is_memory(value: Any) -> bool:
+    return _is_folder(value) or isinstance(value, joblib.Memory)
+
+
+def _is_device(value: Any) -> bool:
+    try:
+        return value == "auto" or torch.device(value).type != "meta"
+    except (RuntimeError, TypeError):
+        return False
 
 
 def _is_flag(value: Any) -> bool:
@@ -84,6 +104,14 @@ def _are_callbacks(value: Any) -> bool:
     return (
         value == "disable" if isinstance(value, str) else value is None or isinstance(value, list)
     )
+
+
+def _is_number_of_folds(value: Any) -> bool:
+    return _integer(0)[0](value) and value != 1
+
+
+def _are_penalties(value: list[Any]) -> bool:
+    return len(value) > 0 and all(map(_non_negative()[0], value))
 
 
 NOT_OURS = ("module", "criterion", "dataset", "max_epochs", "predict_nonlinearity", "classes")
@@ -103,7 +131,7 @@ RULES: dict[str, Rule] = {
     "prototype_init": _one_of("selected", "kmeans", "random"),
     "distinct": _one_of(None, "patches", "images"),
     "self_matches": _one_of("median", "keep"),
-    "class_weight": (_is_class_weight, 'None, "balanced" or a dict of a weight for each class'),
+    "class_weight": (_is_class_weight, 'None, "balanced" or a dict of a number for each class'),
     "lambda_clst": _non_negative(),
     "lambda_sep": _non_negative(),
     "lambda_patch": _non_negative(),
@@ -118,6 +146,10 @@ RULES: dict[str, Rule] = {
     "lr_schedule": _one_of("cosine", "step", None),
     "batch_size": _integer(1),
     "precision": _one_of("auto", "float32", "bfloat16"),
+    "memory": (_is_memory, "None, a folder or a joblib.Memory"),
+    "checkpoint": (_is_folder, "None or a folder"),
+    "device": (_is_device, '"auto" or a device of torch, such as "cpu" or "cuda:0"'),
+    "verbose": (lambda value: isinstance(value, Integral), "an int, 0 or more"),
     "tune_allocator": (_is_flag, "True or False"),
     "optimizer": (callable, "a class of optimizers, such as torch.optim.Adam"),
     "train_split": _optional((callable, "callable, such as skorch.dataset.ValidSplit(5)")),
@@ -125,6 +157,12 @@ RULES: dict[str, Rule] = {
     "iterator_train": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
     "iterator_valid": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
     "warm_start": (_is_flag, "True or False"),
+}
+
+
+PATH_RULES: dict[str, Rule] = {
+    "folds": (_is_number_of_folds, "0 or an int >= 2"),
+    "penalties": (_are_penalties, "one or more finite numbers >= 0"),
 }
 
 
@@ -239,9 +277,11 @@ def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -
         if n < k
     ]
     if short:
+        help_ = "Lower prototypes_per_class (a dict sets it for each class), or add images."
+        if not have.all():
+            help_ = "Each fit needs images of every class, since prototypes are parts of them."
         raise ValueError(
-            f"Some classes have fewer training images than prototypes: {'; '.join(short)}. Lower "
-            "prototypes_per_class (a dict sets it for each class), or add images."
+            f"Some classes have fewer training images than prototypes: {'; '.join(short)}. {help_}"
         )
 
 

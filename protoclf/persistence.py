@@ -85,7 +85,8 @@ def save_classifier(
     if left_out:
         warn(
             f"Not saved, as a file that runs no code cannot hold it: {', '.join(left_out)}. "
-            "Predictions and sheets do without; before another fit, set the parameters again.",
+            "Predictions and sheets do without; before another fit, set these parameters again, "
+            "and give `forbid` or `encourage` again what they were given.",
             UserWarning,
             stacklevel=3,
         )

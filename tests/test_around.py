@@ -16,6 +16,7 @@ from sklearn.model_selection import (
     GridSearchCV,
     GroupKFold,
     HalvingGridSearchCV,
+    PredefinedSplit,
     RandomizedSearchCV,
     StratifiedKFold,
     cross_val_score,
@@ -26,8 +27,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from skorch.callbacks import Checkpoint, EarlyStopping, EpochScoring, LRScheduler, ProgressBar
 from skorch.dataset import ValidSplit
+from skorch.helper import predefined_split
 
 from protoclf import ProtoPNetClassifier
+from protoclf.geometry import Preprocessing
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
 from protoclf.last_layer import solve_last_layer
 from protoclf.penalty import _splits
 from protoclf.scorers import n_prototypes_scorer
@@ -416,3 +421,16 @@ def test_a_state_from_before_a_parameter_still_loads(paths, squares):
 def test_a_scorer_of_an_unfitted_classifier(paths):
     with pytest.raises(NotFittedError):
         n_prototypes_scorer(small())
+
+
+def test_a_validation_set_of_other_images_is_refused_before_training(squares):
+    X, y = squares
+    other = ImageDataset(Images(X[:6]), Preprocessing(32), np.arange(6) % 2)
+    clf = ProtoPNetClassifier("small_cnn", image_size=32, verbose=0)
+    clf.set_params(prototypes_per_class=1, train_split=predefined_split(other))
+    with pytest.raises(ValueError, match=r"train_split must divide .* ValidSplit\(PredefinedSplit"):
+        clf.fit(X, y)
+    assert not clf.history
+    fold = np.where(np.arange(len(y)) < 6, 0, -1)
+    clf.set_params(train_split=ValidSplit(PredefinedSplit(fold)), joint_epochs=1).fit(X, y)
+    assert np.isfinite(clf.history[0, "valid_loss"])

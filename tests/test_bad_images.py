@@ -8,10 +8,12 @@ import PIL.Image
 import pytest
 import torch
 from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
 from skorch.callbacks import Callback
 from torch import nn
 
 from protoclf import ImageError, ProtoPNetClassifier, ProtoPNetEnsemble
+from protoclf.editing import remove
 from protoclf.explanation import UNREADABLE
 
 BAD = [3, 10, 11]
@@ -139,6 +141,17 @@ def test_an_ensemble_gives_no_answer_either(whole, damaged, squares):
     assert np.isnan(ensemble.predict_proba(damaged)[BAD]).all()
 
 
+def test_an_ensemble_of_members_that_skip_skips(damaged, squares):
+    ensemble = ProtoPNetEnsemble([("a", small(**FROZEN)), ("b", small(**FROZEN))], verbose=0)
+    ensemble.fit(damaged, squares[1])
+    assert [member.skipped_["position"].tolist() for member in ensemble.estimators_] == [BAD, BAD]
+    with pytest.warns(UserWarning, match="leaves out 3 of 24 images"):
+        ensemble.score(damaged, squares[1])
+    ensemble.set_params(b__on_bad_image="raise")
+    with pytest.raises(ImageError):
+        ensemble.fit(damaged, squares[1])
+
+
 @pytest.mark.parametrize("labels", [np.arange(24) % 3, np.arange(24) % 2 == 0])
 def test_labels_of_any_type_can_be_missing(whole, damaged, labels):
     clf = small(**FROZEN).fit(whole, labels)
@@ -233,3 +246,36 @@ def test_what_is_not_a_number_stops_the_fit_and_names_the_images(squares, always
     assert "흰색.png" in str(caught.value)
     assert "Try lower learning rates" in str(caught.value)
     assert not hasattr(clf, "prototypes_")
+
+
+# ---- scores and last layers of the images that are left ------------------------------------------
+
+
+def test_a_score_leaves_out_what_cannot_be_read(fitted_to_skip, whole, damaged, squares):
+    clf, y, weight = fitted_to_skip, squares[1], np.linspace(1, 2, 24)
+    with pytest.warns(UserWarning, match="The score leaves out 3 of 24 images"):
+        score = clf.score(damaged, y, weight)
+    assert score == pytest.approx(clf.score(without(whole), without(y), without(weight)))
+    with pytest.raises(ValueError, match="None of the 3 images can be read"):
+        clf.score([damaged[i] for i in BAD], y[BAD])
+
+
+@pytest.mark.filterwarnings("ignore:The score leaves out")
+def test_a_search_goes_over_images_that_cannot_be_read(damaged, squares):
+    search = GridSearchCV(small(**FROZEN), {"lambda_l1": [1e-3, 1e-2]}, cv=3)
+    search.fit(damaged, squares[1])
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+
+
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+def test_a_last_layer_is_solved_on_what_can_be_read(whole, damaged, squares, class_weight):
+    y, groups = squares[1], np.arange(24) // 2
+    clf = small(class_weight=class_weight, **FROZEN).fit(whole, y)
+    path = clf.last_layer_path(damaged, y, [1e-2, 1e-3], 2, groups=groups)
+    expected = clf.last_layer_path(
+        without(whole), without(y), [1e-2, 1e-3], 2, groups=without(groups)
+    )
+    numbers = expected.columns.drop("weight")
+    pd.testing.assert_frame_equal(path[numbers], expected[numbers])
+    edited = remove(clf, [0], X=damaged, y=y)
+    np.testing.assert_allclose(edited.coef_, remove(clf, [0], X=without(whole), y=without(y)).coef_)

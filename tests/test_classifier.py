@@ -226,6 +226,13 @@ def test_projection_and_last_layer_cost_one_pass_and_the_views(backbone_images, 
 # ---- y ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("names", [[3, 10, 7], [False, True, False]])
+def test_numbers_and_booleans_among_objects_are_what_they_are(names):
+    clf = classifier(prototypes_per_class=1).fit(X, np.array([names[c] for c in CODES], object))
+    assert clf.classes_.dtype == np.array(names).dtype
+    assert clf.classes_.tolist() == sorted(set(names))
+
+
 @pytest.mark.parametrize(
     ("names", "wrap"),
     [
@@ -554,6 +561,12 @@ def test_wrong_X_is_refused_before_training_and_when_predicting(
         ("batch_size", -1, "an int >= 1"),
         ("augmentation", "strong", "None, 'default', or a callable"),
         ("normalization", "cifar", "'imagenet' or (mean, std)"),
+        ("memory", 3, "None, a folder or a joblib.Memory"),
+        ("checkpoint", 3, "None or a folder"),
+        ("device", "gpu", '"auto" or a device of torch'),
+        ("device", "meta", '"auto" or a device of torch'),
+        ("verbose", "a", "an int, 0 or more"),
+        ("class_weight", {"wren": "a"}, 'None, "balanced" or a dict of a number for each class'),
     ],
 )
 def test_a_wrong_parameter_is_named_with_what_is_allowed(name, wrong, allowed, backbone_images):

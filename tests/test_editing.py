@@ -95,7 +95,9 @@ def test_an_edited_classifier_is_a_classifier(three_each, squares):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([9], "ids must be those of prototypes, from 0 to 8; got \\[9\\]"),
+        ([9], "ids must be those of prototypes, from 0 to 8; got 9"),
+        (range(20, 40), r"got 20, 21, 22, 23, 24, \.\.\.\."),
+        (np.arange(9) == 3, r"np\.flatnonzero\(mask\) gives them"),
         ([-1], "ids must be"),
         ([1.5], "ids must be"),
         ([0, 1, 2], "Keep a prototype of each class: none would be left of \\['blue'\\]"),
@@ -104,6 +106,13 @@ def test_an_edited_classifier_is_a_classifier(three_each, squares):
 def test_edits_that_cannot_be_are_refused(three_each, ids, message):
     with pytest.raises(ValueError, match=message):
         remove(three_each, ids)
+
+
+def test_a_reason_is_a_text(three_each):
+    with pytest.raises(
+        TypeError, match="reason must be a str, or a dict of one for each id; got None"
+    ):
+        remove(three_each, [0], reason=None)
 
 
 def test_nothing_removed_is_the_same_model(three_each, squares):

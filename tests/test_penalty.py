@@ -104,6 +104,14 @@ def test_the_path_of_a_fitted_classifier(fitted, squares):
     np.testing.assert_array_equal(fitted.coef_, before)
     with pytest.raises(ValueError, match="did not see"):
         fitted.last_layer_path(X, ["other"] * len(y))
+    for folds in (-1, 1, 2.5):
+        with pytest.raises(ValueError, match="folds must be 0 or an int >= 2"):
+            fitted.last_layer_path(X, y, folds=folds)
+    for penalties in ([], [-1e-3], ["a"]):
+        with pytest.raises(ValueError, match="penalties must be one or more finite numbers >= 0"):
+            fitted.last_layer_path(X, y, penalties)
+    with pytest.raises(ValueError, match="two groups where there are groups; folds=0 leaves"):
+        fitted.last_layer_path(X, y, groups=[0] * len(y))
 
 
 def test_auto_keeps_the_prototypes_that_count(chosen, squares):
