@@ -333,7 +333,8 @@ def _check_array(X: np.ndarray, first: int = 0) -> np.ndarray:
     if X.dtype != np.uint8 and X.dtype.kind != "f":
         raise ImageError(
             f"Pixels must be uint8 (0..255) or floats in [0, 1]; the array at position {first} "
-            f"has dtype {X.dtype}. If its values are 0..255, convert it: X.astype('uint8')."
+            f"has dtype {X.dtype}. Convert values of 0..255, X.astype('uint8'), or scale others to "
+            "floats, such as X / 65535 for 16 bits."
         )
     rows = max(1, (1 << 24) // X[0].size)
     for start in range(0, len(X) if X.dtype.kind == "f" else 0, rows):
