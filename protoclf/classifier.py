@@ -85,8 +85,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         1 - d / 2 of latents of unit length.
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
-        those patches, of 8 to 32 candidates for each, that a sparse last layer makes use of,
-        "random" at random (the paper's).
+        those patches that a sparse last layer makes use of, of 8 to 32 times as many (and as for
+        10, where a class has fewer), "random" at random (the paper's).
     class_weight : None, "balanced" or dict, default=None
         Weight of the images of each class, times `sample_weight`; "balanced" gives all classes
         the same weight in sum.
@@ -592,6 +592,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         if self.on_bad_image == "skip":
             known = ~g.isnan().all(1).numpy()
         weight = checked_weights(sample_weight, len(g))
+        if weight is not None:  # as in `fit`, an image of weight 0 is as good as left out
+            known &= weight > 0
         weight = self.weights_of(codes[known], labels, None if weight is None else weight[known])
         activations = Activations(
             *(g[known], torch.from_numpy(codes[known]), self.module_.owner.cpu(), len(labels)),

@@ -5,10 +5,11 @@ The prototype layer of ProtoPNet (Chen et al., "This Looks Like That", NeurIPS 2
 N images, m prototypes, D channels, H x W cells; a prototype covers H1 x W1 cells, so that an image
 has L = H' W' patches of K = D H1 W1 numbers, H' = H - H1 + 1 and W' = W - W1 + 1.
 
-No function here keeps all N m L distances for the backward pass. The nearest patches come from
+`min_distances` keeps no N m L distances for the backward pass. The nearest patches come from
 blocks of matrix products that stay in the processor's cache, and so do the distances, as
-||z||^2 - 2 z.p + ||p||^2. Where cancellation takes digits of that, which the logarithm of a near
-match needs, they are computed anew from the differences.
+||z||^2 - 2 z.p + ||p||^2, where both are taken from a common centre. Where cancellation takes
+digits of that, which the logarithm of a near match needs, they are computed anew from the
+differences.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,36 +87,6 @@ def own_class_distances(z: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, 
     return distance, cell
 
 
-def rough_distances(z: Tensor, prototypes: Tensor) -> Tensor:
-    """Squared L2 distances as `min_distances` has them, by the expanded form.
-
-    Twice as fast, without gradients or cells, and only as exact as float32 is for ||z||^2: meant
-    for a choice among prototypes.
-
-    Parameters
-    ----------
-    z : Tensor of shape (N, D, H, W)
-    prototypes : Tensor of shape (m, D, H1, W1)
-
-    Returns
-    -------
-    Tensor of shape (N, m)
-    """
-    _check_shapes(z, prototypes)
-    with torch.no_grad(), _no_autocast(z):
-        z, prototypes = _as_float(z, prototypes)
-        p = prototypes.flatten(1)  # (m, K)
-        size = _images_per_block(z, prototypes, _n_patches(z, prototypes) * min(len(p), 512))
-        buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes)))
-        distance = z.new_empty(len(z), len(p))  # (N, m)
-        for i in range(0, len(z), size):
-            patches = patches_of(z[i : i + size], prototypes)  # (n, L, K)
-            for j, score in _scores(patches, p, buffer):
-                torch.amax(score, 1, out=distance[i : i + size, j])
-        squares = torch.linalg.vector_norm(p, dim=1).square_()  # (m,)
-        return distance.mul_(-2).add_(squares).clamp_(min=0)
-
-
 def distance_maps(z: Tensor, prototypes: Tensor) -> Tensor:
     """Squared L2 distances from every prototype to every patch.
 
@@ -160,7 +131,7 @@ def similarity(distance: Tensor, kind: str, eps: float = 1e-4) -> Tensor:
     similarity : Tensor, shaped as `distance`
     """
     if kind == "log":
-        return torch.log1p(distance) - torch.log(distance + eps)
+        return torch.log1p((1 - eps) / (distance + eps))  # the same, without cancellation
     if kind == "cosine":
         return 1 - distance / 2
     raise ValueError(f'similarity must be "log" or "cosine"; got {kind!r}')
@@ -185,7 +156,8 @@ def unit_length(x: Tensor, dim: int = 1, area: int = 1) -> Tensor:
     -------
     unit : Tensor, shaped as `x`
         In float32 at least. Vectors shorter than 1e-6 stay as good as zero, and the gradient is
-        finite: at most 1e6 times what comes in.
+        finite: at most 1e6 times what comes in. Their squared distance to one of unit length is 1,
+        as if the cosine were 0.5.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)  # 1 along dim
@@ -217,10 +189,13 @@ def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     p, shape = prototypes.flatten(1), _map_shape(z, prototypes)  # (m, K)
     buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes), p.shape[1]))
     with _no_autocast(z):
-        squares = torch.linalg.vector_norm(p, dim=1).square_()  # (m,)
+        centre = p.mean(0)  # (K,)
+        centred = p - centre  # (m, K)
+        squares = torch.linalg.vector_norm(centred, dim=1).square_()  # (m,)
         for i in range(0, len(z), size):
-            patches, block = patches_of(z[i : i + size], prototypes), slice(i, i + size)
-            for j, score in _scores(patches, p, buffer):
+            block = slice(i, i + size)
+            patches = patches_of(z[block], prototypes)  # (n, L, K)
+            for j, score in _scores(patches - centre, centred, buffer):
                 cell[block, j], distance[block, j] = _argmax(score.unflatten(1, shape))
             distance[block].mul_(-2).add_(squares).clamp_(min=0)
             _sharpen(distance[block], cell[block], patches, p, squares, buffer)
@@ -296,9 +271,18 @@ def _sharpen(
     distance: Tensor, cell: Tensor, patches: Tensor, p: Tensor, squares: Tensor, buffer: Tensor
 ) -> None:
     """Replace distances (n, m) at `cell` where they are small, by those of differences."""
-    pairs = _where(distance < _CLOSE * squares)
+    exact = _product_eps(distance) <= torch.finfo(distance.dtype).eps
+    far = distance >= (_CLOSE if exact else torch.inf) * squares
+    pairs = _where(~far)  # what overflowed too
     rows, row = patches.flatten(0, 1), _flat(cell, patches.shape[1]).view(-1)[pairs]
     distance.view(-1)[pairs] = _distances_between(rows, row, p, pairs % len(p), buffer)
+
+
+def _product_eps(x: Tensor) -> float:
+    """Return the last place of a matrix product, which users may give up digits of."""
+    eps = {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-7}
+    given_up = eps[torch.get_float32_matmul_precision()] if x.dtype == torch.float32 else 0.0
+    return max(torch.finfo(x.dtype).eps, given_up)
 
 
 def _where(wanted: Tensor) -> Tensor:
@@ -345,17 +329,20 @@ def _weighted_sums(
 def _k_nearest(patches: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances and cells (n, P, k) of the patches (n, L, K) nearest to `p` (n, P, K).
 
-    Candidates are those that rounding may have put behind the k nearest.
+    Candidates are those that rounding may have put behind the k nearest, `_SPARE` at most.
     """
     rows, p_rows = patches.flatten(0, 1), p.flatten(0, 1)  # (n L, K), (n P, K)
+    centre = patches.mean(1, keepdim=True)  # (n, 1, K), the same whatever the batch
+    patches, p = patches - centre, p - centre
     half_square = torch.linalg.vector_norm(patches, dim=2).square_()[:, None] / 2  # (n, 1, L)
     score = torch.baddbmm(half_square, p, patches.transpose(1, 2), beta=-1)  # (n, P, L)
     score, cell = score.sort(dim=2, descending=True, stable=True)
     score, cell = score[..., : k + _SPARE], cell[..., : k + _SPARE]  # (n, P, c)
     scale = half_square.amax(2, keepdim=True) + p.square().sum(2, keepdim=True) / 2  # (n, P, 1)
-    rounding = _ROUNDING * torch.finfo(score.dtype).eps * scale
+    rounding = _ROUNDING * _product_eps(score) * scale
     cell, order = cell.sort(dim=2)  # ascending, so that the stable sort keeps equals so
-    pairs = _where((score >= score[..., k - 1 : k] - rounding).gather(2, order))
+    behind = score < score[..., k - 1 : k] - rounding  # no NaN is
+    pairs = _where(~behind.gather(2, order))
     row = _flat(cell, patches.shape[1]).view(-1)[pairs]
     distance = torch.full_like(score, torch.inf)  # (n, P, c)
     buffer = patches.new_empty(max(_block(patches), patches.shape[2]))

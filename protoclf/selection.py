@@ -16,13 +16,14 @@ from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project
-from protoclf.prototype_layer import rough_distances
+from protoclf.prototype_layer import min_distances
 from protoclf.stage_cache import remembered
 
 _COMPONENTS = 64
 _SAMPLE = 1024  # patches of a class that its principal components are found from
 _CANDIDATES = 8, 32  # for each prototype: at least, at most
 _MANY = 8192  # candidates of all classes, that more than the least are not to exceed
+_MANY_DISTANCES = 2**24  # from images to candidates, likewise: 64 MiB, which the stage cache keeps
 _FEWEST = 10  # prototypes: for fewer, candidates are as many as for so many, and found once
 _L1 = 3e-3  # for activations of at most 1
 _TOLERANCE = 1e-4
@@ -88,7 +89,7 @@ def _candidates(
     """
     module, rng = net.module_.eval(), np.random.default_rng(net.seed_)
     draws = torch.Generator().manual_seed(net.seed_)
-    each = _candidates_each(sum(numbers))
+    each = _candidates_each(sum(numbers), len(data.train_y))
     found, owner = [], []
     for c, number in enumerate(numbers):
         patches = class_patches(net, data, c, rng)  # (n, K)
@@ -101,16 +102,16 @@ def _candidates(
         last_layer = candidates.new_zeros(module.last_layer.out_features, len(owner))
         net.replace_prototypes(candidates, classes, last_layer)
         return {**project(net, data, None), "owner": classes}
-    distance = torch.cat([rough_distances(z, candidates) for z, _ in data.train_latents()])
+    distance = torch.cat([min_distances(z, candidates)[0] for z, _ in data.train_latents()])
     return {"prototypes": candidates, "owner": classes, "distance": distance}
 
 
-def _candidates_each(m: int) -> int:
-    """Return how many candidates there are for each of m prototypes: many, where these are few.
+def _candidates_each(m: int, n: int) -> int:
+    """Return how many candidates there are for each of m prototypes, for n images.
 
-    They make the start better, and what they cost grows as their number times that of the images.
+    Many make the start better, and cost as their number times that of the images.
     """
-    return int(np.clip(_MANY // m, *_CANDIDATES))
+    return int(np.clip(min(_MANY // m, _MANY_DISTANCES // (m * n)), *_CANDIDATES))
 
 
 def _representatives(patches: Tensor, k: int, least: int, draws: torch.Generator) -> Tensor:

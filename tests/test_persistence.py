@@ -311,7 +311,7 @@ def test_optimizers_of_torch_are_saved_by_name(images, tmp_path):
 def test_the_device_is_that_of_load(master):
     assert load(master).get_params()["device"] == "cpu"
     assert ProtoPNetClassifier.load(master, backbone=own_module()).get_params()["device"] == "auto"
-    with pytest.raises(RuntimeError):  # a wrong argument, not a wrong file
+    with pytest.raises(ValueError, match="device must be"):  # a wrong argument, not a wrong file
         load(master, device="nowhere")
 
 

@@ -15,7 +15,6 @@ from protoclf.prototype_layer import (
     distance_maps,
     min_distances,
     own_class_distances,
-    rough_distances,
     similarity,
     unit_length,
 )
@@ -386,20 +385,6 @@ def test_wrong_shapes(z_shape, p_shape, message):
             function(torch.rand(z_shape), torch.rand(p_shape))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.usefixtures("_blocks")
-def test_rough_distances_are_those_of_the_layer_but_for_rounding(size):
-    z, p = make(size, m=9)
-    torch.testing.assert_close(rough_distances(z, p), min_distances(z, p)[0], rtol=1e-9, atol=1e-9)
-    p[0] = z[1, :, : size[0], : size[1]]
-    rough = rough_distances(z.float(), p.float())
-    assert rough.dtype == torch.float32
-    assert rough.amin() >= 0
-    torch.testing.assert_close(rough.double(), min_distances(z, p)[0], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="latent map and prototypes"):
-        rough_distances(z, p[:, :2])
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (7, 7), (2, 300), (300, 1)])
 def test_the_largest_score_is_found_where_it_comes_first(shape):
     score = torch.randint(0, 5, (3, *shape, 6)).float()
@@ -437,3 +422,56 @@ def test_single_precision_keeps_its_digits_near_and_far(scale, apart, seed):
     torch.testing.assert_close(distance.double(), exact, rtol=1e-5, atol=0)
     if apart == 0:
         assert (distance.amin(0) == 0).all()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
+def test_nearest_patches_are_found_behind_a_common_mean(precision, mean):
+    """Whatever digits of matrix products a user gives up, prototypes match their own patches."""
+    before = torch.get_float32_matmul_precision()
+    z = mean + torch.randn(4, 64, 4, 5)
+    p = z[:2].transpose(0, 1).flatten(1).T[:, :, None, None].contiguous()  # (40, 64, 1, 1)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        distance, cell = min_distances(z, p)
+        own_distance, own_cell = own_class_distances(z, p[None].expand(4, -1, -1, -1, -1), 1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact, exact_cell = min_distances(z.double(), p.double())
+    image, j = torch.arange(40) // 20, torch.arange(40)
+    for found, where in ((distance, cell), (own_distance[..., 0], own_cell[..., 0])):
+        assert (found[image, j] == 0).all()
+        assert torch.equal(where[image, j], j % 20)
+        if (
+            precision != "medium"
+        ):  # where the cell itself may be another, of nearly the same distance
+            assert torch.equal(where, exact_cell)
+        torch.testing.assert_close(
+            found.double(), exact, rtol=1e-2 if precision == "medium" else 1e-5, atol=0
+        )
+
+
+def test_own_class_distances_overlook_no_latent_that_is_no_number():
+    z, _ = make(dtype=torch.float32)
+    p = torch.rand(3, 2, 4, 1, 1)
+    z[1, 2, 3, 4] = torch.nan
+    p[2, 1] = torch.nan
+    distance, _ = own_class_distances(z, p, 1)
+    assert not distance.isinf().any()
+    assert distance[0].isfinite().all()
+    assert distance[2, 1].isnan().all()
+    assert distance[2, 0].isfinite().all()
+
+
+def test_what_overflows_is_infinitely_far():
+    z, p = make(dtype=torch.float32)
+    distance, _ = min_distances(1e20 * z, p)
+    assert distance.isinf().all()
+
+
+def test_log_similarity_keeps_its_digits_and_falls_with_the_distance():
+    distance = torch.logspace(-8, 7, 2000)
+    g = similarity(distance, "log")
+    d = distance.double()
+    torch.testing.assert_close(g.double(), torch.log((d + 1) / (d + 1e-4)), rtol=5e-7, atol=0)
+    assert (g.diff() <= 0).all()

@@ -45,9 +45,19 @@ def test_representatives_are_the_middle_points_of_their_clusters():
         assert (points[i] - mine.mean(0)).square().sum() == pytest.approx(float(middle), rel=1e-3)
 
 
-@pytest.mark.parametrize(("m", "each"), [(10, 32), (256, 32), (512, 16), (2000, 8)])
-def test_more_prototypes_have_fewer_candidates_each(m, each):
-    assert _candidates_each(m) == each
+@pytest.mark.parametrize(
+    ("m", "n", "each"),
+    [
+        (10, 9, 32),
+        (256, 900, 32),
+        (512, 900, 16),
+        (2000, 900, 8),
+        (100, 10_000, 16),
+        (100, 10**6, 8),
+    ],
+)
+def test_more_prototypes_or_images_have_fewer_candidates_each(m, n, each):
+    assert _candidates_each(m, n) == each
 
 
 @pytest.mark.parametrize("least", [1, 3])
