@@ -74,9 +74,10 @@ def test_one_process_finds_what_an_ordinary_fit_finds(results, name):
     clf = ProtoPNetClassifier(**parameters(name)).fit(X, y, sample_weight=weight)
     for count in (1, 2):
         state, table, _, _ = read(results, name, count, 0)
-        pd.testing.assert_frame_equal(table, clf.prototypes_)
+        pd.testing.assert_frame_equal(table, clf.prototypes_, rtol=1e-4, atol=1e-5)
         assert torch.equal(state["prototypes"], clf.module_.prototypes)
-        torch.testing.assert_close(state["last_layer.weight"], clf.module_.last_layer.weight)
+        weight = clf.module_.last_layer.weight  # of activations that round by the size of a batch
+        torch.testing.assert_close(state["last_layer.weight"], weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
