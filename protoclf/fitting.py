@@ -203,15 +203,15 @@ class StagedNet(SkorchProtoPNet):
         """Walk the stages over a data set of images (called by `fit`)."""
         together = {} if groups is None else {"groups": groups}
         train, valid = self.get_split_datasets(X, y, **together)
-        for part in (train, valid):
-            if part is not None and in_whole(part)[0] is not in_whole(X)[0]:
-                raise ValueError(
-                    "train_split must divide the images that fit was given. For a validation set "
-                    "of your own, pass all images and ValidSplit(PredefinedSplit(fold)), with fold "
-                    "-1 for those to train on and 0 for the others."
-                )
-        whole, positions = in_whole(train)
-        if groups is not None and valid is not None and in_whole(valid)[0] is whole:
+        whole = in_whole(X)[0]
+        if any(in_whole(part)[0] is not whole for part in (train, valid) if part is not None):
+            raise ValueError(
+                "train_split must divide the images that fit was given. For a validation set of "
+                "your own, pass all images and ValidSplit(PredefinedSplit(fold)), with fold -1 for "
+                "those to train on and 0 for the others."
+            )
+        positions = in_whole(train)[1]
+        if groups is not None and valid is not None:
             check_apart(groups[positions], groups[in_whole(valid)[1]])
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
         if self.prototypes_per_class != "auto":

@@ -8,6 +8,7 @@ from protoclf.features import extract_features
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
+from protoclf.labels import encode
 from protoclf.last_layer import solve_last_layer
 
 
@@ -55,8 +56,8 @@ class StageScores(Callback):
 
     def _activations(self, net, data):
         """Activations of some images, under the network as it is now, and their labels."""
-        y = torch.from_numpy((data[1][:, None] == net.classes_).argmax(1))
-        images = ImageDataset(Images(list(data[0])), Preprocessing(net.image_size), y)
+        codes = encode(data[1], net.classes_)[1]
+        images = ImageDataset(Images(list(data[0])), Preprocessing(net.image_size), codes)
         features = extract_features(net, images)
         with torch.no_grad():
             distance = torch.cat([net.module_.compare(z)[1] for z, _ in net.latents(features)])
@@ -65,7 +66,7 @@ class StageScores(Callback):
 
 def solved(net, g, y):
     """Return the last layer that is optimal for these activations and labels."""
-    codes = torch.from_numpy((y[:, None] == net.classes_).argmax(1)).to(g.device)
+    codes = torch.from_numpy(encode(y, net.classes_)[1]).to(g.device)
     owner, n_classes = net.module_.owner, len(net.classes_)
     return solve_last_layer(g.double(), codes, owner, net.lambda_l1, n_classes=n_classes).weight
 
