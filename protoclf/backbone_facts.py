@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from protoclf.acceleration import takes_channels_last
-from protoclf.fingerprints import module_digest
+from protoclf.fingerprints import state_digest, structure_digest
 from protoclf.receptive_field import BackboneGeometry, measure
 
 _KEPT = 16
 
-_known: OrderedDict[tuple[str, int], BackboneFacts] = OrderedDict()
+_known: OrderedDict[tuple[Any, ...], BackboneFacts] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,12 @@ def facts_of(backbone: nn.Module, image_size: int) -> BackboneFacts:
     """Return the facts of a backbone; those of the last few are remembered.
 
     A search builds the same backbone for each candidate: its digest costs far less than to run
-    it, even without numbers.
+    it, even without numbers. Weights do not matter, but for their shapes.
     """
-    key = module_digest(backbone), image_size
+    state = backbone.state_dict()
+    shapes = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items())
+    indices = {name: tensor for name, tensor in state.items() if not tensor.is_floating_point()}
+    key = structure_digest(backbone), shapes, state_digest(indices), image_size
     facts = _known.pop(key, None)
     if facts is None:
         geometry = measure(backbone, image_size)

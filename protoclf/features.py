@@ -161,10 +161,11 @@ def _completed(net: SkorchProtoPNet, cache: FeatureCache, inputs: dict, n: int) 
         if not cached:
             return computed
         parts += list(computed.cpu())
-    found = torch.ones(n, dtype=torch.bool)
-    found[missing] = False
-    order = torch.cat([found.nonzero()[:, 0], missing]).argsort()
-    rows = torch.stack([part.permute(1, 2, 0) for part in parts])[order]  # (n, h, w, C)
+    rows = torch.stack([part.permute(1, 2, 0) for part in parts])  # (n, h, w, C)
+    if len(missing):
+        found = torch.ones(n, dtype=torch.bool)
+        found[missing] = False
+        rows = rows[torch.cat([found.nonzero()[:, 0], missing]).argsort()]
     return rows.to(net.device).permute(0, 3, 1, 2)
 
 

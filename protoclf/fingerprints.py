@@ -27,6 +27,11 @@ _OF_EVERY_MODULE = {*vars(nn.Module()), "training"}
 
 def module_digest(module: nn.Module) -> str:
     """Return a digest of a module: its structure, source code, attributes, hooks and weights."""
+    return structure_digest(module) + state_digest(module.state_dict())
+
+
+def structure_digest(module: nn.Module) -> str:
+    """Return a digest of all of a module but its weights and buffers."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(module).encode())
     classes: set[Any] = {c for layer in module.modules() for c in type(layer).__mro__}
@@ -35,7 +40,7 @@ def module_digest(module: nn.Module) -> str:
     for name, layer in module.named_modules():
         for attribute, value in _attributes(layer).items():
             digest.update(f"{name}.{attribute} {_described(value)}".encode())
-    return digest.hexdigest() + state_digest(module.state_dict())
+    return digest.hexdigest()
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -57,22 +57,16 @@ def selected_prototypes(
     numbers = counts.clamp_min(_FEWEST).tolist()
     what = "candidates", numbers, project_all, module.prototypes.shape[1:]
     state = {f"add_on.{name}": tensor for name, tensor in module.add_on.state_dict().items()}
-    kept = remembered(net, data, what, state, lambda: _candidates(net, data, numbers, project_all))
+    kept = remembered(
+        *(net, data, what, state),
+        lambda: _rated(net, data, _candidates(net, data, numbers, project_all)),
+    )
     found = {name: torch.as_tensor(value, device=net.device) for name, value in kept.items()}
-    owner = found.pop("owner")  # (M,)
-    y = data.train_y.to(owner.device)
-    g = module.activations(found["distance"])  # (N, M)
-    weight = solve_last_layer(
-        *(g, y, owner, _L1 * float(g.amax().clamp_min(1e-6))),
-        sample_weight=data.train_weight,
-        tol=_TOLERANCE,
-        n_classes=module.last_layer.out_features,
-    ).weight
-    own = weight[owner, torch.arange(len(owner), device=owner.device)]  # (M,)
+    owner, own, contrast = (found.pop(name) for name in ("owner", "weight", "contrast"))  # (M,)
     if net.prototypes_per_class == "auto":
-        counts = owner[own > 0].bincount(minlength=len(weight)).clamp(min=1).minimum(counts)
-    keep = _best(own, _contrast(g, y, owner), owner, counts.tolist())
-    last_layer = module.last_layer.weight.new_zeros(len(weight), len(keep))
+        counts = owner[own > 0].bincount(minlength=len(counts)).clamp(min=1).minimum(counts)
+    keep = _best(own, contrast, owner, counts.tolist())
+    last_layer = module.last_layer.weight.new_zeros(len(counts), len(keep))
     found = {n: v[:, keep] if n == "distance" else v[keep] for n, v in found.items()}
     net.replace_prototypes(found["prototypes"].clone(), owner[keep], last_layer)
     module.reset_last_layer()
@@ -104,6 +98,25 @@ def _candidates(
         return {**project(net, data, None), "owner": classes}
     distance = torch.cat([min_distances(z, candidates)[0] for z, _ in data.train_latents()])
     return {"prototypes": candidates, "owner": classes, "distance": distance}
+
+
+def _rated(net: SkorchProtoPNet, data: FitData, candidates: Arrays) -> Arrays:
+    """Return the candidates and how good they are: "weight" for their class, "contrast", (M,) each.
+
+    Searches over the number of prototypes have this in common.
+    """
+    found = {name: torch.as_tensor(v, device=net.device) for name, v in candidates.items()}
+    owner = found["owner"]  # (M,)
+    y = data.train_y.to(owner.device)
+    g = net.module_.activations(found["distance"])  # (N, M)
+    weight = solve_last_layer(
+        *(g, y, owner, _L1 * float(g.amax().clamp_min(1e-6))),
+        sample_weight=data.train_weight,
+        tol=_TOLERANCE,
+        n_classes=net.module_.last_layer.out_features,
+    ).weight  # (C, M)
+    own = weight[owner, torch.arange(len(owner), device=owner.device)]
+    return {**found, "weight": own, "contrast": _contrast(g, y, owner)}
 
 
 def _candidates_each(m: int, n: int) -> int:

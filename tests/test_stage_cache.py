@@ -99,6 +99,15 @@ def test_what_only_the_last_layer_sees_computes_nothing_again(files, tmp_path, c
         del computed[2:]
 
 
+def test_numbers_of_prototypes_share_candidates_and_their_rating(files, tmp_path, monkeypatch):
+    X, y = files
+    expected = frozen(None, prototypes_per_class=1).fit(X, y)
+    frozen(tmp_path / "m").fit(X, y)
+    monkeypatch.setattr(selection, "_candidates", None)
+    monkeypatch.setattr(selection, "solve_last_layer", None)
+    assert_same_model(frozen(tmp_path / "m", prototypes_per_class=1).fit(X, y), expected, X)
+
+
 def test_a_warm_fit_runs_no_backbone_and_reads_no_features(files, tmp_path, monkeypatch):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)

@@ -66,7 +66,7 @@ def protopnet(args, latent_dim=None):
     owner = (torch.arange(args.prototypes) % args.classes).sort().values.tolist()
     spec = PrototypeSpec(owner, args.classes, (1, 1), "cosine" if latent_dim is None else "log")
     net = ProtoPNet(backbone, channels_of(backbone, args), spec, latent_dim, IMAGENET)
-    net.memory_format = torch.channels_last
+    net.channels_last = True
     net.train_only(("backbone", "add_on", "prototypes"))
     net.train()
     criterion = ProtoPNetLoss(net.owner, 0.8, 0.08)
