@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from sklearn.utils.validation import check_is_fitted
 
 from protoclf.concepts import ForbiddenPatches
 from protoclf.features import FitData
+from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import restart_prototypes
@@ -75,7 +75,7 @@ def select_prototypes(
     ValueError
         If an id is unknown, a class would be left without prototypes, or activations are missing.
     """
-    check_is_fitted(clf)
+    check_classifier(clf)
     _check_reason(reason)
     kept = np.array(sorted(_known(clf, ids)), dtype=int)
     table = clf.prototypes_
@@ -151,7 +151,7 @@ def prune(
     Of each class the best prototype stays, even where the rule would take it. A class of fewer
     than t images needs all of them among the nearest.
     """
-    check_is_fitted(clf)
+    check_classifier(clf)
     check_rules({"k": k, "t": t, "min_weight": min_weight}, EDIT_RULES)
     if t > k:
         raise ValueError(f"t must be at most k; got t={t} and k={k}.")
@@ -185,7 +185,7 @@ def merge_duplicates(
     X, y
         As in `select_prototypes`.
     """
-    check_is_fitted(clf)
+    check_classifier(clf)
     check_rules({"max_distance": max_distance}, MERGE_RULES)
     with torch.no_grad():
         p = clf.module_.scaled_prototypes().flatten(1).double().cpu()
@@ -324,7 +324,7 @@ def _taught(
     fit_params: dict[str, Any],
 ) -> ProtoPNetClassifier:
     """Find patches that prototypes show, and train with them as forbidden or encouraged."""
-    check_is_fitted(clf)
+    check_classifier(clf)
     _check_reason(reason)
     check_rules(given, CONCEPT_RULES)
     chosen = sorted(_known(clf, ids))

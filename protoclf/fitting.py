@@ -12,6 +12,7 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from torch.utils.data import Dataset
 
@@ -49,6 +50,7 @@ class StagedNet(SkorchProtoPNet):
     """A net that is fitted through all stages."""
 
     prototypes_: pd.DataFrame
+    classes_inferred_: np.ndarray
     _fitting = False
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
@@ -141,6 +143,16 @@ class StagedNet(SkorchProtoPNet):
 
     def _is_trained(self) -> bool:
         return hasattr(self, "prototypes_")
+
+    def initialize(self):
+        """Build the network as it is before a fit, which calls this; what was fitted is gone."""
+        if "classes_inferred_" not in vars(self):
+            raise NotFittedError("The network is built for the classes of y; call fit, not this.")
+        if not self._fitting:
+            classes = self.classes_inferred_
+            self._forget()
+            self.classes_inferred_ = classes
+        return super().initialize()
 
     def _forget(self) -> None:
         """Drop what an earlier fit learned, so that an interrupted one cannot be taken for it."""

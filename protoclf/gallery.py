@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from sklearn.utils.validation import check_is_fitted
 
 from protoclf.canvas import (
     View,
@@ -30,6 +29,7 @@ from protoclf.canvas import (
     view,
 )
 from protoclf.explanation import BOX
+from protoclf.fitted import check_classifier
 from protoclf.plot_data import chosen_prototypes, heat_maps, images_of, known_ids, nearest_rows
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def plot_nearest_patches(
         views |= {i: surroundings(image, b) for i, b in zip(rows.index, boxes, strict=True)}
     display = NearestPatchesDisplay(table, [views[i] for i in table.index])
     if clf is not None:
-        check_is_fitted(clf)
+        check_classifier(clf)
         ids = known_ids(clf, table["prototype"].unique())
         display.sources = clf.prototypes_.iloc[ids].reset_index(drop=True)
         boxes = display.sources[BOX].to_numpy()

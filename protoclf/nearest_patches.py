@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from sklearn.utils.validation import check_is_fitted
 from torch.utils.data import Dataset
 
 from protoclf.attribution import input_boxes
 from protoclf.concepts import Concepts
 from protoclf.explanation import BOX
 from protoclf.features import FeatureDataset, feature_batches
+from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.labels import read_labels
@@ -72,7 +72,7 @@ def nearest_patches(
     number of images.
     """
     check_rules({"k": k, "percentile": percentile}, NEAREST_RULES)
-    check_is_fitted(clf)
+    check_classifier(clf)
     owners = clf.prototypes_
     images = Images(X)
     labels = None if y is None else read_labels(y, len(images))

@@ -17,10 +17,10 @@ from uuid import uuid4
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from protoclf.explanation import BOX
+from protoclf.fitted import check_classifier
 from protoclf.network import ProtoPNet
 from protoclf.network_structure import network_of
 
@@ -94,7 +94,7 @@ def export_onnx(clf: ProtoPNetClassifier, path: str | os.PathLike[str]) -> Path:
     'birds.onnx'
     """
     _import_runtime()
-    check_is_fitted(clf)
+    check_classifier(clf)
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {os.fspath(target.parent)!r} to write to.")

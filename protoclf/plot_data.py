@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from sklearn.utils.validation import check_is_fitted
 
 from protoclf.canvas import View
 from protoclf.explanation import BOX
+from protoclf.fitted import check_classifier
 from protoclf.images import Images
 from protoclf.localization import activation_boxes, covered_cells, upsample
 from protoclf.parameters import EXPLAIN_RULES, check_rules
@@ -29,7 +29,7 @@ def chosen_prototypes(
     clf: ProtoPNetClassifier, label: Any, prototypes: ArrayLike | None, top: int | None
 ) -> pd.DataFrame:
     """Return rows of ``clf.prototypes_``: of a class, of given ids, or of all classes."""
-    check_is_fitted(clf)
+    check_classifier(clf)
     check_one_of(label, prototypes)
     check_top(top)
     table = clf.prototypes_

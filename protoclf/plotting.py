@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from sklearn.utils.validation import check_is_fitted
 
 from protoclf.canvas import (
     View,
@@ -32,6 +31,7 @@ from protoclf.canvas import (
 )
 from protoclf.curves import HistoryDisplay, LastLayerPathDisplay, plot_history, plot_last_layer_path
 from protoclf.explanation import BOX, SOURCE_BOX
+from protoclf.fitted import check_classifier
 from protoclf.gallery import (
     NearestPatchesDisplay,
     PrototypesDisplay,
@@ -105,6 +105,7 @@ def plot_explanation(
     ValueError
         If classes or top cannot be used, or no prototype contributes to these classes.
     """
+    check_classifier(clf)
     sheet = clf.explain([image], classes, top, attribution=attribution, percentile=percentile)
     if sheet.empty:
         raise ValueError(f"No prototype contributes to classes {classes!r}: there is no sheet.")
@@ -238,7 +239,7 @@ def plot_similarity_maps(
         If prototypes, label or top cannot be used, both prototypes and label are given, the axes
         are too few or too many, or no prototype contributes to the class.
     """
-    check_is_fitted(clf)
+    check_classifier(clf)
     check_top(top)
     check_one_of(label, prototypes)
     similarity = clf.transform([image])[0]  # (m,)

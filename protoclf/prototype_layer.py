@@ -434,6 +434,10 @@ def _backward(ctx, grad_distance, grad_cell):
     return tuple(gradient(*arguments) if need else None for gradient, need in needed)
 
 
+def _no_second_backward(ctx, grad):
+    raise NotImplementedError("min_distances can be differentiated once, not twice.")
+
+
 def _fake_min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     distance = z.new_empty(z.shape[0], prototypes.shape[0])  # (N, m)
     return distance, torch.empty_like(distance, dtype=torch.int64)
@@ -470,3 +474,5 @@ _register(
 torch.library.register_autograd(
     "protoclf::min_distances", _backward, setup_context=_save, lib=_library
 )
+for _gradient in ("min_distances_grad_z", "min_distances_grad_prototypes"):
+    torch.library.register_autograd(f"protoclf::{_gradient}", _no_second_backward, lib=_library)

@@ -24,10 +24,10 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 from numpy.typing import ArrayLike
-from sklearn.utils.validation import check_is_fitted
 
 from protoclf.decoding import check_files
 from protoclf.explanation import BOX
+from protoclf.fitted import check_classifier
 from protoclf.images import ImageError, Images
 from protoclf.labels import read_labels
 from protoclf.parameters import REPORT_RULES, check_rules
@@ -113,7 +113,7 @@ def write_report(
     'report.html'
     """
     environment = _environment()
-    check_is_fitted(clf)
+    check_classifier(clf)
     given = {"top": top, "thumbnail": thumbnail, "attribution": attribution}
     check_rules(given, REPORT_RULES)
     target = _target(path)

@@ -185,6 +185,16 @@ with open(sys.argv[1], "wb") as file:
 """
 
 
+def test_initialize_leaves_no_table_of_another_network():
+    with pytest.raises(NotFittedError, match="call fit"):
+        classifier().initialize()
+    clf = classifier().fit(X, Y).initialize()
+    assert not hasattr(clf, "prototypes_")
+    with pytest.raises(NotFittedError):
+        clf.predict(X)
+    assert_same_model(clf.fit(X, Y), classifier().fit(X, Y))
+
+
 def test_a_pickle_is_read_in_a_process_whose_script_imports_nothing(tmp_path):
     """A memory format of torch is pickled as if it were of any module that has a `torch`."""
     file = str(tmp_path / "clf.pickle")

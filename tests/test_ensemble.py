@@ -16,7 +16,14 @@ from test_sklearn import as_images
 from torch import nn
 
 from protoclf import ImageError, ProtoPNetClassifier, ProtoPNetEnsemble
+from protoclf.editing import prune
 from protoclf.explanation import REST, SHEET_COLUMNS
+from protoclf.gallery import plot_prototypes
+from protoclf.metrics import sparsity
+from protoclf.nearest_patches import nearest_patches
+from protoclf.onnx_export import export_onnx
+from protoclf.plotting import plot_explanation
+from protoclf.report import write_report
 from protoclf.sheets import class_totals, compare
 from protoclf.styling import style_sheet
 
@@ -111,6 +118,27 @@ def test_logits_are_the_sums_of_the_members(ensemble, new_images):
     assert ensemble.score(new_images, best) == 1
     own = np.array([clf.predict(new_images) for clf in ensemble.estimators_])
     assert (own != own[0]).any()  # or nothing is shown
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda ensemble, X: plot_explanation(ensemble, X[0]),
+        lambda ensemble, X: plot_prototypes(ensemble),
+        lambda ensemble, X: write_report(ensemble, X),
+        lambda ensemble, X: export_onnx(ensemble, "model.onnx"),
+        lambda ensemble, X: nearest_patches(ensemble, X),
+        lambda ensemble, X: prune(ensemble),
+        lambda ensemble, X: sparsity(ensemble, X),
+    ],
+)
+def test_what_takes_one_classifier_leads_to_the_members(
+    ensemble, new_images, use, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="members of an ensemble"):
+        use(ensemble, new_images)
+    assert not list(tmp_path.iterdir())
 
 
 def test_members_are_fitted_as_they_would_be_alone(ensemble, unfitted, image_paths, squares):

@@ -476,3 +476,12 @@ def test_log_similarity_keeps_its_digits_and_falls_with_the_distance():
     d = distance.double()
     torch.testing.assert_close(g.double(), torch.log((d + 1) / (d + 1e-4)), rtol=5e-7, atol=0)
     assert (g.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("of", [0, 1])
+@pytest.mark.parametrize("by", [0, 1])
+def test_second_derivatives_are_refused(of, by):
+    inputs = torch.rand(2, 3, 4, 4, requires_grad=True), torch.rand(5, 3, 1, 1, requires_grad=True)
+    gradients = torch.autograd.grad(min_distances(*inputs)[0].sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="once"):
+        gradients[of].square().sum().backward(inputs=[inputs[by]])

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import ArrayLike
 
 from protoclf.features import FeatureDataset, extract_features
+from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.localization import pair_boxes
 from protoclf.metrics.rules import SEED
-from protoclf.metrics.streams import check_classifier, codes_of
+from protoclf.metrics.streams import codes_of
 from protoclf.parameters import check_rules
 from protoclf.penalty import Activations
 from protoclf.projection import Sources, read_patches

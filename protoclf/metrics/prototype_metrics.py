@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from protoclf.fitted import check_classifier
 from protoclf.metrics.rules import NON_NEGATIVE, SHARE
-from protoclf.metrics.streams import check_classifier, latent_batches, opened, paths_of
+from protoclf.metrics.streams import latent_batches, opened, paths_of
 from protoclf.parameters import check_rules
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from sklearn.utils import _safe_indexing
 from tqdm import tqdm
 
 from protoclf.explanation import BOX
+from protoclf.fitted import check_classifier
 from protoclf.images import Images
 from protoclf.labels import read_labels
 from protoclf.metrics.baselines import random_prototypes
@@ -20,7 +21,6 @@ from protoclf.metrics.bootstrap import bootstrap_interval
 from protoclf.metrics.catalogue import METRICS, Data, Metric, Row
 from protoclf.metrics.object_metrics import Masks, PartMasks
 from protoclf.metrics.rules import COUNT
-from protoclf.metrics.streams import check_classifier
 from protoclf.parameters import Rule, check_rules
 
 if TYPE_CHECKING:

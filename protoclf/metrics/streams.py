@@ -8,28 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from tqdm import tqdm
 
 from protoclf.explanation import UNREADABLE
 from protoclf.features import feature_batches
+from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import ImageError, Images
 from protoclf.labels import encode, read_labels
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-
-def check_classifier(clf: Any) -> None:
-    """Raise an error unless `clf` is one fitted ProtoPNet."""
-    check_is_fitted(clf)
-    if not hasattr(clf, "module_"):
-        raise TypeError(
-            f"Metrics take a ProtoPNetClassifier; got {type(clf).__name__}. Take the last step of "
-            "a pipeline, pipeline[-1], and the members of an ensemble, ensemble.estimators_."
-        )
 
 
 def opened(clf: ProtoPNetClassifier, X: Any) -> ImageDataset:
