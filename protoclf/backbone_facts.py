@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from protoclf.acceleration import takes_channels_last
 from protoclf.fingerprints import state_digest, structure_digest
+from protoclf.folding import Folds, find_folds
 from protoclf.receptive_field import BackboneGeometry, measure
 
 _KEPT = 16
 
-_known: OrderedDict[tuple[Any, ...], BackboneFacts] = OrderedDict()
+_known: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,22 @@ class BackboneFacts:
 
 
 def facts_of(backbone: nn.Module, image_size: int) -> BackboneFacts:
-    """Return the facts of a backbone; those of the last few are remembered.
+    """Return the facts of a backbone; those of the last few are remembered."""
+    return _once(_measured, backbone, image_size)
+
+
+def folds_of(backbone: nn.Module, image_size: int) -> Folds:
+    """Return what `find_folds` finds; of the last few backbones it is remembered."""
+    return _once(find_folds, backbone, image_size)
+
+
+def _measured(backbone: nn.Module, image_size: int) -> BackboneFacts:
+    geometry = measure(backbone, image_size)
+    return BackboneFacts(geometry, takes_channels_last(backbone, image_size))
+
+
+def _once(find: Callable[[nn.Module, int], Found], backbone: nn.Module, image_size: int) -> Found:
+    """Find something out, where it is not known already.
 
     A search builds the same backbone for each candidate: its digest costs far less than to run
     it, even without numbers. Weights do not matter, but for their shapes.
@@ -41,12 +60,9 @@ def facts_of(backbone: nn.Module, image_size: int) -> BackboneFacts:
     state = backbone.state_dict()
     shapes = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items())
     indices = {name: tensor for name, tensor in state.items() if not tensor.is_floating_point()}
-    key = structure_digest(backbone), shapes, state_digest(indices), image_size
-    facts = _known.pop(key, None)
-    if facts is None:
-        geometry = measure(backbone, image_size)
-        facts = BackboneFacts(geometry, takes_channels_last(backbone, image_size))
-    _known[key] = facts
+    key = find, structure_digest(backbone), shapes, state_digest(indices), image_size
+    found = _known.pop(key) if key in _known else find(backbone, image_size)
+    _known[key] = found
     while len(_known) > _KEPT:
         _known.popitem(last=False)
-    return facts
+    return found

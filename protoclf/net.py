@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory
 from protoclf.array_store import folder_of
-from protoclf.backbone_facts import facts_of
+from protoclf.backbone_facts import facts_of, folds_of
 from protoclf.backbones import build_backbone
 from protoclf.concepts import Concepts
 from protoclf.geometry import Preprocessing
@@ -139,6 +139,12 @@ class SkorchProtoPNet(NeuralNetClassifier):
         if self.channels_last_ and (device.type == "cpu" or self.module_.half_precision):
             self.module_.channels_last = True
             self.module_.backbone.to(memory_format=torch.channels_last)
+
+    def find_folds(self) -> None:
+        """Find out which batch-norm layers training may fold away. What is compiled is left alone."""
+        module = self._plain_module
+        if module.settled and not self.compile:
+            module.folds = folds_of(module.backbone, self.image_size)
 
     def initialize_criterion(self):
         """Build the joint loss (called by skorch)."""

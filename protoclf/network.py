@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from protoclf.folding import Folds, folded
 from protoclf.prototype_layer import distance_maps, min_distances, similarity, unit_length
 
 PARTS = ("backbone", "add_on", "prototypes", "last_layer")
@@ -64,6 +65,8 @@ class ProtoPNet(nn.Module):
         How images lie in memory on their way to the backbone.
     settled : tuple of str, default=()
         Batch-norm layers of the backbone that stay in evaluation mode: see `keep_statistics`.
+    folds : tuple of (str, str), default=()
+        Convolutions and the batch-norm layers that training may fold into them, where settled.
 
     Notes
     -----
@@ -75,6 +78,7 @@ class ProtoPNet(nn.Module):
     half_precision: bool
     channels_last: bool = False
     settled: tuple[str, ...] = ()
+    folds: Folds = ()
     owner: Tensor
     mean: Tensor
     std: Tensor
@@ -134,12 +138,17 @@ class ProtoPNet(nn.Module):
         scale, shift = 1 / (255 * self.std), self.mean / self.std
         lie = torch.channels_last if self.channels_last else torch.contiguous_format
         pixels = images.to(memory_format=lie) * scale - shift
-        with self._precision(images.device):
+        with self._precision(images.device), self._folded():
             features = self.backbone(pixels)
         return features.contiguous(memory_format=torch.channels_last)
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if self.half_precision else nullcontext()
+
+    def _folded(self) -> AbstractContextManager[None]:
+        if self.training and torch.is_grad_enabled():  # by one thread: others see a fold too
+            return folded(self.backbone, self.folds, self.settled)
+        return nullcontext()
 
     def latents(self, features: Tensor) -> Tensor:
         """Return the latent map z (N, D, H, W)."""

@@ -152,6 +152,7 @@ class Training:
         if on_images:
             net.backbone_trained_ = True
             data.forget_features()
+            net.find_folds()
         train = data.augmented_train_images if on_images else data.features_to_learn_from
         valid = data.valid_images if on_images else data.valid_features
         batches = net.get_iterator(train, training=True)

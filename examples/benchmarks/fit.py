@@ -107,10 +107,11 @@ def prepared(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     if args.data is None:
         in_fresh_process(draw_birds, settings)
+    classes = [folder for folder in Path(settings["data"], "train").iterdir() if folder.is_dir()]
+    settings["n_classes"] = len(classes)
     if args.weights is None:
         in_fresh_process(save_random_weights, settings)
-    classes = [folder for folder in Path(settings["data"], "train").iterdir() if folder.is_dir()]
-    return settings | {"n_classes": len(classes)}
+    return settings
 
 
 def draw_birds(settings: dict[str, Any]) -> None:
@@ -122,11 +123,24 @@ def draw_birds(settings: dict[str, Any]) -> None:
 
 
 def save_random_weights(settings: dict[str, Any]) -> None:
+    """Draw weights, with the batch-norm statistics of some images, as pretrained ones have them."""
     import torch
+    from torch import nn
+    from torchvision.io import ImageReadMode, decode_image
     from torchvision.models import get_model
+    from torchvision.transforms.v2.functional import normalize, resize
 
     torch.manual_seed(0)
-    torch.save(get_model(settings["backbone"], weights=None).state_dict(), settings["weights"])
+    net = get_model(settings["backbone"], weights=None)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None  # of all that they see
+    images = sorted(Path(settings["data"], "train").glob("*/*"))[:: settings["n_classes"]]
+    side = [settings["image_size"]] * 2
+    batch = torch.stack([resize(decode_image(path, ImageReadMode.RGB), side) for path in images])
+    with torch.no_grad():
+        net(normalize(batch / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.save(net.state_dict(), settings["weights"])
 
 
 def sides(python: Path | None, scratch: Path) -> dict[str, Any]:

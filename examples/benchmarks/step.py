@@ -2,6 +2,7 @@
 
 Forward, loss, backward and Adam, on the same batch of images; both with the memory layout and the
 allocator settings of protoclf. Memory is the peak of a step beyond network, optimizer and inputs.
+"statistics kept" is what a fit does with pretrained weights: batch-norm layers keep theirs.
 
     python examples/benchmarks/step.py
 """
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from measuring import alternate, extra_memory, in_fresh_process
 from torch import nn
 
-from protoclf.acceleration import keep_freed_memory
+from protoclf.acceleration import keep_freed_memory, return_freed_memory
 from protoclf.backbones import build_backbone
+from protoclf.folding import find_folds
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import ProtoPNet, PrototypeSpec
 
@@ -27,26 +29,30 @@ def main():
     keep_freed_memory()
     if args.memory_of:
         step = FORMS[args.memory_of](args)
+        return_freed_memory()
         print(extra_memory(step))
         return
     print(f"{args.backbone} at {args.image_size}, m={args.prototypes}, batch {args.batch}")
     seconds = alternate({name: make(args) for name, make in FORMS.items()}, args.rounds)
     memory = {name: memory_of(name, args) for name in FORMS}
-    print(f"{'step':>24} {'seconds':>8} {'ratio':>6} {'extra MB':>9} {'ratio':>6}")
+    print(f"{'step':>28} {'seconds':>8} {'ratio':>6} {'extra MB':>9} {'ratio':>6}")
     for name in FORMS:
         print(
-            f"{name:>24} {seconds[name]:8.2f} {seconds[name] / seconds['linear']:6.3f}"
+            f"{name:>28} {seconds[name]:8.2f} {seconds[name] / seconds['linear']:6.3f}"
             f" {memory[name]:9.0f} {memory[name] / memory['linear']:6.3f}"
         )
 
 
-def linear(args):
+def linear(args, statistics_kept=False):
     """Global average pooling and a linear layer."""
     torch.manual_seed(0)
     backbone, images, y = common(args)
     head = nn.Linear(channels_of(backbone, args), args.classes)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
     backbone.train()
+    if statistics_kept:
+        for layer in backbone.modules():
+            layer.train(not isinstance(layer, nn.BatchNorm2d))
     optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=1e-4)
 
     def step():
@@ -59,7 +65,7 @@ def linear(args):
     return step
 
 
-def protopnet(args, latent_dim=None):
+def protopnet(args, latent_dim=None, statistics_kept=False):
     """Prototypes, cluster and separation cost."""
     torch.manual_seed(0)
     backbone, images, y = common(args)
@@ -68,6 +74,10 @@ def protopnet(args, latent_dim=None):
     net = ProtoPNet(backbone, channels_of(backbone, args), spec, latent_dim, IMAGENET)
     net.channels_last = True
     net.train_only(("backbone", "add_on", "prototypes"))
+    if statistics_kept:
+        give_statistics(net.backbone)
+        net.keep_statistics(True)
+        net.folds = find_folds(net.backbone, args.image_size)
     net.train()
     criterion = ProtoPNetLoss(net.owner, 0.8, 0.08)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-4)
@@ -81,10 +91,19 @@ def protopnet(args, latent_dim=None):
     return step
 
 
+def give_statistics(backbone):
+    """As if the weights came with some."""
+    for layer in backbone.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_var.fill_(1.01)
+
+
 FORMS = {
     "linear": linear,
     "protopnet": protopnet,
     "protopnet, paper's D=128": partial(protopnet, latent_dim=128),
+    "linear, statistics kept": partial(linear, statistics_kept=True),
+    "protopnet, statistics kept": partial(protopnet, statistics_kept=True),
 }
 
 

@@ -1,0 +1,157 @@
+"""Batch-norm layers that keep their statistics, folded into the convolutions before them.
+
+You et al., "Efficient ConvBN Blocks for Transfer Learning and Beyond", ICLR 2024: the same
+function with the same gradients, and a feature map fewer to compute and to keep for each pair.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Folds = tuple[tuple[str, str], ...]
+"""Pairs of a convolution and the batch-norm layer behind it, by their names in the backbone."""
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+_TOLERANCE = 1e-6  # of the largest value, in float64
+
+
+def find_folds(backbone: nn.Module, image_size: int) -> Folds:
+    """Return the pairs whose fold changes neither the output nor a gradient of the backbone.
+
+    Tried out on a copy of it in float64, in training mode but for the batch-norm layers, and with
+    made-up statistics: those of a new layer would hide a mistake. Where the backbone does not run
+    so, or the fold changes anything, there are none.
+    """
+    if not any(type(layer) is nn.BatchNorm2d for layer in backbone.modules()):
+        return ()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _tried_out(copy.deepcopy(backbone).cpu().double(), image_size)
+    except Exception:  # whatever a user's module raises
+        return ()
+
+
+@contextmanager
+def folded(backbone: nn.Module, folds: Folds, keep_statistics: Collection[str]) -> Iterator[None]:
+    """Let the convolutions do what those of the batch-norm layers do that keep their statistics."""
+    pairs = [
+        (_as(nn.Conv2d, backbone, convolution), _as(nn.BatchNorm2d, backbone, norm))
+        for convolution, norm in folds
+        if norm in keep_statistics
+    ]
+    try:
+        for convolution, norm in pairs:
+            weight, bias = _folded(convolution, norm)
+            vars(convolution).update(weight=weight, bias=bias)  # found before the parameters
+            vars(norm)["forward"] = _identity
+        yield
+    finally:
+        for convolution, norm in pairs:
+            for layer, name in ((convolution, "weight"), (convolution, "bias"), (norm, "forward")):
+                vars(layer).pop(name, None)
+
+
+def _as(kind: type[Layer], backbone: nn.Module, name: str) -> Layer:
+    layer = backbone.get_submodule(name)
+    assert isinstance(layer, kind)
+    return layer
+
+
+def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    mean = norm.running_mean
+    if convolution.bias is not None:
+        mean = mean - convolution.bias
+    bias = -mean * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    return convolution.weight * scale[:, None, None, None], bias
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _tried_out(backbone: nn.Module, image_size: int) -> Folds:
+    torch.manual_seed(0)
+    backbone.requires_grad_().train()
+    norms = [layer for layer in backbone.modules() if type(layer) is nn.BatchNorm2d]
+    for norm in norms:
+        norm.eval()
+        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            if tensor is not None:
+                tensor.data.uniform_(0.5, 1.5)
+    image = torch.randn(1, 3, image_size, image_size, dtype=torch.float64)
+    folds, expected = _observed(backbone, image)
+    with folded(backbone, folds, [norm for _, norm in folds]):
+        found = _output_and_gradients(backbone, image)
+    same = all(
+        (a - b).abs().max() <= _TOLERANCE * a.abs().max()
+        for a, b in zip(expected, found, strict=True)
+    )
+    return folds if same else ()
+
+
+def _observed(backbone: nn.Module, image: Tensor) -> tuple[Folds, list[Tensor]]:
+    """Return convolutions whose output is what a batch-norm layer takes, each called once."""
+    names = {layer: name for name, layer in backbone.named_modules()}
+    made_by: dict[int, tuple[Tensor, nn.Module]] = {}  # tensors are kept, so that no id comes twice
+    folds: list[tuple[nn.Module, nn.Module]] = []
+    calls = Counter[nn.Module]()
+
+    def after_convolution(layer: nn.Module, _: object, output: Tensor) -> None:
+        calls[layer] += 1
+        made_by[id(output)] = output, layer
+
+    def before_norm(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[layer] += 1
+        if id(inputs[0]) in made_by:
+            folds.append((made_by[id(inputs[0])][1], layer))
+
+    hooks = [
+        layer.register_forward_hook(after_convolution)
+        if _is_plain_convolution(layer)
+        else layer.register_forward_pre_hook(before_norm)
+        for layer in names
+        if _is_plain_convolution(layer) or _is_plain_norm(layer)
+    ]
+    expected = _output_and_gradients(backbone, image)
+    for hook in hooks:
+        hook.remove()
+    pairs = (pair for pair in folds if calls[pair[0]] == calls[pair[1]] == 1)
+    return tuple((names[convolution], names[norm]) for convolution, norm in pairs), expected
+
+
+def _is_plain_convolution(layer: nn.Module) -> bool:
+    """Return whether the weight is a parameter, not computed from others."""
+    if not isinstance(layer, nn.Conv2d) or hasattr(type(layer), "weight"):
+        return False
+    return isinstance(layer._parameters.get("weight"), nn.Parameter)
+
+
+def _is_plain_norm(layer: nn.Module) -> bool:
+    """Return whether nothing but statistics, scale and shift is at work, no method of its own."""
+    plain = type(layer) is nn.BatchNorm2d and "forward" not in vars(layer)
+    return plain and layer.running_var is not None
+
+
+def _output_and_gradients(backbone: nn.Module, image: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)  # the same dropout each time
+    output = backbone(image)
+    parameters = list(backbone.parameters())
+    loss = (output * torch.randn_like(output)).sum()
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    # two numbers of each tell as much as all: they are as many as the weights
+    return [output, *(torch.stack([g.sum(), g.norm()]) for g in gradients if g is not None)]
