@@ -93,7 +93,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     distinct : {None, "patches", "images"}, default=None
         Whether the prototypes of a class must be projected onto distinct patches, or even onto
         distinct images.
-    lambda_clst, lambda_sep : float, default=2.0, 0.08
+    lambda_clst, lambda_sep : float, default=0.8, 0.08
         Weights of the cluster and the separation cost in the joint loss.
     lambda_patch : float, default=0.8
         Weight of the patch cost in the joint loss: the mean distance of a prototype to the nearest
@@ -229,7 +229,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         class_weight: Any = None,
         distinct: str | None = None,
         self_matches: str = "keep",
-        lambda_clst: float = 2.0,
+        lambda_clst: float = 0.8,
         lambda_sep: float = 0.08,
         lambda_patch: float = 0.8,
         lambda_l1: float | str = 5e-4,

@@ -141,7 +141,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
             self.module_.backbone.to(memory_format=torch.channels_last)
 
     def find_folds(self) -> None:
-        """Find out which batch-norm layers training may fold away. What is compiled is left alone."""
+        """Find out which batch-norm layers training may fold away, unless a compiler has them."""
         module = self._plain_module
         if module.settled and not self.compile:
             module.folds = folds_of(module.backbone, self.image_size)

@@ -122,7 +122,7 @@ def begun(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"lambda_clst": 0.5}, "lambda_clst was 2.0, is 0.5"),
+        ({"lambda_clst": 0.5}, "lambda_clst was 0.8, is 0.5"),
         ({"optimizer__weight_decay": 0.1}, "optimizer__weight_decay was not there, is 0.1"),
         ({"random_state": 1}, "random_state was 0, is 1"),
         ({"train_split": ValidSplit(3)}, "train_split was None, is skorch.dataset.ValidSplit"),
