@@ -136,7 +136,7 @@ def _observed(backbone: nn.Module, image: Tensor) -> tuple[Folds, list[Tensor]]:
 
 def _is_plain_convolution(layer: nn.Module) -> bool:
     """Return whether the weight is a parameter, not computed from others."""
-    if not isinstance(layer, nn.Conv2d) or hasattr(type(layer), "weight"):
+    if not isinstance(layer, nn.Conv2d) or hasattr(type(layer), "weight") or _is_watched(layer):
         return False
     return isinstance(layer._parameters.get("weight"), nn.Parameter)
 
@@ -144,7 +144,13 @@ def _is_plain_convolution(layer: nn.Module) -> bool:
 def _is_plain_norm(layer: nn.Module) -> bool:
     """Return whether nothing but statistics, scale and shift is at work, no method of its own."""
     plain = type(layer) is nn.BatchNorm2d and "forward" not in vars(layer)
-    return plain and layer.running_var is not None
+    return plain and layer.running_var is not None and not _is_watched(layer)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Return whether somebody's hooks see what goes in or comes out."""
+    forward = layer._forward_pre_hooks, layer._forward_hooks
+    return any((*forward, layer._backward_pre_hooks, layer._backward_hooks))
 
 
 def _output_and_gradients(backbone: nn.Module, image: Tensor) -> list[Tensor]:

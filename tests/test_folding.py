@@ -144,6 +144,13 @@ class OwnForward(Pair):
         self.norm.forward = torch.relu
 
 
+class Watched(Pair):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.convolution.register_forward_hook(lambda layer, x, z: self.seen.append(z.shape))
+
+
 class ReadsTheLayer(Pair):
     def forward(self, x):
         return super().forward(x) * self.norm.weight.sum() + self.convolution.weight.sum()
@@ -153,7 +160,7 @@ class ReadsTheLayer(Pair):
     "build",
     [
         *(UsesItTwice, Twice, DropsInBetween, Activated, WeightNormed, ComputedWeight),
-        *(Checkpointed, OnlySingle, OwnForward, ReadsTheLayer),
+        *(Checkpointed, OnlySingle, OwnForward, Watched, ReadsTheLayer),
         lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)),
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)),
