@@ -48,13 +48,13 @@ def main() -> None:
         joint_epochs=args.epochs,
         backbone_lr=SETTINGS["lr"],
         lambda_l1=1e-3,
-        random_state=0,
+        random_state=args.seed,
         **SETTINGS,
     )
     start = time.perf_counter()
     clf.fit(*train)
     print(f"\nProtoPNet fitted in {time.perf_counter() - start:.0f} s; now a black box", flush=True)
-    baseline = accuracy_of_black_box(train, test, args.epochs)
+    baseline = accuracy_of_black_box(train, test, args.epochs, args.seed)
     print(f"test accuracy, ProtoPNet                       {clf.score(*test):.3f}")
     print(f"test accuracy, black box on the same backbone  {baseline:.3f}")
     explain(clf, test, output)
@@ -67,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=40, help="epochs of joint training")
     parser.add_argument("--prototypes", type=int, default=5, help="prototypes per class")
     parser.add_argument("--per-class", type=int, default=40, help="birds of a class to train on")
+    parser.add_argument("--seed", type=int, default=0, help="of either training")
     return parser.parse_args()
 
 
@@ -85,9 +86,9 @@ def load(args: argparse.Namespace, output: Path):
     return (a, y_a), (b, y_b)
 
 
-def accuracy_of_black_box(train, test, epochs: int) -> float:
+def accuracy_of_black_box(train, test, epochs: int, seed: int) -> float:
     """Train the same backbone with pooling and a linear layer, on the same augmented images."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     classes, targets = np.unique(train[1], return_inverse=True)
     preprocessing = Preprocessing(IMAGE_SIZE)
     images = ImageDataset(Images(train[0]), preprocessing, targets).keep()
