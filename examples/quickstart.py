@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", help="folder with a folder of images for each class")
     parser.add_argument("--output", default="quickstart_output", help="where to write")
     parser.add_argument("--epochs", type=int, default=40, help="epochs of joint training")
-    parser.add_argument("--prototypes", type=int, default=5, help="prototypes per class")
+    parser.add_argument("--prototypes", type=int, default=10, help="prototypes per class")
     parser.add_argument("--per-class", type=int, default=40, help="birds of a class to train on")
     parser.add_argument("--seed", type=int, default=0, help="of either training")
     return parser.parse_args()

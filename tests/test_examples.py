@@ -53,7 +53,7 @@ def birds(tmp_path_factory):
     clf = ProtoPNetClassifier(
         "small_cnn",
         image_size=128,
-        prototypes_per_class=5,
+        prototypes_per_class=10,
         joint_epochs=40,
         batch_size=16,
         lr=2e-3,
