@@ -143,6 +143,12 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         in the joint stage, or go by those of each batch and learn them anew (the paper's). Layers
         of a backbone without weights have none, and learn them.
     batch_size : int, default=32
+    micro_batch_size : int, None or "auto", default="auto"
+        Images that the backbone is trained on at a time. A batch is taken in pieces of about this
+        size, whole classes each, and a step is that of the whole batch all the same: it needs less
+        memory, and on a GPU more time. "auto" is 8 on a CPU and None, whole batches, elsewhere.
+        Batches stay whole where layers of the backbone learn batch-norm statistics (see
+        `batch_norm`) or mix images otherwise, and with ``compile=True``.
     train_split : None or callable, default=None
         skorch's validation split, such as ``skorch.dataset.ValidSplit(5, stratified=True)``: it
         scores each epoch. Nothing is trained on, or projected onto, its validation part.
@@ -246,6 +252,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         lr_schedule: str | None = "cosine",
         batch_norm: str = "keep",
         batch_size: int = 32,
+        micro_batch_size: int | str | None = "auto",
         train_split: Any = None,
         callbacks: Any = None,
         precision: str = "auto",
@@ -297,6 +304,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.backbone_lr = backbone_lr
         self.lr_schedule = lr_schedule
         self.batch_norm = batch_norm
+        self.micro_batch_size = micro_batch_size
         self.precision = precision
         self.on_bad_image = on_bad_image
         self.tune_allocator = tune_allocator

@@ -39,6 +39,9 @@ from protoclf.stages import Stage, Training, schedule
 from protoclf.torch_datasets import unpacked
 
 _SHOWN = 5  # images that an error names
+_IN_LESS_MEMORY = (
+    "A smaller micro_batch_size, such as 8, takes less memory, and so does batch_size."
+)
 
 _FITTED = (
     *("prototypes_", "source_images_", "last_layer_result_", "last_layer_path_", "lambda_l1_"),
@@ -115,6 +118,8 @@ class StagedNet(SkorchProtoPNet):
                 self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
         except NotFinite as error:
             raise FloatingPointError(self._about(error, dataset.images)) from error
+        except torch.cuda.OutOfMemoryError as error:
+            raise torch.cuda.OutOfMemoryError(f"{error} {_IN_LESS_MEMORY}") from error
         finally:
             return_freed_memory()
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network

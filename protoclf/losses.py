@@ -7,10 +7,13 @@ for Case-Based Reasoning through Prototypes", AAAI 2018. N images, C classes, m 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from protoclf.micro_batches import WHOLE, Share
 from protoclf.network import Outputs
 
 
@@ -64,17 +67,32 @@ class ProtoPNetLoss(nn.Module):
         self.lambda_sep = lambda_sep
         self.lambda_patch = lambda_patch
 
-    def forward(self, outputs: Outputs, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the loss of a batch, a scalar; y (N,) holds class indices."""
+    def forward(
+        self, outputs: Outputs, y: Tensor, weight: Tensor | None = None, share: Share = WHOLE
+    ) -> Tensor:
+        """Return the loss of a batch, a scalar, or a piece's share of it; y (N,) has classes."""
         logits, distance, _ = outputs
         loss = _mean(F.cross_entropy(logits, y, reduction="none"), weight)
         if self.lambda_clst:
             loss = loss + self.lambda_clst * cluster_cost(distance, y, self.owner, weight)
         if self.lambda_sep:
             loss = loss + self.lambda_sep * separation_cost(distance, y, self.owner, weight)
+        loss = share.images * loss
         if self.lambda_patch:
-            loss = loss + self.lambda_patch * patch_cost(distance, y, self.owner, weight)
+            cost = patch_cost(distance, y, self.owner, weight)
+            loss = loss + share.prototypes * self.lambda_patch * cost
         return loss
+
+    def shares(
+        self, pieces: Sequence[Tensor], y: Tensor, weight: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Share]]:
+        """Yield pieces of a batch, positions in it, with their shares: their losses add up."""
+        weight = torch.ones(len(y), device=y.device) if weight is None else weight
+        among = (y[:, None] == self.owner) & (weight[:, None] > 0)  # (N, m)
+        found = among.any(0).sum().clamp_min(1)
+        for piece in pieces:
+            images = weight[piece].sum() / _sum(weight)
+            yield piece, Share(images, among[piece].any(0).sum() / found)
 
 
 def _smallest(distance: Tensor, among: Tensor) -> Tensor:
@@ -88,5 +106,8 @@ def _smallest(distance: Tensor, among: Tensor) -> Tensor:
 def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return values.mean()
-    tiny = torch.finfo(weight.dtype).tiny  # a batch of weight 0 costs 0
-    return (weight * values).sum() / weight.sum().clamp_min(tiny)
+    return (weight * values).sum() / _sum(weight)
+
+
+def _sum(weight: Tensor) -> Tensor:
+    return weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)  # a batch of weight 0 costs 0

@@ -6,18 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import pandas as pd
 import torch
 from skorch import NeuralNetClassifier
 from skorch.callbacks import PrintLog
+from skorch.dataset import unpack_data
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory
 from protoclf.array_store import folder_of
-from protoclf.backbone_facts import facts_of, folds_of
+from protoclf.backbone_facts import facts_of, folds_of, takes_micro_batches
 from protoclf.backbones import build_backbone
 from protoclf.concepts import Concepts
 from protoclf.geometry import Preprocessing
@@ -25,6 +27,7 @@ from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.last_layer import LastLayerResult
 from protoclf.losses import ProtoPNetLoss
+from protoclf.micro_batches import learns_statistics, pieces_by_class
 from protoclf.network import Outputs, ProtoPNet, PrototypeSpec
 from protoclf.parameters import (
     NOT_OURS,
@@ -41,8 +44,9 @@ from protoclf.torch_datasets import is_batches, unpacked
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
     **{"augmented_views": 0, "checkpoint": None, "on_bad_image": "raise", "batch_norm": "train"},
-    "lambda_patch": 0.0,
+    **{"lambda_patch": 0.0, "micro_batch_size": None},
 }
+_MICRO_BATCH = 8  # images, on a CPU
 _MODULES_GIVEN = ("backbone", "augmentation")
 _NETWORK_INPUTS = ("images", "features")
 _STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
@@ -82,6 +86,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     activations_: Activations
     lambda_l1_: float
     concepts_: Concepts | None = None
+    piece_size_: int | None = None
 
     def initialize_module(self):
         """Build the network (called by skorch)."""
@@ -146,6 +151,34 @@ class SkorchProtoPNet(NeuralNetClassifier):
         if module.settled and not self.compile:
             module.folds = folds_of(module.backbone, self.image_size)
 
+    def piece_size(self) -> int | None:
+        """Return how many images the backbone is trained on at a time; None for whole batches."""
+        size = self.micro_batch_size
+        if size == "auto":
+            size = _MICRO_BATCH if torch.device(self.device).type == "cpu" else None
+        if size is None or size >= self.batch_size:
+            return None
+        obstacle = self._obstacle_to_pieces()
+        if obstacle and self.micro_batch_size != "auto":
+            warn(f"Batches are not taken in pieces of {size} images: {obstacle}.", stacklevel=2)
+        return None if obstacle else size
+
+    def _obstacle_to_pieces(self) -> str:
+        """Say why the step of a batch would be another in pieces, or nothing."""
+        self._set_training(True)
+        backbone = self._plain_module.backbone
+        if self.compile:
+            return "compile=True compiles for batches of one size"
+        if not self.processes.is_alone:
+            return "several processes have a part of each batch"
+        if type(self).get_loss is not SkorchProtoPNet.get_loss:
+            return f"{type(self).__name__} has a get_loss of its own"
+        if learns_statistics(backbone):
+            return "the backbone learns batch-norm statistics, those of whole batches"
+        if not takes_micro_batches(backbone, self.image_size):
+            return "what the backbone finds in an image depends on the others of its batch"
+        return ""
+
     def initialize_criterion(self):
         """Build the joint loss (called by skorch)."""
         lambdas = self.lambda_clst, self.lambda_sep, self.lambda_patch
@@ -194,12 +227,14 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def get_loss(self, y_pred: Outputs, y_true: Tensor, X=None, training=False) -> Tensor:
         """Return the joint loss of a batch (called by skorch)."""
-        weight = X.get("sample_weight") if isinstance(X, Mapping) else None
-        weight = None if weight is None else weight.to(self.device)
-        loss = self.criterion_(y_pred, y_true.to(self.device), weight)
+        loss = self.criterion_(y_pred, y_true.to(self.device), self._weight(X))
         if training and self.concepts_ is not None:
             loss = loss + self.concepts_.cost(self.module_)
         return loss
+
+    def _weight(self, inputs: Any) -> Tensor | None:
+        weight = inputs.get("sample_weight") if isinstance(inputs, Mapping) else None
+        return None if weight is None else weight.to(self.device)
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Take a step on a batch, whose loss has to be a number (called by skorch)."""
@@ -207,6 +242,31 @@ class SkorchProtoPNet(NeuralNetClassifier):
         if not torch.isfinite(step["loss"]):
             raise NotFinite(f"The loss is {step['loss'].item()}", batch[0]["index"])
         return step
+
+    def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Compute loss and gradients of a batch, perhaps in pieces (called by skorch)."""
+        inputs, y = unpack_data(batch)
+        pieces = [] if self.piece_size_ is None else pieces_by_class(y, self.piece_size_)
+        if len(pieces) < 2:
+            return super().train_step_single(batch, **fit_params)
+        self._set_training(True)
+        y = y.to(self.device)
+        weight = self._weight(inputs)
+        losses, outputs = [], []
+        for piece, share in self.criterion_.shares(pieces, y, weight):
+            found = self.infer({name: values[piece] for name, values in inputs.items()})
+            own_weight = None if weight is None else weight[piece]
+            loss = self.criterion_(found, y[piece], own_weight, share)
+            loss.backward()
+            losses.append(loss.detach())
+            outputs.append([output.detach() for output in found])
+        if self.concepts_ is not None:
+            cost = self.concepts_.cost(self.module_)
+            cost.backward()
+            losses.append(cost.detach())
+        order = torch.cat(pieces).argsort()
+        y_pred = tuple(torch.cat(parts)[order] for parts in zip(*outputs, strict=True))
+        return {"loss": torch.stack(losses).sum(), "y_pred": y_pred}
 
     def latents(
         self, features: Dataset, rows: Sequence[int] | None = None

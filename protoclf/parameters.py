@@ -145,6 +145,7 @@ RULES: dict[str, Rule] = {
     "backbone_lr": _non_negative(),
     "lr_schedule": _one_of("cosine", "step", None),
     "batch_size": _integer(1),
+    "micro_batch_size": _optional(_either("auto", _integer(1))),
     "precision": _one_of("auto", "float32", "bfloat16"),
     "memory": (_is_memory, "None, a folder or a joblib.Memory"),
     "checkpoint": (_is_folder, "None or a folder"),

@@ -20,6 +20,7 @@ from skorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from protoclf.acceleration import return_freed_memory
 from protoclf.features import Arrays, FitData
 from protoclf.fit_key import described
 from protoclf.image_dataset import in_whole
@@ -153,6 +154,7 @@ class Training:
             net.backbone_trained_ = True
             data.forget_features()
             net.find_folds()
+        net.piece_size_ = net.piece_size() if on_images else None
         train = data.augmented_train_images if on_images else data.features_to_learn_from
         valid = data.valid_images if on_images else data.valid_features
         batches = net.get_iterator(train, training=True)
@@ -168,6 +170,8 @@ class Training:
                     break
                 if epoch + 1 < self.epochs:
                     data.after_epoch(epoch + 1)
+        if on_images:
+            return_freed_memory()  # stages without gradients need less
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         for group in optimizer.param_groups:

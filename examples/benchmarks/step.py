@@ -2,7 +2,8 @@
 
 Forward, loss, backward and Adam, on the same batch of images; both with the memory layout and the
 allocator settings of protoclf. Memory is the peak of a step beyond network, optimizer and inputs.
-"statistics kept" is what a fit does with pretrained weights: batch-norm layers keep theirs.
+"statistics kept" is what a fit does with pretrained weights: batch-norm layers keep theirs, and a
+batch is taken in pieces of 8 images.
 
     python examples/benchmarks/step.py
 """
@@ -19,6 +20,7 @@ from protoclf.acceleration import keep_freed_memory, return_freed_memory
 from protoclf.backbones import build_backbone
 from protoclf.folding import find_folds
 from protoclf.losses import ProtoPNetLoss
+from protoclf.micro_batches import pieces_by_class
 from protoclf.network import ProtoPNet, PrototypeSpec
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,8 +67,8 @@ def linear(args, statistics_kept=False):
     return step
 
 
-def protopnet(args, latent_dim=None, statistics_kept=False):
-    """Prototypes, cluster and separation cost."""
+def protopnet(args, latent_dim=None, statistics_kept=False, piece=None):
+    """Prototypes, cluster and separation cost; `piece` images at a time."""
     torch.manual_seed(0)
     backbone, images, y = common(args)
     owner = (torch.arange(args.prototypes) % args.classes).sort().values.tolist()
@@ -81,11 +83,12 @@ def protopnet(args, latent_dim=None, statistics_kept=False):
     net.train()
     criterion = ProtoPNetLoss(net.owner, 0.8, 0.08)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-4)
+    pieces = pieces_by_class(y, piece or args.batch)
 
     def step():
-        loss = criterion(net(images), y)
         optimizer.zero_grad()
-        loss.backward()
+        for positions, share in criterion.shares(pieces, y):
+            criterion(net(images[positions]), y[positions], share=share).backward()
         optimizer.step()
 
     return step
@@ -104,6 +107,7 @@ FORMS = {
     "protopnet, paper's D=128": partial(protopnet, latent_dim=128),
     "linear, statistics kept": partial(linear, statistics_kept=True),
     "protopnet, statistics kept": partial(protopnet, statistics_kept=True),
+    "protopnet, ... 8 at a time": partial(protopnet, statistics_kept=True, piece=8),
 }
 
 
