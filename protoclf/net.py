@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -86,7 +86,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     activations_: Activations
     lambda_l1_: float
     concepts_: Concepts | None = None
-    piece_size_: int | None = None
+    _piece_size: int | None = None
 
     def initialize_module(self):
         """Build the network (called by skorch)."""
@@ -162,6 +162,15 @@ class SkorchProtoPNet(NeuralNetClassifier):
         if obstacle and self.micro_batch_size != "auto":
             warn(f"Batches are not taken in pieces of {size} images: {obstacle}.", stacklevel=2)
         return None if obstacle else size
+
+    @contextmanager
+    def in_pieces(self) -> Iterator[None]:
+        """Train on `piece_size` images at a time."""
+        self._piece_size = self.piece_size()
+        try:
+            yield
+        finally:
+            del self._piece_size
 
     def _obstacle_to_pieces(self) -> str:
         """Say why the step of a batch would be another in pieces, or nothing."""
@@ -246,7 +255,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Compute loss and gradients of a batch, perhaps in pieces (called by skorch)."""
         inputs, y = unpack_data(batch)
-        pieces = [] if self.piece_size_ is None else pieces_by_class(y, self.piece_size_)
+        pieces = [] if self._piece_size is None else pieces_by_class(y, self._piece_size)
         if len(pieces) < 2:
             return super().train_step_single(batch, **fit_params)
         self._set_training(True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 from warnings import warn
@@ -154,11 +154,10 @@ class Training:
             net.backbone_trained_ = True
             data.forget_features()
             net.find_folds()
-        net.piece_size_ = net.piece_size() if on_images else None
         train = data.augmented_train_images if on_images else data.features_to_learn_from
         valid = data.valid_images if on_images else data.valid_features
         batches = net.get_iterator(train, training=True)
-        with net.data_parallel():
+        with net.data_parallel(), net.in_pieces() if on_images else nullcontext():
             for epoch in range(self.done, self.epochs):
                 self._set_learning_rates(net.optimizer_, epoch)
                 torch.manual_seed(net.processes.own_seed(net.seed_ + len(net.history)))

@@ -260,7 +260,7 @@ def test_a_step_in_pieces_on_the_meta_device(weighted):
     inputs = {"images": torch.zeros(6, 3, 64, 64, dtype=torch.uint8)}
     if weighted:
         inputs["sample_weight"] = torch.ones(6)
-    clf.piece_size_ = 2
+    clf._piece_size = 2
     step = clf.train_step_single((inputs, torch.tensor([2, 1, 0, 0, 1, 2])))
     assert step["loss"].device.type == "meta"
     assert [tuple(o.shape) for o in step["y_pred"]] == [(6, 3), (6, 4), (6, 4)]

@@ -42,8 +42,9 @@ class StageScores(Callback):
         if stage == "joint":
             held_out = self._activations(net, self.held_out)
             self._record(net, "before", held_out, net.module_.last_layer.weight)
-            weight = solved(net, *self._activations(net, self.train))
-            self._record(net, "before, solved", held_out, weight)
+            if not isinstance(net.lambda_l1, str):  # "cv" chooses behind the projection
+                weight = solved(net, *self._activations(net, self.train))
+                self._record(net, "before, solved", held_out, weight)
         elif stage == "projection" and self.row:
             held_out = self._activations(net, self.held_out)
             self._record(net, "projected", held_out, net.module_.last_layer.weight)
