@@ -40,23 +40,39 @@ def find_folds(backbone: nn.Module, image_size: int) -> Folds:
 
 
 @contextmanager
-def folded(backbone: nn.Module, folds: Folds, keep_statistics: Collection[str]) -> Iterator[None]:
-    """Let the convolutions do what those of the batch-norm layers do that keep their statistics."""
+def folded(
+    backbone: nn.Module, folds: Folds, keep_statistics: Collection[str], shared: bool = False
+) -> Iterator[None]:
+    """Let the convolutions do what those of the batch-norm layers do that keep their statistics.
+
+    A `shared` fold is for several passes forward and back: it is computed once, and gradients
+    reach the parameters on leaving.
+    """
     pairs = [
         (_as(nn.Conv2d, backbone, convolution), _as(nn.BatchNorm2d, backbone, norm))
         for convolution, norm in folds
         if norm in keep_statistics
     ]
     try:
-        for convolution, norm in pairs:
-            weight, bias = _folded(convolution, norm)
+        fold = [tensor for pair in pairs for tensor in _folded(*pair)]
+        used = [t.detach().requires_grad_(t.requires_grad) for t in fold] if shared else fold
+        for (convolution, norm), weight, bias in zip(pairs, used[::2], used[1::2], strict=True):
             vars(convolution).update(weight=weight, bias=bias)  # found before the parameters
             vars(norm)["forward"] = _identity
         yield
+        if shared:
+            _carry_on([(a, b.grad) for a, b in zip(fold, used, strict=True) if b.grad is not None])
     finally:
         for convolution, norm in pairs:
             for layer, name in ((convolution, "weight"), (convolution, "bias"), (norm, "forward")):
                 vars(layer).pop(name, None)
+
+
+def _carry_on(gradients: list[tuple[Tensor, Tensor]]) -> None:
+    """Carry gradients of tensors on to the parameters that they were computed from."""
+    if gradients:
+        tensors, of_tensors = zip(*gradients, strict=True)
+        torch.autograd.backward(tensors, of_tensors)
 
 
 def _as(kind: type[Layer], backbone: nn.Module, name: str) -> Layer:

@@ -262,13 +262,14 @@ class SkorchProtoPNet(NeuralNetClassifier):
         y = y.to(self.device)
         weight = self._weight(inputs)
         losses, outputs = [], []
-        for piece, share in self.criterion_.shares(pieces, y, weight):
-            found = self.infer({name: values[piece] for name, values in inputs.items()})
-            own_weight = None if weight is None else weight[piece]
-            loss = self.criterion_(found, y[piece], own_weight, share)
-            loss.backward()
-            losses.append(loss.detach())
-            outputs.append([output.detach() for output in found])
+        with self._plain_module.sharing_a_fold():
+            for piece, share in self.criterion_.shares(pieces, y, weight):
+                found = self.infer({name: values[piece] for name, values in inputs.items()})
+                own_weight = None if weight is None else weight[piece]
+                loss = self.criterion_(found, y[piece], own_weight, share)
+                loss.backward()
+                losses.append(loss.detach())
+                outputs.append([output.detach() for output in found])
         if self.concepts_ is not None:
             cost = self.concepts_.cost(self.module_)
             cost.backward()

@@ -6,8 +6,8 @@ m prototypes, D latent channels, H x W cells.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -149,6 +149,17 @@ class ProtoPNet(nn.Module):
         if self.training and torch.is_grad_enabled():  # by one thread: others see a fold too
             return folded(self.backbone, self.folds, self.settled)
         return nullcontext()
+
+    @contextmanager
+    def sharing_a_fold(self) -> Iterator[None]:
+        """Fold once for all passes forward and back that training makes meanwhile."""
+        folds = self.folds
+        with folded(self.backbone, folds, self.settled, shared=True):
+            self.folds = ()
+            try:
+                yield
+            finally:
+                self.folds = folds
 
     def latents(self, features: Tensor) -> Tensor:
         """Return the latent map z (N, D, H, W)."""

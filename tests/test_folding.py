@@ -57,6 +57,39 @@ def test_folded_is_the_same_function_with_the_same_gradients(build, pairs):
     assert len(gradients) == len(list(net.parameters()))
 
 
+def test_several_passes_share_a_fold():
+    net = with_statistics(nn.Sequential(*list(resnet18().children())[:-2])).double().eval()
+    folds = find_folds(net, 64)
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    expected, expected_gradients = output_and_gradients(net, images)
+    first = net.get_submodule("0").weight
+    first.requires_grad_(False)
+    with folded(net, folds, [norm for _, norm in folds], shared=True):
+        outputs = [net(piece) for piece in images.split(2)]
+        for output in outputs:
+            output.square().sum().backward()
+        assert all(p.grad is None for p in net.parameters())
+    torch.testing.assert_close(torch.cat(outputs).detach(), expected)
+    assert first.grad is None
+    gradients = [p.grad for p in net.parameters() if p is not first]
+    torch.testing.assert_close(gradients, expected_gradients[1:])
+
+
+def passes_of_which_the_second_fails(net):
+    with folded(net, (("convolution", "norm"),), ["norm"], shared=True):
+        for channels in (3, 5):
+            net(torch.randn(2, channels, 8, 8)).sum().backward()
+
+
+def test_a_shared_fold_that_fails_leaves_nothing_behind():
+    net = with_statistics(Pair()).eval()
+    with pytest.raises(RuntimeError, match="channels"):
+        passes_of_which_the_second_fails(net)
+    assert "weight" not in vars(net.convolution)
+    assert "forward" not in vars(net.norm)
+    assert net.convolution.weight.grad is None
+
+
 class Pair(nn.Module):
     """A convolution and a batch-norm layer behind it."""
 

@@ -87,8 +87,9 @@ def protopnet(args, latent_dim=None, statistics_kept=False, piece=None):
 
     def step():
         optimizer.zero_grad()
-        for positions, share in criterion.shares(pieces, y):
-            criterion(net(images[positions]), y[positions], share=share).backward()
+        with net.sharing_a_fold():
+            for positions, share in criterion.shares(pieces, y):
+                criterion(net(images[positions]), y[positions], share=share).backward()
         optimizer.step()
 
     return step
