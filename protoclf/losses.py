@@ -37,9 +37,7 @@ def patch_cost(distance: Tensor, y: Tensor, owner: Tensor, weight: Tensor | None
     That is how far a projection onto this batch would move the prototypes. Those whose class has
     no image in it, or only images of weight 0, are left out.
     """
-    among = y[:, None] == owner  # (N, m)
-    if weight is not None:
-        among = among & (weight[:, None] > 0)
+    among = _counting(y, owner, weight)  # (N, m)
     nearest = distance.masked_fill(~among, torch.inf).amin(0)  # (m,)
     found = among.any(0)  # (m,)
     return torch.where(found, nearest, 0).sum() / found.sum().clamp_min(1)
@@ -87,12 +85,18 @@ class ProtoPNetLoss(nn.Module):
         self, pieces: Sequence[Tensor], y: Tensor, weight: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Share]]:
         """Yield pieces of a batch, positions in it, with their shares: their losses add up."""
+        among = _counting(y, self.owner, weight)  # (N, m)
         weight = torch.ones(len(y), device=y.device) if weight is None else weight
-        among = (y[:, None] == self.owner) & (weight[:, None] > 0)  # (N, m)
-        found = among.any(0).sum().clamp_min(1)
+        images, prototypes = _sum(weight), among.any(0).sum().clamp_min(1)
         for piece in pieces:
-            images = weight[piece].sum() / _sum(weight)
-            yield piece, Share(images, among[piece].any(0).sum() / found)
+            found = among[piece].any(0).sum()
+            yield piece, Share(weight[piece].sum() / images, found / prototypes)
+
+
+def _counting(y: Tensor, owner: Tensor, weight: Tensor | None) -> Tensor:
+    """Return which images are of a prototype's class and of a weight above 0, (N, m)."""
+    own = y[:, None] == owner
+    return own if weight is None else own & (weight[:, None] > 0)
 
 
 def _smallest(distance: Tensor, among: Tensor) -> Tensor:

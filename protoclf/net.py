@@ -260,13 +260,12 @@ class SkorchProtoPNet(NeuralNetClassifier):
             return super().train_step_single(batch, **fit_params)
         self._set_training(True)
         y = y.to(self.device)
-        weight = self._weight(inputs)
         losses, outputs = [], []
         with self._plain_module.sharing_a_fold():
-            for piece, share in self.criterion_.shares(pieces, y, weight):
-                found = self.infer({name: values[piece] for name, values in inputs.items()})
-                own_weight = None if weight is None else weight[piece]
-                loss = self.criterion_(found, y[piece], own_weight, share)
+            for piece, share in self.criterion_.shares(pieces, y, self._weight(inputs)):
+                part = {name: values[piece] for name, values in inputs.items()}
+                found = self.infer(part)
+                loss = self.criterion_(found, y[piece], self._weight(part), share)
                 loss.backward()
                 losses.append(loss.detach())
                 outputs.append([output.detach() for output in found])

@@ -279,4 +279,4 @@ def test_a_last_layer_is_solved_on_what_can_be_read(whole, damaged, squares, cla
     pd.testing.assert_frame_equal(path[numbers], expected[numbers])
     edited = remove(clf, [0], X=damaged, y=y)
     expected = remove(clf, [0], X=without(whole), y=without(y)).coef_
-    np.testing.assert_allclose(edited.coef_, expected, rtol=1e-5)
+    np.testing.assert_allclose(edited.coef_, expected, rtol=1e-6)

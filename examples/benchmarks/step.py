@@ -9,6 +9,7 @@ batch is taken in pieces of 8 images.
 """
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -87,7 +88,7 @@ def protopnet(args, latent_dim=None, statistics_kept=False, piece=None):
 
     def step():
         optimizer.zero_grad()
-        with net.sharing_a_fold():
+        with net.sharing_a_fold() if piece else nullcontext():
             for positions, share in criterion.shares(pieces, y):
                 criterion(net(images[positions]), y[positions], share=share).backward()
         optimizer.step()
