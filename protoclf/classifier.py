@@ -146,7 +146,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     micro_batch_size : int, None or "auto", default="auto"
         Images that the backbone is trained on at a time. A batch is taken in pieces of about this
         size, whole classes each; the step is that of the whole batch all the same, in less memory.
-        On a GPU small pieces take longer. "auto" is 8 on a CPU, and None, whole batches, elsewhere.
+        Passes of such a fit without gradients take twice as many images at a time. On a GPU small
+        pieces take longer. "auto" is 8 on a CPU, and None, whole batches, elsewhere.
         Batches stay whole where layers of the backbone learn batch-norm statistics (see
         `batch_norm`) or mix images otherwise, and with ``compile=True``.
     train_split : None or callable, default=None

@@ -115,7 +115,8 @@ class StagedNet(SkorchProtoPNet):
                 self.prepare_processor()
                 self.module_.keep_statistics(self.batch_norm == "keep")
                 self.notify("on_train_begin", **whole)
-                self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
+                with self._plain_module.taking(self.images_at_once()):
+                    self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
         except NotFinite as error:
             raise FloatingPointError(self._about(error, dataset.images)) from error
         except torch.cuda.OutOfMemoryError as error:
@@ -177,8 +178,7 @@ class StagedNet(SkorchProtoPNet):
         preprocessing = Preprocessing(self.image_size, self.resize)
         dataset = ImageDataset(images, preprocessing, on_bad_image=self.on_bad_image)
         show = None if self.verbose else False
-        frozen = not (self.train_backbone and self.joint_epochs)
-        if self.memory is not None and frozen and self.on_bad_image == "raise":
+        if self.memory is not None and not self.trains_backbone and self.on_bad_image == "raise":
             dataset.check(show)
         else:
             dataset.keep(show, self.memory_folder)

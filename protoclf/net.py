@@ -138,7 +138,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         device = torch.device(self.device)
         if self.tune_allocator and device.type == "cpu":
             keep_freed_memory()
-        trained = self.backbone_trained_ or (self.train_backbone and self.joint_epochs > 0)
+        trained = self.backbone_trained_ or self.trains_backbone
         fast = self.precision == "auto" and not trained and has_fast_bfloat16(device)
         self.module_.half_precision = fast or self.precision == "bfloat16"
         if self.channels_last_ and (device.type == "cpu" or self.module_.half_precision):
@@ -151,12 +151,30 @@ class SkorchProtoPNet(NeuralNetClassifier):
         if module.settled and not self.compile:
             module.folds = folds_of(module.backbone, self.image_size)
 
-    def piece_size(self) -> int | None:
-        """Return how many images the backbone is trained on at a time; None for whole batches."""
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether a fit trains the backbone."""
+        return self.train_backbone and self.joint_epochs > 0
+
+    def _micro_batch(self) -> int | None:
         size = self.micro_batch_size
         if size == "auto":
             size = _MICRO_BATCH if torch.device(self.device).type == "cpu" else None
-        if size is None or size >= self.batch_size:
+        return None if size is None or size >= self.batch_size else size
+
+    def images_at_once(self) -> int | None:
+        """Return how many images the backbone takes in a pass of a fit without gradients.
+
+        None for whole batches. Such a pass keeps less of each image than training does, and takes
+        more of them.
+        """
+        size = self._micro_batch() if self.trains_backbone and not self.compile else None
+        return None if size is None else 2 * size
+
+    def piece_size(self) -> int | None:
+        """Return how many images the backbone is trained on at a time; None for whole batches."""
+        size = self._micro_batch()
+        if size is None:
             return None
         obstacle = self._obstacle_to_pieces()
         if obstacle and self.micro_batch_size != "auto":

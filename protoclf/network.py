@@ -67,6 +67,8 @@ class ProtoPNet(nn.Module):
         Batch-norm layers of the backbone that stay in evaluation mode: see `keep_statistics`.
     folds : tuple of (str, str), default=()
         Convolutions and the batch-norm layers that training may fold into them, where settled.
+    images_at_once : int or None, default=None
+        How many images the backbone takes in one go where no gradient is wanted; None for all.
 
     Notes
     -----
@@ -79,6 +81,7 @@ class ProtoPNet(nn.Module):
     channels_last: bool = False
     settled: tuple[str, ...] = ()
     folds: Folds = ()
+    images_at_once: int | None = None
     owner: Tensor
     mean: Tensor
     std: Tensor
@@ -135,6 +138,11 @@ class ProtoPNet(nn.Module):
 
         In bfloat16 where the backbone computes so; channels come last in memory.
         """
+        if self.images_at_once is None or torch.is_grad_enabled():
+            return self._features(images)
+        return torch.cat([self._features(part) for part in images.split(self.images_at_once)])
+
+    def _features(self, images: Tensor) -> Tensor:
         scale, shift = 1 / (255 * self.std), self.mean / self.std
         lie = torch.channels_last if self.channels_last else torch.contiguous_format
         pixels = images.to(memory_format=lie) * scale - shift
@@ -160,6 +168,15 @@ class ProtoPNet(nn.Module):
                 yield
             finally:
                 self.folds = folds
+
+    @contextmanager
+    def taking(self, images_at_once: int | None) -> Iterator[None]:
+        """Have passes without gradients take so many images at once meanwhile."""
+        before, self.images_at_once = self.images_at_once, images_at_once
+        try:
+            yield
+        finally:
+            self.images_at_once = before
 
     def latents(self, features: Tensor) -> Tensor:
         """Return the latent map z (N, D, H, W)."""

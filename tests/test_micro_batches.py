@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from skorch.callbacks import Callback
+from skorch.dataset import ValidSplit
 from torch import nn
 
 from protoclf import ProtoPNetClassifier
@@ -246,6 +247,57 @@ def test_auto_is_for_cpus():
     assert classifier(device="cuda").piece_size() is None
     assert classifier(batch_size=8).piece_size() is None
     assert classifier(micro_batch_size=None).piece_size() is None
+
+
+def test_features_are_the_same_however_many_images_are_taken_at_once():
+    spec = PrototypeSpec([0, 1], 2, (1, 1), "cosine")
+    module = ProtoPNet(backbone(), 12, spec, None, ((0.5,) * 3, (0.2,) * 3)).eval()
+    images = torch.randint(256, (7, 3, 64, 64), dtype=torch.uint8)
+    expected = module.features(images).detach()
+    for k in (1, 3, 7, 8):
+        with module.taking(k), torch.no_grad():
+            found = module.features(images)
+        torch.testing.assert_close(found, expected)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(KeyError), module.taking(3):
+        raise KeyError
+    assert module.images_at_once is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "largest"),
+    [
+        ({"micro_batch_size": 2}, 4),
+        ({}, 16),  # "auto": twice 8
+        ({"micro_batch_size": None}, 16),
+        ({"micro_batch_size": 2, "train_backbone": False}, 16),
+        ({"micro_batch_size": 2, "joint_epochs": 0}, 16),
+    ],
+)
+def test_passes_without_gradients_are_small_where_the_backbone_is_trained(
+    birds, parameters, largest, monkeypatch
+):
+    sizes = []
+    features = ProtoPNet._features
+
+    def watched(self, images):
+        if not torch.is_grad_enabled():
+            sizes.append(len(images))
+        return features(self, images)
+
+    monkeypatch.setattr(ProtoPNet, "_features", watched)
+    split = ValidSplit(3, stratified=True)
+    clf = classifier(train_split=split, augmented_views=1, **parameters).fit(*birds)
+    assert max(sizes) == largest
+    sizes.clear()
+    clf.predict(birds[0])
+    assert max(sizes) == 16  # the batch, after the fit
+
+
+def test_compiled_networks_take_batches_of_one_size():
+    assert classifier(compile=True, micro_batch_size=2).images_at_once() is None
+    assert classifier(device="cuda").images_at_once() is None
+    assert classifier(batch_size=8).images_at_once() is None
 
 
 @pytest.mark.parametrize("weighted", [False, True])
