@@ -83,14 +83,14 @@ def augment_mildly(images: Tensor) -> Tensor:
     """
     n, _, _, side = images.shape
     crops = _crops(n, side)
-    flip, brightness, contrast = torch.rand(3, n).to(images.device)
-    parts = [
-        F.interpolate(image[None, :, y : y + h, x : x + w].float(), (side, side), mode="bilinear")
-        for image, (y, x, h, w) in zip(images, crops, strict=True)
-    ]
-    result = torch.cat(parts)  # (n, 3, S, S)
-    result = torch.where(flip[:, None, None, None] < 0.5, result, result.flip(3))
-    result = (result * _factor(brightness)).clamp_(0, 255)
+    flip, brightness, contrast = torch.rand(3, n)
+    brightness, contrast = brightness.to(images.device), contrast.to(images.device)
+    result = torch.empty(images.shape, device=images.device)
+    for i, ((y, x, h, w), mirrored) in enumerate(zip(crops, (flip >= 0.5).tolist(), strict=True)):
+        part = images[i : i + 1, :, y : y + h, x : x + w].float()
+        part = F.interpolate(part, (side, side), mode="bilinear")[0]  # (3, S, S)
+        result[i] = part.flip(2) if mirrored else part
+    result.mul_(_factor(brightness)).clamp_(0, 255)
     grey = torch.einsum("nchw,c->n", result, result.new_tensor(_GREY)) / side**2
     return (
         result.sub_(grey[:, None, None, None])
