@@ -81,7 +81,8 @@ def _key(net: SkorchProtoPNet, data: FitData, what: Any, state: Mapping[str, Ten
         *(code_digest(), data.backbone_fingerprint, state_digest(state), state_digest(labels)),
         *(what, net.module_.similarity, net.seed_),
         # what rounding depends on: the batches, and how matrices are multiplied
-        *(net.batch_size, described(net.get_params_for("iterator_valid")), described(loader)),
+        *(net.batch_size, net.images_at_once()),
+        *(described(net.get_params_for("iterator_valid")), described(loader)),
         *(torch.get_num_threads(), torch.get_float32_matmul_precision()),
         *(torch.backends.cpu.get_cpu_capability(), images),
     )

@@ -163,6 +163,15 @@ def test_a_start_is_never_used_for_others(files, tmp_path, computed, kind):
     assert_same_model(clf, frozen(None, **parameters).fit(X, y, sample_weight=weight), X)
 
 
+def test_no_start_is_shared_where_other_numbers_of_images_are_taken_at_once(
+    files, tmp_path, computed
+):
+    trained = {"train_backbone": True, "joint_epochs": 1, "augmented_views": 0, "batch_size": 9}
+    for size, expected in (("auto", 1), ("auto", 1), (None, 2)):
+        frozen(tmp_path / "m", micro_batch_size=size, **trained).fit(*files)
+        assert computed.count("start") == expected
+
+
 def test_another_projection_shares_the_start(files, tmp_path, computed):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
