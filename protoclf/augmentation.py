@@ -83,13 +83,13 @@ def augment_mildly(images: Tensor) -> Tensor:
     """
     n, _, _, side = images.shape
     crops = _crops(n, side)
-    flip, brightness, contrast = torch.rand(3, n)
-    brightness, contrast = brightness.to(images.device), contrast.to(images.device)
+    flips = _flips(n)
+    brightness, contrast = torch.rand(2, n).to(images.device)
     result = torch.empty(images.shape, device=images.device)
-    for i, ((y, x, h, w), mirrored) in enumerate(zip(crops, (flip >= 0.5).tolist(), strict=True)):
+    for i, ((y, x, h, w), flip) in enumerate(zip(crops, flips, strict=True)):
         part = images[i : i + 1, :, y : y + h, x : x + w].float()
         part = F.interpolate(part, (side, side), mode="bilinear")[0]  # (3, S, S)
-        result[i] = part.flip(2) if mirrored else part
+        result[i] = part.flip(2) if flip else part
     result.mul_(_factor(brightness)).clamp_(0, 255)
     grey = torch.einsum("nchw,c->n", result, result.new_tensor(_GREY)) / side**2
     return (
@@ -103,6 +103,11 @@ def augment_mildly(images: Tensor) -> Tensor:
 def _factor(uniform: Tensor) -> Tensor:
     """Turn numbers (n,) in [0, 1) into factors (n, 1, 1, 1) around 1."""
     return (1 + _CONTRAST * (2 * uniform - 1))[:, None, None, None]
+
+
+def _flips(n: int) -> list[bool]:
+    """Draw which of n images are mirrored."""
+    return (torch.rand(n) >= 0.5).tolist()
 
 
 def _crops(n: int, side: int) -> list[list[int]]:

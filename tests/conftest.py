@@ -1,6 +1,9 @@
 """Pictures, and a classifier of some, that several test files read."""
 
 import os
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; for processes of tests as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers with threads would take turns

@@ -296,6 +296,7 @@ def test_a_fit_on_a_real_gpu(squares, similarity, train_backbone):
 def test_images_are_augmented_on_the_device(monkeypatch):
     crops = [[0, 1, 6, 7], [1, 0, 7, 6]]  # drawn on the host: values
     monkeypatch.setattr(augmentation, "_crops", lambda n, side: crops)
+    monkeypatch.setattr(augmentation, "_flips", lambda n: [True, False])
     dataset = ImageDataset(Images(np.zeros((4, 8, 8, 3), np.uint8)), Preprocessing(8)).keep()
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs, _ = AugmentedDataset(dataset, augment_mildly, "cuda").__getitems__([2, 0])
