@@ -3,8 +3,6 @@
 import os
 import signal
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; for processes of tests as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers with threads would take turns
 
@@ -15,6 +13,8 @@ from hypothesis import settings
 
 from protoclf import ProtoPNetClassifier
 from protoclf.network import ProtoPNet
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
 
 settings.register_profile("ci", derandomize=True)  # the same examples in every run
 if os.environ.get("CI"):
