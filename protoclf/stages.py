@@ -56,7 +56,7 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
     """Return the stages of a fit; those before the first cycle only where it is the first fit."""
     stages: list[Stage] = []
     if first:
-        trained = net.warmup_epochs or (net.train_backbone and net.joint_epochs)
+        trained = net.warmup_epochs or net.trains_backbone
         stages.append(Start(net.prototype_init, is_whole_training=not trained))
         heads = {"add_on": net.lr, "prototypes": net.lr}
         stages.append(Training("warm-up", net.warmup_epochs, heads))

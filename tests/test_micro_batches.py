@@ -294,10 +294,11 @@ def test_passes_without_gradients_are_small_where_the_backbone_is_trained(
     assert max(sizes) == 16  # the batch, after the fit
 
 
-def test_compiled_networks_take_batches_of_one_size():
+def test_auto_takes_16_images_at_once_on_cpus_but_where_networks_are_compiled():
     assert classifier(compile=True, micro_batch_size=2).images_at_once() is None
     assert classifier(device="cuda").images_at_once() is None
     assert classifier(batch_size=8).images_at_once() is None
+    assert classifier(batch_size=32).images_at_once() == 16
 
 
 @pytest.mark.parametrize("weighted", [False, True])
