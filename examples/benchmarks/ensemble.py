@@ -16,12 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 from accuracy import pooled
+from black_box import logistic_regression
 from photos import backbone_of, photos
 from scipy.special import softmax
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import StratifiedKFold
 from stage_scores import accuracy_and_log_loss
 
 from protoclf import ProtoPNetClassifier, ProtoPNetEnsemble
@@ -99,10 +97,7 @@ def black_boxes(args, features, y, train, held_out):
     """Return a row for the logistic regression on each backbone, and two for all of them."""
     logits = {}
     for name, pooled_features in features.items():
-        search = GridSearchCV(
-            LogisticRegression(max_iter=1000), {"C": [1e-3, 3e-3, 1e-2, 3e-2]}, cv=4
-        )
-        model = make_pipeline(StandardScaler(), search).fit(pooled_features[train], y[train])
+        model = logistic_regression().fit(pooled_features[train], y[train])
         logits[name] = model.decision_function(pooled_features[held_out])
     logits["sum"] = sum(logits.values())
     return rows_of("logistic regression", logits, model.classes_, y[held_out])
