@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from black_box import logistic_regression, train_network
+from command_line import add_set, settings_of, value_of
 from photos import backbone_of, photos
 from sklearn.model_selection import StratifiedKFold
 from stage_scores import StageScores, accuracy_and_log_loss
@@ -73,7 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--folds", type=int, default=4, help="how many of the four folds")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters")
+    add_set(parser)
     parser.add_argument("--quick", action="store_true", help="drawn birds, for correctness only")
     args = parser.parse_args()
     if args.quick:
@@ -162,7 +163,7 @@ def protopnet(args, train, held_out, seed, k):
         joint_epochs=args.fine_tune,
         image_size=args.image_size,
         normalization=norm,
-        prototypes_per_class=_value(k),
+        prototypes_per_class=value_of(k),
         random_state=seed,
         verbose=0,
         callbacks=[stages] if args.fine_tune else None,
@@ -180,20 +181,6 @@ def protopnet(args, train, held_out, seed, k):
         "moved": clf.prototypes_["moved"].mean(),
         **stages.row,
     }
-
-
-def settings_of(args):
-    """Return the parameters of `--set`."""
-    return {name: _value(value) for name, value in (item.split("=", 1) for item in args.set)}
-
-
-def _value(text):
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"None": None, "True": True, "False": False}.get(text, text)
 
 
 if __name__ == "__main__":

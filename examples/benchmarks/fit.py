@@ -10,6 +10,7 @@ with a folder for each class; without --data, drawn birds.
   Its last layer is trained for 20 epochs, its default.
 - protoclf, paper: `ProtoPNetClassifier.paper`, one cycle.
 - protoclf, defaults: no add-on layers, cosines, selected prototypes, augmentation.
+  --set tune_allocator=False changes parameters of both.
 
 Each fit is a process of its own, in turns; the table has medians. fit_s leaves out imports and
 testing. peak_mb is the peak resident memory of the process, imports included; imports_mb is what
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from command_line import add_set, settings_of
 
 # torch and protoclf are imported where they are used, never in this process: a child's ru_maxrss
 # starts from its parent's.
@@ -78,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0, help="CaBRNet's data-loading processes")
     parser.add_argument("--repeats", type=int, default=1)
+    add_set(parser)
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it works, no more")
     return parser.parse_args()
 
@@ -104,6 +107,7 @@ def prepared(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     settings = vars(args) | {
         "data": str(Path(args.data).resolve() if args.data else scratch / "birds"),
         "weights": str(Path(args.weights).resolve() if args.weights else scratch / "weights.pth"),
+        "set": settings_of(args),
     }
     if args.data is None:
         in_fresh_process(draw_birds, settings)
@@ -193,6 +197,7 @@ def shared(settings: dict[str, Any]) -> dict[str, Any]:
         "random_state": settings["seed"],
         "device": "cpu",
         "verbose": 0,
+        **settings["set"],
     }
 
 
