@@ -170,10 +170,22 @@ def _is_watched(layer: nn.Module) -> bool:
 
 
 def _output_and_gradients(backbone: nn.Module, image: Tensor) -> list[Tensor]:
+    """Return the output, and of each gradient two numbers: they tell as much as all.
+
+    A gradient is gone before the next is computed: together they are as large as the weights.
+    """
     torch.manual_seed(1)  # the same dropout each time
+    told: dict[int, Tensor] = {}
+
+    def tell(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        told[numbers[parameter]] = torch.stack([gradient.sum(), gradient.norm()])
+
+    numbers = {parameter: i for i, parameter in enumerate(backbone.parameters())}
+    hooks = [parameter.register_post_accumulate_grad_hook(tell) for parameter in numbers]
     output = backbone(image)
-    parameters = list(backbone.parameters())
-    loss = (output * torch.randn_like(output)).sum()
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    # two numbers of each tell as much as all: they are as many as the weights
-    return [output, *(torch.stack([g.sum(), g.norm()]) for g in gradients if g is not None)]
+    (output * torch.randn_like(output)).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return [output.detach(), *(told[i] for i in sorted(told))]
