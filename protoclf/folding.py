@@ -182,8 +182,8 @@ def _output_and_gradients(backbone: nn.Module, image: Tensor) -> list[Tensor]:
         assert gradient is not None
         told[numbers[parameter]] = torch.stack([gradient.sum(), gradient.norm()])
 
-    numbers = {parameter: i for i, parameter in enumerate(backbone.parameters())}
-    hooks = [parameter.register_post_accumulate_grad_hook(tell) for parameter in numbers]
+    numbers: dict[Tensor, int] = {p: i for i, p in enumerate(backbone.parameters())}
+    hooks = [p.register_post_accumulate_grad_hook(tell) for p in numbers]
     output = backbone(image)
     (output * torch.randn_like(output)).sum().backward()
     for hook in hooks:
