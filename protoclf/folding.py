@@ -175,17 +175,17 @@ def _output_and_gradients(backbone: nn.Module, image: Tensor) -> list[Tensor]:
     A gradient is gone before the next is computed: together they are as large as the weights.
     """
     torch.manual_seed(1)  # the same dropout each time
-    told: dict[int, Tensor] = {}
+    parameters = list(backbone.parameters())
+    told: dict[Tensor, Tensor] = {}
 
     def tell(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        told[numbers[parameter]] = torch.stack([gradient.sum(), gradient.norm()])
+        told[parameter] = torch.stack([gradient.sum(), gradient.norm()])
 
-    numbers: dict[Tensor, int] = {p: i for i, p in enumerate(backbone.parameters())}
-    hooks = [p.register_post_accumulate_grad_hook(tell) for p in numbers]
+    hooks = [p.register_post_accumulate_grad_hook(tell) for p in parameters]
     output = backbone(image)
     (output * torch.randn_like(output)).sum().backward()
     for hook in hooks:
         hook.remove()
-    return [output.detach(), *(told[i] for i in sorted(told))]
+    return [output.detach(), *(told[p] for p in parameters if p in told)]

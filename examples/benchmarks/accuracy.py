@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from black_box import logistic_regression, train_network
 from command_line import add_set, settings_of, value_of
-from photos import backbone_of, photos
+from photos import backbone_of, photos, protopnet_on
 from sklearn.model_selection import StratifiedKFold
 from stage_scores import StageScores, accuracy_and_log_loss
 from torch import nn
@@ -96,27 +96,28 @@ def splits(paths, y, test, seed, folds):
 
 def linear(args, train, held_out, seed):
     start = time.perf_counter()
-    features = pooled(args, train[0])
+    features = pooled(args.backbone, args.image_size, train[0])
     seconds = time.perf_counter() - start
     model = logistic_regression().fit(features, train[1])
-    probability = model.predict_proba(pooled(args, held_out[0]))
+    held_out_features = pooled(args.backbone, args.image_size, held_out[0])
+    probability = model.predict_proba(held_out_features)
     scores = accuracy_and_log_loss(held_out[1], probability, model.classes_)
     return {"model": "logistic regression", **scores, "fit_s": seconds}
 
 
-def pooled(args, paths):
+def pooled(name, image_size, paths):
     """Pooled features of the backbone as given, (n, D), with the tuned allocator and layout."""
-    backbone, prepare = prepared(args)
-    pixels, _ = decode(Images(list(paths)), Preprocessing(args.image_size))
+    backbone, prepare = prepared(name)
+    pixels, _ = decode(Images(list(paths)), Preprocessing(image_size))
     with torch.inference_mode():
         batches = [backbone.eval()(prepare(p)).mean((2, 3)) for p in pixels.split(32)]
     return torch.cat(batches).numpy()
 
 
-def prepared(args):
+def prepared(name):
     """Return the backbone and what turns uint8 images into its input."""
     keep_freed_memory()
-    backbone, norm = backbone_of(args.backbone)
+    backbone, norm = backbone_of(name)
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in normalization(norm))
     backbone = build_backbone(backbone, None).to(memory_format=torch.channels_last)
     return backbone, lambda x: ((x - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -125,7 +126,7 @@ def prepared(args):
 def cnn(args, train, held_out, seed, keep_statistics):
     """Fine-tune with Adam, the ProtoPNet's rate for the backbone, and a cosine schedule."""
     start = time.perf_counter()
-    backbone, prepare = prepared(args)
+    backbone, prepare = prepared(args.backbone)
     pixels, _ = decode(Images(list(train[0])), Preprocessing(args.image_size))
     classes, y = np.unique(train[1], return_inverse=True)
     y = torch.from_numpy(y)
@@ -154,18 +155,14 @@ def cnn(args, train, held_out, seed, keep_statistics):
 
 
 def protopnet(args, train, held_out, seed, k):
-    backbone, norm = backbone_of(args.backbone)
     stages = StageScores(train, held_out)
-    clf = ProtoPNetClassifier(
-        backbone,
-        weights=None,
+    clf = protopnet_on(
+        args.backbone,
+        args.image_size,
         train_backbone=bool(args.fine_tune),
         joint_epochs=args.fine_tune,
-        image_size=args.image_size,
-        normalization=norm,
         prototypes_per_class=value_of(k),
         random_state=seed,
-        verbose=0,
         callbacks=[stages] if args.fine_tune else None,
         **settings_of(args),
     )

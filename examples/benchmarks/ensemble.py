@@ -8,27 +8,24 @@ has the same classes and less confidence.
 """
 
 import argparse
-import contextlib
-import io
 import tempfile
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 from accuracy import pooled
 from black_box import logistic_regression
-from photos import backbone_of, photos
+from photos import photos, protopnet_on
 from scipy.special import softmax
 from sklearn.model_selection import StratifiedKFold
 from stage_scores import accuracy_and_log_loss
 
-from protoclf import ProtoPNetClassifier, ProtoPNetEnsemble
+from protoclf import ProtoPNetEnsemble
 
 
 def main() -> None:
     args = arguments()
     paths, y = photos(args.images, args.quick)
-    features = {name: features_of(name, size, paths) for name, size in args.backbones.items()}
+    features = {name: pooled(name, size, paths) for name, size in args.backbones.items()}
     rows = []
     with tempfile.TemporaryDirectory() as memory:
         folds = StratifiedKFold(4, shuffle=True, random_state=0).split(paths, y)
@@ -74,23 +71,8 @@ def protopnets(args, memory, paths, y, train, held_out):
 
 
 def member(args, memory, name):
-    with contextlib.redirect_stdout(io.StringIO()):  # "Loaded pretrained weights", once a fold
-        backbone, norm = backbone_of(name)
-    return ProtoPNetClassifier(
-        backbone,
-        weights=None,
-        normalization=norm,
-        image_size=args.backbones[name],
-        train_backbone=False,
-        prototypes_per_class=args.prototypes,
-        memory=memory,
-        random_state=0,
-        verbose=0,
-    )
-
-
-def features_of(name, size, paths):
-    return pooled(SimpleNamespace(backbone=name, image_size=size), paths)
+    number = {"prototypes_per_class": args.prototypes}
+    return protopnet_on(name, args.backbones[name], memory=memory, **number)
 
 
 def black_boxes(args, features, y, train, held_out):

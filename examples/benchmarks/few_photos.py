@@ -9,20 +9,16 @@ class has fewer photos than a ProtoPNet has prototypes, it has as many prototype
 """
 
 import argparse
-import contextlib
-import io
 import tempfile
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 from accuracy import pooled
 from black_box import logistic_regression
-from photos import backbone_of, photos
+from photos import photos, protopnet_on
+from sklearn.base import clone
 from stage_scores import accuracy_and_log_loss
-
-from protoclf import ProtoPNetClassifier
 
 PROTOTYPES = 10
 
@@ -30,15 +26,15 @@ PROTOTYPES = 10
 def main() -> None:
     args = arguments()
     paths, y = photos(args.train, args.quick)
-    size = SimpleNamespace(backbone=args.backbone, image_size=args.image_size)
-    features = pooled(size, paths)
+    features = pooled(args.backbone, args.image_size, paths)
     tables = []
     with tempfile.TemporaryDirectory() as memory:
+        unfitted = protopnet_on(args.backbone, args.image_size, memory=memory)
         for case in product(args.classes, args.photos):
             rows = []
             for draw in range(args.draws):
                 train, held_out = drawn(y, *case, draw)
-                rows += protopnets(args, memory, paths, y, train, held_out, case[1], draw)
+                rows += protopnets(unfitted, paths, y, train, held_out, case[1], draw)
                 rows += black_boxes(features, y, train, held_out)
             table = pd.DataFrame(rows).groupby("model", sort=False).mean()
             tables.append(pd.concat([table], keys=[case], names=["classes", "photos"]))
@@ -75,23 +71,12 @@ def drawn(y, n_classes, n_photos, draw):
     return np.concatenate(train), np.concatenate(held_out)
 
 
-def protopnets(args, memory, paths, y, train, held_out, n_photos, seed):
-    """Yield a row for each ProtoPNet."""
-    with contextlib.redirect_stdout(io.StringIO()):  # "Loaded pretrained weights", each time
-        backbone, norm = backbone_of(args.backbone)
-    for k in (min(PROTOTYPES, n_photos), "auto"):
-        clf = ProtoPNetClassifier(
-            backbone,
-            weights=None,
-            normalization=norm,
-            image_size=args.image_size,
-            train_backbone=False,
-            prototypes_per_class=k,
-            memory=memory,
-            random_state=seed,
-            verbose=0,
-        ).fit(paths[train], y[train])
-        name = "auto" if k == "auto" else f"{PROTOTYPES} per class"
+def protopnets(unfitted, paths, y, train, held_out, n_photos, seed):
+    """Yield a row for each number of prototypes."""
+    numbers = {f"{PROTOTYPES} per class": min(PROTOTYPES, n_photos), "auto": "auto"}
+    for name, number in numbers.items():
+        clf = clone(unfitted).set_params(prototypes_per_class=number, random_state=seed)
+        clf.fit(paths[train], y[train])
         scores = accuracy_and_log_loss(
             y[held_out], clf.predict_proba(paths[held_out]), clf.classes_
         )

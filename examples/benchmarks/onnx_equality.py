@@ -16,9 +16,8 @@ import onnxruntime
 import pandas as pd
 import torch
 from measuring import alternate
-from photos import backbone_of, photos
+from photos import photos, protopnet_on
 
-from protoclf import ProtoPNetClassifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.onnx_export import export_onnx
@@ -37,18 +36,12 @@ def main():
 
 
 def measured(args, paths, y, test, similarity):
-    backbone, normalization = backbone_of(args.backbone)
-    clf = ProtoPNetClassifier(
-        backbone,
-        weights=None,
-        normalization=normalization,
-        image_size=args.image_size,
-        train_backbone=False,
+    clf = protopnet_on(
+        args.backbone,
+        args.image_size,
         similarity=similarity,
         prototypes_per_class=args.prototypes,
         precision="float32",
-        random_state=0,
-        verbose=0,
     ).fit(paths, y)
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(clf, Path(folder) / "model.onnx")

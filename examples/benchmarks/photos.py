@@ -1,9 +1,10 @@
-"""The photos of a benchmark: a folder of class folders, or drawn birds."""
+"""The photos of a benchmark, a folder of class folders or drawn birds, and models of them."""
 
 import tempfile
 
 import numpy as np
 
+from protoclf import ProtoPNetClassifier
 from protoclf.datasets import load_folder, make_birds
 
 
@@ -24,3 +25,16 @@ def backbone_of(name):
     from efficientnet_lite import NORMALIZATION, EfficientNetLite
 
     return EfficientNetLite(int(name[-1])), NORMALIZATION
+
+
+def protopnet_on(name, image_size, **settings):
+    """Return a ProtoPNet on the backbone of that name, frozen unless the settings say otherwise."""
+    backbone, norm = backbone_of(name)
+    common = {"train_backbone": False, "random_state": 0, "verbose": 0}
+    return ProtoPNetClassifier(
+        backbone,
+        weights=None,
+        normalization=norm,
+        image_size=image_size,
+        **(common | settings),
+    )

@@ -14,11 +14,10 @@ from functools import partial
 import PIL.Image
 import torch
 from measuring import alternate, in_fresh_process
-from photos import backbone_of, photos
+from photos import backbone_of, photos, protopnet_on
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from protoclf import ProtoPNetClassifier
 from protoclf.backbones import build_backbone
 from protoclf.parameters import normalization
 
@@ -29,17 +28,8 @@ def main():
     if args.plain:
         print(plain(args, paths))
         return
-    backbone, norm = backbone_of(args.backbone)
-    clf = ProtoPNetClassifier(
-        backbone,
-        weights=None,
-        normalization=norm,
-        image_size=args.image_size,
-        prototypes_per_class=args.prototypes,
-        train_backbone=False,
-        random_state=0,
-        verbose=0,
-    ).fit(paths, y)
+    clf = protopnet_on(args.backbone, args.image_size, prototypes_per_class=args.prototypes)
+    clf.fit(paths, y)
     forms = {
         "tuned": partial(tuned, clf, paths),
         "predict": partial(clf.predict, paths),

@@ -10,10 +10,8 @@ import argparse
 import tempfile
 import time
 
-from photos import backbone_of, photos
+from photos import photos, protopnet_on
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-
-from protoclf import ProtoPNetClassifier
 
 
 def main():
@@ -39,17 +37,11 @@ def timed(work, *arguments):
 
 
 def classifier(args, memory):
-    backbone, norm = backbone_of(args.backbone)
-    return ProtoPNetClassifier(
-        backbone,
-        weights=None,
-        normalization=norm,
-        image_size=args.image_size,
-        train_backbone=False,
+    return protopnet_on(
+        args.backbone,
+        args.image_size,
         prototypes_per_class=2 if args.quick else 10,
         memory=memory,
-        random_state=0,
-        verbose=0,
     )
 
 
