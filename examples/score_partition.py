@@ -18,7 +18,8 @@ import torch
 from pyarrow import parquet
 
 from protoclf import ProtoPNetClassifier
-from protoclf.images import ImageError, Images
+from protoclf.image_errors import ImageError
+from protoclf.images import Images
 from protoclf.model_files import MODEL, TENSORS
 
 CHUNK = 256  # images whose rows are in memory at the same time

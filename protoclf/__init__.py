@@ -2,6 +2,6 @@
 
 from protoclf.classifier import ProtoPNetClassifier
 from protoclf.ensemble import ProtoPNetEnsemble
-from protoclf.images import ImageError
+from protoclf.image_errors import ImageError
 
 __all__ = ["ImageError", "ProtoPNetClassifier", "ProtoPNetEnsemble"]

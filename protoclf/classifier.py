@@ -28,8 +28,9 @@ from protoclf.explanation import (
 )
 from protoclf.features import feature_batches
 from protoclf.fitting import StagedNet
-from protoclf.image_dataset import ImageDataset
-from protoclf.images import ImageError, Images
+from protoclf.image_dataset import ImageDataset, is_batches
+from protoclf.image_errors import ImageError
+from protoclf.images import Images
 from protoclf.labels import check_classes, checked_weights, encode, read_groups, read_labels
 from protoclf.localization import upsample
 from protoclf.logits import LogitsMixin
@@ -44,7 +45,7 @@ from protoclf.parameters import (
 )
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
-from protoclf.torch_datasets import is_batches, unpacked
+from protoclf.torch_datasets import unpacked
 
 
 @with_parameters_of(NeuralNet)
@@ -626,7 +627,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """
         self._fitted()
         maps: list[Any] = []
-        images = Images(unpacked(X, None)[0])
+        images = Images(X)
         dataset = ImageDataset(images, self.preprocessing_)  # which no missing map could fit
         self.prepare_processor()
         for inputs, y in feature_batches(self, dataset):

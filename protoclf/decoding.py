@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from protoclf.geometry import Preprocessing
-from protoclf.images import Failure, ImageError, Images, reading_error
+from protoclf.image_errors import Failure, ImageError, reading_error
+from protoclf.images import Images
 from protoclf.picture import open_file, reason_for
 
 _MAX_THREADS = 8  # by default; beyond that the disk is what limits

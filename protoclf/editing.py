@@ -338,12 +338,15 @@ def _taught(
     data = FitData(taught, dataset, None)
     kind = chosen, given["k"], forbidden, given["weight"]
     concepts = find_concepts(taught, dataset, data.train_features, *kind)
+    usable = ~dataset.failed(np.arange(len(images)))
+    if fit_params.get("sample_weight") is not None:
+        usable &= np.asarray(fit_params["sample_weight"]) > 0
     reasons = dict.fromkeys(chosen, reason)
     if forbidden:
         avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)
         for j in avoided.among(taught.module_):
             reasons.setdefault(j, "its patch is one of those that are forbidden")
-        restart_prototypes(taught, data, list(reasons), avoided)
+        restart_prototypes(taught, data, list(reasons), avoided, usable)
     known = clf.concepts_
     taught.concepts_ = concepts if known is None else known.with_others(concepts)
     if given["epochs"] is not None:

@@ -35,6 +35,7 @@ from protoclf.parameters import (
     prototype_counts,
     refuse_unknown_of_members,
 )
+from protoclf.torch_datasets import unpacked
 
 _FITTED = ("estimators_", "named_estimators_", "classes_")
 
@@ -168,6 +169,7 @@ class ProtoPNetEnsemble(
             a member's backbone and what depends on it.
         """
         members = self._checked_members()
+        X, y = unpacked(X, y)
         y, classes = self._checked_data(X, y, members)
         for name in _FITTED:  # an interrupted fit cannot be taken for an earlier one
             self.__dict__.pop(name, None)

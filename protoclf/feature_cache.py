@@ -22,7 +22,7 @@ from protoclf.decoding import in_threads
 from protoclf.fingerprints import module_digest, state_digest
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
-from protoclf.images import ImageError
+from protoclf.image_errors import ImageError
 from protoclf.network import ProtoPNet
 from protoclf.recent import Recent
 
@@ -109,10 +109,16 @@ class CachedImages(Dataset):
         missing = np.array([i for i, features in enumerate(found) if features is None], np.int64)
         others, y = whole.without_images(index)
         images, failed = whole.decoded(index[missing]), whole.failed(index[missing])
+
+        def check(k: int) -> None:
+            i = int(missing[k])
+            keys[i] = "" if failed[k] else whole.digest_if_decoded(int(index[i]), keys[i])
+
+        in_threads(check, len(missing))
         inputs: dict[str, Any] = {
             "images": images,
             "missing": torch.from_numpy(missing),
-            "keys": ["" if bad else keys[i] for i, bad in zip(missing, failed, strict=True)],
+            "keys": [keys[i] for i in missing],
             "cached": [features for features in found if features is not None],
         }
         return inputs | others, y

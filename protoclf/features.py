@@ -17,7 +17,7 @@ from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_o
 from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
 from protoclf.fingerprints import state_digest
 from protoclf.image_dataset import Batch, ImageDataset, in_whole
-from protoclf.images import ImageError
+from protoclf.image_errors import ImageError
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.storage import allocate
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
 
 from protoclf.decoding import check_files, decode, in_threads
 from protoclf.geometry import Preprocessing
-from protoclf.images import Failure, ImageError, Images, as_index
+from protoclf.image_errors import Failure, ImageError
+from protoclf.images import Images, as_index
 from protoclf.storage import allocate
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -42,8 +44,8 @@ class ImageDataset(Dataset):
     ----------
     failures : dict of int to Failure
         The images that could not be read so far, by their place in the data set.
-    pixels : torch.Tensor of shape (n, 3, S, S), uint8, or None
-        All images, once `keep` has decoded them. A ``copy.copy`` of the dataset shares them.
+    pixels : torch.Tensor of shape (k, 3, S, S), uint8, or None
+        All images, once `keep` has decoded them. The data sets of some of them share theirs.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ImageDataset(Dataset):
         self.on_bad_image = on_bad_image
         self.failures: dict[int, Failure] = {}
         self.pixels: torch.Tensor | None = None
+        self._rows = np.arange(len(images))  # of the images in `pixels`
         self._sizes = np.zeros((len(images), 2), dtype=np.int64)  # 0 where not known yet
         self._digests = np.full(len(images), "", dtype=object)
 
@@ -72,9 +75,12 @@ class ImageDataset(Dataset):
         """Decode all images now and keep them (3 S^2 bytes each); otherwise batch by batch.
 
         `progress` is that of `decode`; beyond the memory budget they are mapped to a file in
-        `folder`. Returns the data set itself.
+        `folder`, where what they hold is noted too, for what is kept there. Returns the data set
+        itself.
         """
         if self.pixels is None:
+            if folder is not None:
+                self._note_digests()
             side = self.preprocessing.image_size
             out = allocate((len(self), 3, side, side), torch.uint8, folder=folder)
             self.pixels, self._sizes = self._decode(np.arange(len(self)), out, progress)
@@ -103,8 +109,7 @@ class ImageDataset(Dataset):
             *(self.images.take(index), self.preprocessing, y, sample_weight, self.n_jobs)
         )
         part._sizes, part._digests = self._sizes[index], self._digests[index]
-        if self.pixels is not None:
-            part.pixels = self.pixels if len(index) == len(self) else self.pixels[index]
+        part.pixels, part._rows = self.pixels, self._rows[index]
         return part
 
     def __len__(self) -> int:
@@ -133,7 +138,7 @@ class ImageDataset(Dataset):
     def decoded(self, index: np.ndarray) -> torch.Tensor:
         """Return images (n, 3, S, S)."""
         if self.pixels is not None:
-            return self.pixels[index]
+            return self.pixels[self._rows[index]]
         pixels, self._sizes[index] = self._decode(index, None, False)
         return pixels
 
@@ -143,6 +148,27 @@ class ImageDataset(Dataset):
         for i in index[(self._sizes[index, 0] == 0) & ~self.failed(index)]:
             self._sizes[i] = self.images.size(int(i))
         return self._sizes[index]
+
+    def _note_digests(self) -> None:
+        """Let `digests` tell what images hold now, as far as they can be read."""
+
+        def look(i: int) -> None:
+            with suppress(ImageError):
+                self._digests[i] = self.images.digest(i)
+
+        in_threads(look, len(self))
+
+    def digest_if_decoded(self, i: int, seen: str) -> str:
+        """Return `seen`, the digest of an image, if what is decoded is what it is a digest of.
+
+        Otherwise an empty one: the file was replaced meanwhile. Of an image that was kept, `seen`
+        is from after it was decoded; of another, from before.
+        """
+        try:
+            other = self.images.digest(i) if self.pixels is None else self._digests[i]
+        except ImageError:
+            return ""
+        return seen if seen == other else ""
 
     def digests(self, index: ArrayLike, anew: bool = False) -> list[str]:
         """Return digests of what n images held when first asked, or of what they hold now."""
@@ -187,6 +213,15 @@ def in_whole(dataset: Any, indices: ArrayLike | None = None) -> tuple[ImageDatas
         index = np.asarray(dataset.indices)[index]
         dataset = dataset.dataset
     return dataset, index
+
+
+def is_batches(X: Any) -> bool:
+    """Return whether X is a data set of ours, or a part of one: of whole batches, not of images."""
+    if not isinstance(X, Dataset) or isinstance(X, IterableDataset):
+        return False
+    kind = type(in_whole(X)[0])
+    batches_alone = kind.__getitem__ is Dataset.__getitem__ and hasattr(kind, "__getitems__")
+    return batches_alone or kind is ImageDataset
 
 
 def _column(name: str, values: ArrayLike, n: int, dtype: torch.dtype) -> torch.Tensor:

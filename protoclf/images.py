@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy import sparse
 
+from protoclf.image_errors import SHOWN, Failure, ImageError, reading_error
 from protoclf.picture import (
     Stored,
     digest,
@@ -24,33 +25,9 @@ from protoclf.picture import (
     upright,
     upright_size,
 )
+from protoclf.torch_datasets import unpacked
 
 T = TypeVar("T")
-
-_SHOWN = 5  # failures spelled out in one error
-
-
-class Failure(NamedTuple):
-    """One image that cannot be used."""
-
-    position: int
-    path: str | None
-    reason: str
-
-
-class ImageError(ValueError):
-    """X, or an image in it, cannot be used.
-
-    Attributes
-    ----------
-    failures : list of Failure
-        Every image that failed, as (position in X, path or None, reason); empty where X as a
-        whole is wrong.
-    """
-
-    def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
-        super().__init__(message)
-        self.failures = list(failures)
 
 
 class Images:
@@ -62,7 +39,7 @@ class Images:
         Paths (str or os.PathLike) in a list, tuple, array of shape (n,) or (n, 1), Series or
         one-column DataFrame; or pixels: an array (n, H, W, 3) or (n, H, W), a list of such
         arrays (H, W, 3) or (H, W) of any sizes, or a list of PIL images. Arrays are uint8, or
-        floats in [0, 1].
+        floats in [0, 1]. Or a torch Dataset of pairs (image, label): see `unpacked`.
 
     Attributes
     ----------
@@ -73,7 +50,7 @@ class Images:
     """
 
     def __init__(self, X: Any) -> None:
-        self._items, self.paths = _validated(X)
+        self._items, self.paths = _validated(unpacked(X, None)[0])
         self.positions = np.arange(len(self._items))
 
     def __len__(self) -> int:
@@ -144,26 +121,9 @@ def conflicting_labels(images: Images, y: ArrayLike) -> None:
     if conflicts:
         raise ImageError(
             f"{len(conflicts)} image(s) of X have two labels:\n  "
-            + "\n  ".join(conflicts[:_SHOWN])
+            + "\n  ".join(conflicts[:SHOWN])
             + "\nKeep one label for each image, or leave the image out of X and y."
         )
-
-
-def reading_error(failures: list[Failure]) -> ImageError:
-    """Return one error that names what failed, the first few spelled out."""
-    lines = [
-        f"position {f.position}" + ("" if f.path is None else f", {f.path!r}") + f": {f.reason}"
-        for f in failures[:_SHOWN]
-    ]
-    more = len(failures) - len(lines)
-    if more:
-        lines.append(f"and {more} more")
-    return ImageError(
-        f"{len(failures)} image(s) of X cannot be read:\n  "
-        + "\n  ".join(lines)
-        + "\nReplace these images, or leave them out of X (and their labels out of y).",
-        failures,
-    )
 
 
 def skipped_images(failures: Iterable[Failure], y: np.ndarray, good: np.ndarray) -> pd.DataFrame:

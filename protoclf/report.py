@@ -28,7 +28,8 @@ from numpy.typing import ArrayLike
 from protoclf.decoding import check_files
 from protoclf.explanation import BOX
 from protoclf.fitted import check_classifier
-from protoclf.images import ImageError, Images
+from protoclf.image_errors import ImageError
+from protoclf.images import Images
 from protoclf.labels import read_labels
 from protoclf.parameters import REPORT_RULES, check_rules
 from protoclf.report_cards import Card, Truth, explained_cards, progress

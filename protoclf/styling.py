@@ -12,7 +12,8 @@ import pandas as pd
 import PIL.Image
 
 from protoclf.explanation import BOX, SOURCE_BOX
-from protoclf.images import ImageError, Images
+from protoclf.image_errors import ImageError
+from protoclf.images import Images
 from protoclf.thumbnails import thumbnail_of
 
 if TYPE_CHECKING:

@@ -8,17 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from protoclf.image_dataset import ImageDataset, in_whole
-from protoclf.images import ImageError
-
-
-def is_batches(X: Any) -> bool:
-    """Return whether X is a data set of ours, or a part of one: of whole batches, not of images."""
-    if not isinstance(X, Dataset) or isinstance(X, IterableDataset):
-        return False
-    kind = type(in_whole(X)[0])
-    batches_alone = kind.__getitem__ is Dataset.__getitem__ and hasattr(kind, "__getitems__")
-    return batches_alone or kind is ImageDataset
+from protoclf.image_errors import ImageError
 
 
 def unpacked(X: Any, y: Any) -> tuple[Any, Any]:

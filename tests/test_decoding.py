@@ -10,7 +10,8 @@ import torch
 
 from protoclf.decoding import check_files, decode
 from protoclf.geometry import Preprocessing
-from protoclf.images import ImageError, Images
+from protoclf.image_errors import ImageError
+from protoclf.images import Images
 
 # ---- files that cannot be read ------------------------------------------------------------
 

@@ -71,6 +71,32 @@ def test_a_file_that_changes_is_seen_anew(files, tmp_path, backbone_images):
     assert sum(backbone_images) == len(X) + 1
 
 
+@pytest.mark.parametrize("given", [{}, {"on_bad_image": "skip"}])
+def test_a_file_that_is_replaced_while_it_is_read_is_not_kept(files, tmp_path, monkeypatch, given):
+    X, y = files
+    clf = frozen(tmp_path / "m", **given).fit(X, y)
+    expected = clf.decision_function(X[:2])
+    shutil.rmtree(tmp_path / "m")
+    recent_features.clear()
+    decode = image_dataset.decode
+
+    def replaced_behind(*args, **kwargs):
+        decoded = decode(*args, **kwargs)
+        shutil.copy(X[1], X[0])
+        return decoded
+
+    with monkeypatch.context() as patched:
+        patched.setattr(image_dataset, "decode", replaced_behind)
+        if given:  # which decodes first of all
+            with pytest.warns(UserWarning, match="was changed"):
+                clone(clf).fit(X, y)
+        else:
+            np.testing.assert_array_equal(clf.decision_function(X[:2]), expected)
+    recent_features.clear()
+    again = clf.decision_function(X[:2])  # of the picture that is there now
+    np.testing.assert_allclose(again, expected[[1, 1]], atol=1e-5)
+
+
 def test_arrays_and_pictures_are_known_by_their_pixels(squares, tmp_path, backbone_images):
     X, y = squares
     clf = frozen(tmp_path / "m").fit(X, y)

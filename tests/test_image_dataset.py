@@ -12,7 +12,8 @@ from torchvision.transforms import v2
 from protoclf.augmentation import AugmentedDataset, augmentation_of
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
-from protoclf.images import ImageError, Images
+from protoclf.image_errors import ImageError
+from protoclf.images import Images
 
 
 def dataset_of(paths, keep=False, **options):
@@ -40,6 +41,16 @@ def test_dataset_batch_equals_singles(paths, keep):
     assert dataset.sizes([4, 5, 0]).tolist() == [[60, 40]] * 3
     if keep:
         assert copy.copy(dataset).pixels is dataset.pixels
+
+
+def test_the_data_set_of_some_images_shares_their_pixels(paths):
+    dataset = dataset_of(paths, keep=True)
+    part = dataset.of(np.array([4, 1, 5]), [0, 1, 2], None)
+    inner = part.of(np.array([2, 0]), [0, 1], None)
+    assert inner.pixels is part.pixels is dataset.pixels
+    expected = dataset.decoded(np.array([5, 4]))
+    assert torch.equal(inner.decoded(np.array([0, 1])), expected)
+    assert not torch.equal(expected[0], expected[1])
 
 
 def test_dataset_without_labels_and_with_wrong_ones(paths):

@@ -12,7 +12,8 @@ from scipy import sparse
 
 from protoclf.decoding import check_files, decode
 from protoclf.geometry import Preprocessing
-from protoclf.images import ImageError, Images, conflicting_labels
+from protoclf.image_errors import ImageError
+from protoclf.images import Images, conflicting_labels
 
 
 def error_of(X, *words):

@@ -9,7 +9,7 @@ import pytest
 from colour_model import CELL, COLOURS, SIDE, colour_model, picture
 
 from protoclf.explanation import BOX
-from protoclf.images import ImageError
+from protoclf.image_errors import ImageError
 from protoclf.metrics import PartMasks, interpretability_report, object_coverage, pointing
 
 RED = COLOURS["red"]

@@ -8,7 +8,11 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from protoclf import ImageError, ProtoPNetClassifier
+from protoclf import ImageError, ProtoPNetClassifier, ProtoPNetEnsemble
+from protoclf.editing import forbid, remove
+from protoclf.metrics import deletion_score
+from protoclf.nearest_patches import nearest_patches
+from protoclf.report import write_report
 
 
 def small():
@@ -84,6 +88,21 @@ def test_what_was_fitted_to_a_data_set_answers_it(squares):
     in_batches = InBatches(squares)
     again = small().fit(in_batches)
     assert np.array_equal(again.decision_function(in_batches), clf.decision_function(X))
+
+
+def test_whatever_takes_images_takes_a_data_set(squares, tmp_path):
+    X, y = squares
+    photos = Photos(squares)
+    clf = small().set_params(prototypes_per_class=2).fit(X, y)
+    found = nearest_patches(clf, photos, y=y, k=2)
+    pd.testing.assert_frame_equal(found, nearest_patches(clf, X, y=y, k=2))
+    assert forbid(clf, [0], photos, y, k=1).coef_.shape == clf.coef_.shape
+    removed, expected = (remove(clf, [0], X=images, y=y).coef_ for images in (photos, X))
+    assert np.array_equal(removed, expected)
+    pd.testing.assert_frame_equal(deletion_score(clf, photos), deletion_score(clf, X))
+    assert write_report(clf, photos, y, tmp_path / "report.html").stat().st_size > 1000
+    ensemble = ProtoPNetEnsemble([("a", clf)], verbose=0).fit(photos)
+    assert ensemble.predict(photos).tolist() == clf.predict(X).tolist()
 
 
 class Stream(IterableDataset):

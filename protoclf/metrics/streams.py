@@ -15,7 +15,8 @@ from protoclf.explanation import UNREADABLE
 from protoclf.features import feature_batches
 from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
-from protoclf.images import ImageError, Images
+from protoclf.image_errors import ImageError
+from protoclf.images import Images
 from protoclf.labels import encode, read_labels
 
 if TYPE_CHECKING:
