@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclf.fit_key import changes, described
+from protoclf.fingerprints import described
+from protoclf.fit_key import changes
 
 if TYPE_CHECKING:
     from protoclf.net import SkorchProtoPNet
@@ -185,15 +186,21 @@ def _restore_callbacks(net: SkorchProtoPNet, states: dict[str, dict[str, Any]]) 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(v) for key, v in value.items())
-    if isinstance(value, list | tuple):
+        return all(type(key) is str and _is_plain(v) for key, v in value.items())
+    if type(value) in (list, tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | np.number | Tensor)
+    if isinstance(value, np.number | np.bool_ | np.str_ | Tensor):
+        return True
+    return type(value) in (type(None), bool, int, float, str)  # subclasses could not be read
 
 
 def _plain(value: Any) -> Any:
-    """Return numbers of numpy as those of Python."""
-    return value.item() if isinstance(value, np.number) else value
+    """Return numbers of numpy as those of Python, in whatever holds them."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _json(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Digests of what results depend on: the code and the state of modules, and this package's code.
 
-Two things of the same digest compute the same, in whatever process; where one cannot tell, the
-digests differ.
+Two things of the same digest compute the same, in whatever process, as far as Python can tell: of
+functions and classes the code counts, and that of the functions which they call by name; of torch
+and other libraries the version. What C code holds is not seen, nor what is looked up by a string.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import functools
 import hashlib
 import importlib.resources
 import inspect
+import os
+import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy
@@ -20,9 +23,17 @@ import sklearn
 import torch
 from torch import Tensor, nn
 
-from protoclf.fit_key import described
-
 _OF_EVERY_MODULE = {*vars(nn.Module()), "training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+_LIBRARIES = {
+    *(sys.stdlib_module_names - {"builtins"}),  # where `exec` puts what it defines, too
+    *("PIL", "numpy", "pandas", "scipy", "sklearn", "skorch", "torch", "torchvision"),
+}
+"""Known by their versions."""
+
+_PLAIN = (type(None), str, bool, int, float, complex, bytes, numpy.generic)
+_DEPTH = 6
 
 
 def module_digest(module: nn.Module) -> str:
@@ -32,15 +43,14 @@ def module_digest(module: nn.Module) -> str:
 
 def structure_digest(module: nn.Module) -> str:
     """Return a digest of all of a module but its weights and buffers."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr(module).encode())
-    classes: set[Any] = {c for layer in module.modules() for c in type(layer).__mro__}
-    for source in sorted(map(_source, classes)):
-        digest.update(source)
+    describer = _Describer(hidden=True)
+    parts = [repr(module)]
+    kinds = {type(layer) for layer in module.modules()}
+    parts += [describer.of(kind) for kind in sorted(kinds, key=_name)]
     for name, layer in module.named_modules():
         for attribute, value in _attributes(layer).items():
-            digest.update(f"{name}.{attribute} {_described(value)}".encode())
-    return digest.hexdigest()
+            parts.append(f"{name}.{attribute} {describer.of(value)}")
+    return _digest(parts)
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -48,7 +58,9 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()  # processors have instructions for it
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        # a copy: of one number, what is called contiguous may have any stride
+        rows = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+        digest.update(rows.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -64,6 +76,157 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+def described(value: Any) -> str:
+    """Return what a value is, the same in another process: no address, but digests.
+
+    Attributes of objects whose names begin or end with an underscore are left out: those are what
+    callbacks have learned.
+    """
+    return _Describer().of(value)
+
+
+class _Describer:
+    """Says what values are; of functions and classes that refer to one another, once.
+
+    Parameters
+    ----------
+    hidden : bool, default=False
+        Whether attributes count whose names begin or end with an underscore.
+    """
+
+    def __init__(self, hidden: bool = False) -> None:
+        self.hidden = hidden
+        self._known: dict[Any, str] = {}  # functions and classes; of open ones the name
+
+    def of(self, value: Any, depth: int = 0) -> str:
+        if isinstance(value, os.PathLike):
+            return repr(os.fspath(value))
+        if isinstance(value, _PLAIN):
+            return repr(value)
+        if isinstance(value, nn.Module):
+            return f"{value!r} {state_digest(value.state_dict())}"
+        if isinstance(value, Tensor):
+            return f"tensor {tuple(value.shape)} {state_digest({'': value})}"
+        if isinstance(value, numpy.ndarray):
+            return f"array {value.shape} {_digest([repr(value.tolist())])}"
+        if isinstance(value, Mapping):
+            return repr({str(k): self.of(v, depth + 1) for k, v in value.items()})
+        if isinstance(value, set | frozenset):
+            return repr(sorted(self.of(v, depth + 1) for v in value))
+        if isinstance(value, list | tuple):
+            return repr([self.of(v, depth + 1) for v in value])
+        return self._code_of(value) or self._object(value, depth)
+
+    def _object(self, value: Any, depth: int) -> str:
+        parts = getattr(value, "__dict__", {}) if depth < _DEPTH else {}
+        if not self.hidden:
+            parts = {k: v for k, v in parts.items() if not (k.startswith("_") or k.endswith("_"))}
+        return f"{self.of(type(value))} {self.of(parts, depth + 1)}"
+
+    def _code_of(self, value: Any) -> str:
+        """Describe a function or a class; nothing for another object."""
+        if isinstance(value, functools.partial):
+            return f"partial {self.of([value.func, value.args, value.keywords])}"
+        if inspect.ismethod(value):
+            owner = value.__self__  # a module's own method is known by its class
+            inside = "" if isinstance(owner, nn.Module) else self.of(owner, 1)
+            return f"{self.of(value.__func__)} of {inside}"
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            return ""
+        if _is_of_library(value):
+            return _name(value)
+        if value not in self._known:
+            self._known[value] = _name(value)
+            parts = self._class(value) if inspect.isclass(value) else self._function(value)
+            self._known[value] = f"{value.__name__} {_digest([_name(value), *parts])}"
+        return self._known[value]
+
+    def _class(self, kind: type) -> Iterator[str]:
+        for base in kind.__mro__:
+            if not _is_of_library(base):
+                yield _source(base)
+                for function in _functions_of(base):
+                    yield from self._function(function)
+
+    def _function(self, function: Any) -> Iterator[str]:
+        if not inspect.isfunction(function):
+            return
+        code = function.__code__
+        yield _instructions(code)
+        yield self.of([function.__defaults__, function.__kwdefaults__])
+        for value in (*_held(function), *_used(code, function.__globals__)):
+            # of any other object the type: a logger, say, knows all others of the process
+            yield self.of(value if _is_code(value) or _is_data(value) else type(value))
+
+
+def _is_code(value: Any) -> bool:
+    code = inspect.isclass(value) or inspect.isroutine(value)
+    return code or isinstance(value, functools.partial)
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_data, value))
+    return isinstance(value, (*_PLAIN, Tensor, numpy.ndarray))
+
+
+def _name(of: Any) -> str:
+    return f"{getattr(of, '__module__', None)}.{of.__qualname__}"
+
+
+def _is_of_library(value: Any) -> bool:
+    return _name(value).partition(".")[0] in _LIBRARIES
+
+
+def _functions_of(kind: type) -> Iterator[Any]:
+    """Yield the functions of a class, what decorators of the language wrap included."""
+    for value in vars(kind).values():
+        if isinstance(value, property):
+            yield from (f for f in (value.fget, value.fset) if f is not None)
+        else:
+            yield getattr(value, "__func__", getattr(value, "func", value))
+
+
+def _held(function: types.FunctionType) -> list[Any]:
+    """Return what a function has from around it."""
+    cells = function.__closure__ or ()
+    return [cell.cell_contents for cell in cells if cell != types.CellType()]
+
+
+def _used(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield what a function refers to by name in its module, and in other modules that it names."""
+    for name in code.co_names:
+        value = names.get(name)
+        if not isinstance(value, types.ModuleType):
+            yield value
+        elif value.__name__.partition(".")[0] not in _LIBRARIES:
+            yield from (vars(value)[n] for n in code.co_names if n in vars(value))
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from _used(constant, names)
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    """Return the source code of a class, if there is any: at a prompt there is none."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return kind.__qualname__
+
+
+def _instructions(code: types.CodeType) -> str:
+    """Return the instructions of a function, and the constants and names that they use."""
+    constants = [_instructions(c) if inspect.iscode(c) else _constant(c) for c in code.co_consts]
+    return repr((code.co_code, code.co_names, constants))
+
+
+def _constant(value: Any) -> str:
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+
+
 def _attributes(layer: nn.Module) -> dict[str, Any]:
     """Return what a layer holds beside parameters, buffers and layers; hooks, if it has any."""
     own = {name: v for name, v in vars(layer).items() if name not in _OF_EVERY_MODULE}
@@ -71,40 +234,8 @@ def _attributes(layer: nn.Module) -> dict[str, Any]:
     return own | {name: functions for name, functions in hooks.items() if functions}
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def _described(value: Any) -> str:
-    """Return what `described` does, with the code of functions in place of their names."""
-    if isinstance(value, list | tuple):
-        return repr([_described(v) for v in value])
-    if isinstance(value, functools.partial):
-        return f"partial {_described([value.func, value.args, sorted(value.keywords.items())])}"
-    if inspect.ismethod(value):
-        owner = value.__self__  # a module's own method is known by its class
-        inside = "" if isinstance(owner, nn.Module) else described(owner)
-        return f"{_described(value.__func__)} of {inside}"
-    if inspect.isfunction(value):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        held = [type(c).__name__ if isinstance(c, nn.Module) else described(c) for c in cells]
-        return f"{value.__qualname__} {_code(value.__code__)!r} {held} {value.__defaults__}"
-    return described(value)
-
-
-@functools.cache
-def _source(of: Any) -> bytes:
-    """Source code of a class; torch's own are known by its version."""
-    name = f"{of.__module__}.{of.__qualname__}".encode()
-    if of.__module__.startswith(("torch.", "torchvision.")):
-        return name
-    try:
-        return name + inspect.getsource(of).encode()
-    except (OSError, TypeError):  # defined at a prompt
-        functions = [f for f in vars(of).values() if inspect.isfunction(f)]
-        return name + b"".join(_code(f.__code__) for f in functions)
-
-
-def _code(code: types.CodeType) -> bytes:
-    """Instructions of a function, and the constants and names that they use."""
-    constants = [_code(c) if inspect.iscode(c) else repr(c).encode() for c in code.co_consts]
-    return code.co_code + repr(code.co_names).encode() + b"".join(constants)
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protoclf.acceleration import float32_matmul_precision
 from protoclf.array_store import ArrayStore
 from protoclf.features import Arrays, FitData
-from protoclf.fingerprints import code_digest, state_digest
-from protoclf.fit_key import described
-from protoclf.images import ImageError
+from protoclf.fingerprints import code_digest, described, state_digest
+from protoclf.image_errors import ImageError
 from protoclf.net import SkorchProtoPNet
 
 LARGEST = 2**27
@@ -83,7 +83,7 @@ def _key(net: SkorchProtoPNet, data: FitData, what: Any, state: Mapping[str, Ten
         # what rounding depends on: the batches, and how matrices are multiplied
         *(net.batch_size, net.images_at_once()),
         *(described(net.get_params_for("iterator_valid")), described(loader)),
-        *(torch.get_num_threads(), torch.get_float32_matmul_precision()),
+        *(torch.get_num_threads(), float32_matmul_precision()),
         *(torch.backends.cpu.get_cpu_capability(), images),
     )
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
 from protoclf.features import Arrays, FitData
-from protoclf.fit_key import described
+from protoclf.fingerprints import described
 from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c

@@ -1,5 +1,6 @@
 """A fit that is stopped goes on from its checkpoint and ends in the same model."""
 
+import collections
 import errno
 import os
 import signal
@@ -108,6 +109,49 @@ def test_early_stopping_and_a_random_seed_go_on_too(tmp_path):
         stopped.fit(X, y)
     resumed = classifier("joint", random_state=None, checkpoint=tmp_path, callbacks=[Stop()])
     assert resumed.fit(X, y).seed_ == stopped.seed_
+
+
+class Noting(Callback):
+    """Remembers numbers of all kinds, in whatever holds them, and what no checkpoint can hold."""
+
+    def initialize(self):
+        self.seen, self.best, self.kinds = [], {"loss": [np.float32(9)]}, ()
+        self.unknown = {"a": object(), "b": [collections.Counter()]}
+
+    def on_epoch_end(self, net, **kwargs):
+        self.seen.append(np.float64(net.history[-1, "train_loss"]))
+        self.kinds = (np.int64(1), np.bool_(True), np.str_("a"), True, None, "b", 2, 0.5)
+        self.best["loss"].append(min(self.seen))
+
+
+def test_what_callbacks_remember_is_kept_where_it_is_plain(tmp_path):
+    X, y = pictures()
+    expected = classifier("joint", callbacks=[Noting()]).fit(X, y)
+    with pytest.raises(RuntimeError, match="stopped"):
+        classifier("joint", callbacks=[Noting(), Stop(2)], checkpoint=tmp_path).fit(X, y)
+    resumed = classifier("joint", callbacks=[Noting(), Stop()], checkpoint=tmp_path).fit(X, y)
+    (noted,) = (callback for _, callback in resumed.callbacks_ if isinstance(callback, Noting))
+    (wanted,) = (callback for _, callback in expected.callbacks_ if isinstance(callback, Noting))
+    assert len(noted.seen) > 2
+    assert noted.seen == wanted.seen
+    assert noted.best == wanted.best
+    assert noted.kinds == wanted.kinds
+
+
+def test_another_function_is_another_fit(tmp_path):
+    X, y = pictures()
+
+    def made(augmentation, stop=None):
+        callbacks = [Stop(stop) if stop else Stop()]
+        return classifier(
+            "joint", augmentation=augmentation, callbacks=callbacks, checkpoint=tmp_path
+        )
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        made(lambda x: x, 2).fit(X, y)
+    with pytest.raises(CheckpointError, match=r"augmentation was <lambda> \w+\.\.\., is <lambda> "):
+        made(lambda x: 255 - x).fit(X, y)
+    made(lambda x: x).fit(X, y)
 
 
 @pytest.fixture

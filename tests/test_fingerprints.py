@@ -2,15 +2,20 @@
 
 import copy
 import functools
+import importlib
+import os
 import pickle
+import subprocess
+import sys
 
+import pytest
 import torch
 from torch import nn
 
 from protoclf import backbone_facts, fingerprints
 from protoclf.backbone_facts import facts_of
 from protoclf.backbones import SmallCNN
-from protoclf.fingerprints import code_digest, module_digest, state_digest
+from protoclf.fingerprints import code_digest, described, module_digest, state_digest
 
 
 def scaled(x, factor):
@@ -74,10 +79,101 @@ def test_a_base_class_counts():
     assert made(2) != made(3)
 
 
+HELPED = """
+import torch
+from torch import nn
+
+SLOPE = {slope}
+
+def bent(x):
+    return {function}(x, SLOPE)
+
+class Helped(nn.Module):
+    def forward(self, x):
+        return twice(x)
+
+    @staticmethod
+    def of(x):
+        return SHIFTS[{shift}] + x
+
+def twice(x):
+    return bent(bent(x)) if SLOPE else twice(x)
+
+SHIFTS = [1.0, {last}]
+"""
+
+
+@pytest.mark.parametrize(
+    "changed", [{"slope": 0.2}, {"function": "max"}, {"shift": 1}, {"last": 3.0}]
+)
+def test_what_a_backbone_calls_by_name_counts(changed):
+    def made(slope=0.1, function="nn.functional.leaky_relu", shift=0, last=2.0):
+        text = HELPED.format(slope=slope, function=function, shift=shift, last=last)
+        exec(text, space := {"__name__": "helped"})
+        return module_digest(space["Helped"]())
+
+    assert made() == made()
+    assert made() != made(**changed)
+
+
+def test_what_another_module_holds_counts_where_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helpers_of_backbone.py").write_text("def act(x):\n    return x + 1")
+    helpers = importlib.import_module("helpers_of_backbone")
+
+    space = {"helpers": helpers, "nn": nn, "__name__": "calling"}
+    exec("class A(nn.Module):\n    def forward(self, x):\n        return helpers.act(x)", space)
+    before = module_digest(space["A"]())
+    assert module_digest(space["A"]()) == before
+    helpers.act = lambda x: x + 2
+    assert module_digest(space["A"]()) != before
+
+
+class Holder:
+    def __init__(self, secret):
+        self._secret = secret
+
+
+def test_hidden_attributes_of_objects_count_in_modules_and_not_in_parameters():
+    assert module_digest(Base(Holder(1))) != module_digest(Base(Holder(2)))
+    assert described(Holder(1)) == described(Holder(2))
+
+
+def test_functions_are_described_by_their_code():
+    made = [lambda x: x, lambda x: 255 - x, scaled, functools.partial(scaled, factor=2)]
+    made += [functools.partial(scaled, factor=3), torch.relu, torch.sigmoid, str.join, len]
+    assert len({described(function) for function in made}) == len(made)
+    assert described(torch.optim.Adam) == "torch.optim.adam.Adam"
+
+
+def test_a_description_is_the_same_in_another_process():
+    code = (
+        "from protoclf.fingerprints import described, module_digest\n"
+        "from protoclf.backbones import SmallCNN\nimport torch\n"
+        "names = {str(i) for i in range(20)}\n"
+        "def chosen(x):\n    return x in {'a', 'b', 'c', 'd'} or x in names\n"
+        "torch.manual_seed(0)\n"
+        "print(described([chosen, names]), module_digest(SmallCNN(8)))"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert runs[0] == runs[1]
+
+
 def test_names_types_and_shapes_of_tensors_count():
     tensors = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32)]
     digests = {state_digest({name: t}) for t in tensors for name in ("a", "b")}
     assert len(digests) == 6
+    assert state_digest({"a": torch.arange(3)[::3]}) == state_digest({"a": torch.zeros(1).long()})
+    assert state_digest({"a": torch.tensor(1)}) != state_digest({"a": torch.tensor([1])})
 
 
 def test_the_digest_of_the_code_covers_every_file(monkeypatch, tmp_path):
