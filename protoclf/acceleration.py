@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-_LARGEST_BLOCK = 2**30  # bytes
+_LARGEST_BLOCKS = 2**30, 2**25  # bytes; older versions of glibc take no more than the second
 _FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # flags of x86 processors
 
 
@@ -29,9 +29,8 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is None:
         return False
-    return bool(
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    )
+    keeps_large = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGEST_BLOCKS)
+    return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and keeps_large)
 
 
 def return_freed_memory() -> None:
@@ -56,6 +55,14 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     flags = next((line for line in lines if line.startswith("flags")), "")
     return frozenset(flags.partition(":")[2].split())
+
+
+def float32_matmul_precision() -> str:
+    """Return torch's setting; "medium", the least, where there is one for each kind of device."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch.backends...fp32_precision was set
+        return "medium"
 
 
 def takes_channels_last(backbone: nn.Module, image_size: int) -> bool:

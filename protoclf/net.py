@@ -23,7 +23,7 @@ from protoclf.backbone_facts import facts_of, folds_of, takes_micro_batches
 from protoclf.backbones import build_backbone
 from protoclf.concepts import Concepts
 from protoclf.geometry import Preprocessing
-from protoclf.image_dataset import ImageDataset
+from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.images import Images
 from protoclf.last_layer import LastLayerResult
 from protoclf.losses import ProtoPNetLoss
@@ -39,7 +39,6 @@ from protoclf.parameters import (
 from protoclf.penalty import Activations
 from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry
-from protoclf.torch_datasets import is_batches, unpacked
 
 _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
@@ -49,6 +48,11 @@ _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
 _MICRO_BATCH = 8  # images, on a CPU
 _MODULES_GIVEN = ("backbone", "augmentation")
 _NETWORK_INPUTS = ("images", "features")
+_OF_WORKERS = frozenset(
+    {"num_workers", "persistent_workers", "prefetch_factor", "timeout", "multiprocessing_context"}
+)
+"""Options of a loader that has worker processes."""
+
 _STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
 
 
@@ -229,7 +233,6 @@ class SkorchProtoPNet(NeuralNetClassifier):
         """Return batches of images for X (called by skorch)."""
         if is_batches(X):
             return X
-        X, _ = unpacked(X, y)
         return ImageDataset(Images(X), self.preprocessing_, y, on_bad_image=self.on_bad_image)
 
     def get_iterator(
@@ -241,8 +244,9 @@ class SkorchProtoPNet(NeuralNetClassifier):
         kwargs = {"batch_size": self.batch_size, "collate_fn": ImageDataset.collate}
         kwargs |= {"shuffle": training} if rows is None else {"sampler": rows}
         kwargs |= self.get_params_for(name)
-        if getattr(dataset, "in_memory", False):
-            kwargs["num_workers"] = 0  # workers would only copy
+        # a worker would only copy what is in memory, and note to itself what it cannot read
+        if getattr(dataset, "in_memory", False) or self.on_bad_image == "skip":
+            kwargs = {k: v for k, v in kwargs.items() if k not in _OF_WORKERS}
         elif torch.device(self.device).type == "cuda":
             kwargs.setdefault("pin_memory", True)
         return getattr(self, name)(dataset, **kwargs)

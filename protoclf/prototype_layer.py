@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoclf.acceleration import float32_matmul_precision
+
 _BLOCK_CPU = 2**20  # numbers in a block: 4 MiB of float32, little enough to stay in the caches
 _BLOCK_GPU = 2**25  # 128 MiB: few launches matter more than caches
 _PER_PAIR = 16  # numbers that the backward pass makes for an image and a prototype, at most
@@ -281,7 +283,7 @@ def _sharpen(
 def _product_eps(x: Tensor) -> float:
     """Return the last place of a matrix product, which users may give up digits of."""
     eps = {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-7}
-    given_up = eps[torch.get_float32_matmul_precision()] if x.dtype == torch.float32 else 0.0
+    given_up = eps[float32_matmul_precision()] if x.dtype == torch.float32 else 0.0
     return max(torch.finfo(x.dtype).eps, given_up)
 
 

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from protoclf import ProtoPNetClassifier, net
 from protoclf import acceleration as fast
+from protoclf.prototype_layer import min_distances
 
 RESIDENT = """
 import sys, torch
@@ -37,6 +39,33 @@ def test_the_allocator_keeps_memory_until_told_to_return_it(how, kept):
     freed, returned = map(int, output.split())
     assert (freed > 150) is kept
     assert returned < 50
+
+
+def test_older_versions_of_glibc_keep_smaller_blocks(monkeypatch):
+    asked = []
+
+    def mallopt(what, size):
+        asked.append((what, size))
+        return int(what == -1 or size <= 2**25)
+
+    monkeypatch.setattr(fast.sys, "platform", "linux")
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert fast.keep_freed_memory.__wrapped__()
+    assert asked == [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]
+
+
+def test_a_precision_of_products_for_each_kind_of_device_is_the_least(squares):
+    layer = torch.backends.cuda.matmul
+    before = layer.fp32_precision
+    z, p = torch.rand(2, 4, 3, 3), torch.rand(3, 4, 1, 1)
+    expected = min_distances(z, p)[0]
+    layer.fp32_precision = "tf32"
+    try:
+        assert fast.float32_matmul_precision() == "medium"
+        torch.testing.assert_close(min_distances(z, p)[0], expected)
+    finally:
+        layer.fp32_precision = before
+    assert fast.float32_matmul_precision() == "highest"
 
 
 def test_channels_last_where_the_backbone_can():

@@ -1,5 +1,6 @@
 """Images that cannot be read, that change or vanish; and numbers that are none."""
 
+import copy
 import os
 
 import numpy as np
@@ -104,6 +105,14 @@ def test_rows_without_an_answer(fitted_to_skip, whole, damaged):
         found, expected = method(damaged), method(whole)
         assert np.isnan(found[BAD]).all()
         assert np.array_equal(found[good], expected[good])
+
+
+def test_loaders_with_workers_note_them_too(fitted_to_skip, damaged):
+    clf = copy.deepcopy(fitted_to_skip)
+    clf.set_params(iterator_valid__num_workers=1, iterator_valid__persistent_workers=True)
+    expected = fitted_to_skip.predict(damaged[:5])
+    assert expected[BAD[0]] is None
+    assert clf.predict(damaged[:5]).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("options", [{}, {"top": 1}, {"classes": "all"}, {"classes": "top2"}])
