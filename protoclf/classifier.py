@@ -326,8 +326,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         The paper augments the training images once, before training, and its code makes 30 of each,
         so that an epoch there has 30 times as many steps; here the joint stage augments them
         anew, and the warm-up sees them as they are (`examples/reproduce_paper.py` makes as many
-        steps). The last layer is solved to its
-        optimum in place of the paper's 20 iterations of Adam.
+        steps). The last layer has sign bounds and a penalty on all weights, and is solved to its
+        optimum in place of the paper's 20 iterations of Adam; each cycle starts with it at +1 and
+        -0.5.
         """
         settings: dict[str, Any] = {
             "backbone": "resnet34",

@@ -1,8 +1,9 @@
 """The last layer: a sparse, sign-constrained softmax regression, solved to a certified optimum.
 
-This is stage 3 of ProtoPNet (Chen et al., 2019): with the activations g of all prototypes fixed,
-minimise over W the mean cross-entropy of the logits G W^T plus lambda_l1 * sum |W|, where a
-prototype may only speak for its own class (W_cj >= 0) and against the others (W_cj <= 0).
+Stage 3 of ProtoPNet (Chen et al., 2019, section 2.2), with bounds: with the activations g of all
+prototypes fixed, minimise over W the mean cross-entropy of the logits G W^T plus lambda_l1 *
+sum |W|, where a prototype may only speak for its own class (W_cj >= 0) and against the others
+(W_cj <= 0). The paper has no bounds, and penalises the weights to other classes alone.
 
 With V = |W| >= 0 the penalty is linear, so what is left is smooth, convex, and bounded below. It is
 solved by a proximal Newton method (Lee, Sun and Saunders, 2014) on a small working set of weights:
