@@ -51,6 +51,10 @@ def never_stopped(name):
     return classifier(name).fit(*pictures())
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 ROWS = {"joint": 5, "two cycles": 8, "auto": 4, "frozen": 4}
 
 
@@ -77,7 +81,7 @@ def test_a_fit_that_is_stopped_anywhere_ends_in_the_same_model(tmp_path, monkeyp
     assert len(trained) == sum(len(r["batches"]) for r in left)
 
 
-@pytest.mark.parametrize("moment", ["start", "second epoch", "writing", "projection"])
+@pytest.mark.parametrize("moment", [slow("start"), "second epoch", "writing", slow("projection")])
 def test_a_process_that_is_killed_goes_on(tmp_path, moment):
     X, y = pictures()
     command = [sys.executable, str(WORKER), str(tmp_path), moment]

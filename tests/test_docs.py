@@ -20,8 +20,13 @@ def code_blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
+def marked(page):
+    slow = page.name in ("clusters.md", "tutorial.md")  # which train for longer
+    return pytest.param(page, id=page.name, marks=[pytest.mark.slow] if slow else [])
+
+
 @pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")
-@pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p)], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [marked(p) for p in PAGES if code_blocks(p)])
 def test_code_blocks_run_in_their_order(page, tmp_path, monkeypatch, capsys):
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)

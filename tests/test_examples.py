@@ -32,12 +32,14 @@ def test_quickstart_prints_accuracies_and_a_sheet_and_saves_it(tmp_path):
     assert (tmp_path / "결과 폴더" / "explanation.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_quickstart_takes_a_folder_of_classes(tmp_path):
     make_birds(tmp_path / "birds", 8, 64)
     arguments = ("--images", tmp_path / "birds", "--epochs", 1, "--prototypes", 2)
     assert "48 training images, 16 test" in run("quickstart.py", *arguments, "--output", tmp_path)
 
 
+@pytest.mark.slow
 def test_confounders_are_found_and_forbidden(tmp_path):
     arguments = ("--epochs", 2, "--per-class", 6, "--output", tmp_path)
     printed = run("confounders.py", *arguments)

@@ -39,7 +39,7 @@ def test_batches_are_the_rows_asked_for(weighted):
     weight = torch.rand(6) if weighted else None
     dataset = FeatureDataset(features, y, weight, torch.arange(len(y)))
     assert len(dataset) == 6
-    assert dataset.in_memory
+    assert dataset.takes_no_workers
     for index in ([4, 0, 4], np.array([4, 0, 4]), torch.tensor([4, 0, 4])):
         inputs, target = dataset.__getitems__(index)
         assert torch.equal(inputs["features"], features[[4, 0, 4]])

@@ -213,7 +213,10 @@ def photos(tmp_path_factory):
     "settings",
     [
         {"resize": "crop"},
-        {"resize": "squash", "similarity": "log", "prototype_size": (2, 3), "lambda_l1": 0.01},
+        pytest.param(
+            {"resize": "squash", "similarity": "log", "prototype_size": (2, 3), "lambda_l1": 0.01},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["crop", "squash"],
 )

@@ -890,6 +890,7 @@ def test_damaged_bytes_crash_nothing(saved, master, images, data):
         (saved / name).write_bytes(whole)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_damaged_json_crashes_nothing(saved, master, images, data):
@@ -912,6 +913,7 @@ NUMBERS = st.sampled_from([math.nan, math.inf, -1.0, 0.0, 1.0, 1e30, -1e30, 2.0*
 TYPES = st.sampled_from([torch.float32, torch.float64, torch.int64, torch.uint8, torch.bfloat16])
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_damaged_tensors_crash_nothing(saved, master, images, data):

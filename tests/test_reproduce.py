@@ -41,6 +41,7 @@ def rows_in(folder):
     return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")
 @pytest.mark.parametrize("settings", ["paper", "default"])
 def test_rows_hold_what_the_saved_models_score_and_are_not_run_again(run, settings, tmp_path):

@@ -191,6 +191,7 @@ def test_names_that_parquet_cannot_hold_are_listed(script, saved, photos, tmp_pa
 # ---- restarts ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_computes_nothing_twice(saved, photos, fitted, tmp_path):
     _, paths = photos
     paths = paths * 5
