@@ -45,7 +45,7 @@ class AugmentedDataset(Dataset):
         self.device = device
 
     @property
-    def in_memory(self) -> bool:
+    def takes_no_workers(self) -> bool:
         """Whether loader workers could not help: they have no part in what a GPU does."""
         return torch.device(self.device).type != "cpu"
 

@@ -109,7 +109,7 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
             self.__dict__.pop("_replica", None)
             self.optimizer_ = plain
 
-    def network_of(self, training: bool) -> nn.Module:
+    def network_for(self, training: bool) -> nn.Module:
         """Return what runs batches: in training the network that averages gradients."""
         return self.__dict__.get("_replica", self.module_) if training else self.module_
 

@@ -47,7 +47,7 @@ class FeatureDataset(Dataset):
         Which images of X these are.
     """
 
-    in_memory = True
+    takes_no_workers = True
 
     def __init__(
         self, features: Tensor, y: Tensor, sample_weight: Tensor | None, index: Tensor
@@ -78,7 +78,7 @@ class FeatureViews(Dataset):
     views : list of FeatureDataset
     """
 
-    in_memory = True
+    takes_no_workers = True
 
     def __init__(self, views: list[FeatureDataset]) -> None:
         self.views = views

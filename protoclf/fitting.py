@@ -115,7 +115,7 @@ class StagedNet(SkorchProtoPNet):
                 self.prepare_processor()
                 self.module_.keep_statistics(self.batch_norm == "keep")
                 self.notify("on_train_begin", **whole)
-                with self._plain_module.taking(self.images_at_once()):
+                with self.plain_module.taking(self.images_at_once()):
                     self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
         except NotFinite as error:
             raise FloatingPointError(self._about(error, dataset.images)) from error

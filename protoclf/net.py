@@ -122,7 +122,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def head(self) -> dict[str, Tensor]:
         """Return the state of the network but for the backbone."""
-        state = self._plain_module.state_dict()
+        state = self.plain_module.state_dict()
         return {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
 
     def set_head(self, head: Mapping[str, Any]) -> None:
@@ -130,10 +130,10 @@ class SkorchProtoPNet(NeuralNetClassifier):
         state = {name: torch.as_tensor(v, device=self.device) for name, v in head.items()}
         names = ("prototypes", "owner", "last_layer.weight")
         self.replace_prototypes(*(state[name].clone() for name in names))
-        self._plain_module.load_state_dict(state, strict=False)
+        self.plain_module.load_state_dict(state, strict=False)
 
     @property
-    def _plain_module(self) -> ProtoPNet:
+    def plain_module(self) -> ProtoPNet:
         """The network itself, where it is compiled too."""
         return getattr(self.module_, "_orig_mod", self.module_)
 
@@ -151,7 +151,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def find_folds(self) -> None:
         """Find out which batch-norm layers training may fold away, unless a compiler has them."""
-        module = self._plain_module
+        module = self.plain_module
         if module.settled and not self.compile:
             module.folds = folds_of(module.backbone, self.image_size)
 
@@ -197,7 +197,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     def _obstacle_to_pieces(self) -> str:
         """Say why the step of a batch would be another in pieces, or nothing."""
         self._set_training(True)
-        backbone = self._plain_module.backbone
+        backbone = self.plain_module.backbone
         if self.compile:
             return "compile=True compiles for batches of one size"
         if not self.processes.is_alone:
@@ -244,17 +244,17 @@ class SkorchProtoPNet(NeuralNetClassifier):
         kwargs = {"batch_size": self.batch_size, "collate_fn": ImageDataset.collate}
         kwargs |= {"shuffle": training} if rows is None else {"sampler": rows}
         kwargs |= self.get_params_for(name)
-        # a worker would only copy what is in memory, and note to itself what it cannot read
-        if getattr(dataset, "in_memory", False) or self.on_bad_image == "skip":
+        # a worker would copy what is in memory already, and note to itself what it cannot read
+        if getattr(dataset, "takes_no_workers", False) or self.on_bad_image == "skip":
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_WORKERS}
         elif torch.device(self.device).type == "cuda":
-            kwargs.setdefault("pin_memory", True)
+            kwargs.setdefault("ptakes_no_workers", True)
         return getattr(self, name)(dataset, **kwargs)
 
     def infer(self, x: Mapping[str, Tensor], **fit_params: Any) -> Outputs:
         """Run the network on a batch (called by skorch)."""
         used = {k: x[k].to(self.device, non_blocking=True) for k in _NETWORK_INPUTS if k in x}
-        return self.network_of(training=torch.is_grad_enabled())(**used)
+        return self.network_for(training=torch.is_grad_enabled())(**used)
 
     def get_loss(self, y_pred: Outputs, y_true: Tensor, X=None, training=False) -> Tensor:
         """Return the joint loss of a batch (called by skorch)."""
@@ -283,7 +283,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         self._set_training(True)
         y = y.to(self.device)
         losses, outputs = [], []
-        with self._plain_module.sharing_a_fold():
+        with self.plain_module.sharing_a_fold():
             for piece, share in self.criterion_.shares(pieces, y, self._weight(inputs)):
                 part = {name: values[piece] for name, values in inputs.items()}
                 found = self.infer(part)
@@ -316,7 +316,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         """Average gradients over the processes, for the parts that a stage trains."""
         return nullcontext()
 
-    def network_of(self, training: bool) -> nn.Module:
+    def network_for(self, training: bool) -> nn.Module:
         """Return what runs batches."""
         return self.module_
 

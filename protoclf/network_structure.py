@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from protoclf.network import ProtoPNet
-
-if TYPE_CHECKING:
-    from protoclf.classifier import ProtoPNetClassifier
 
 Kind = tuple[str, tuple[Any, ...]]
 """Type and shape of a tensor; None is any length but 0."""
@@ -27,11 +24,6 @@ class ShapesOnly(TorchFunctionMode):
         if function in (torch.empty, torch.zeros, torch.ones, torch.rand):
             kwargs = {**kwargs, "device": "meta"}
         return function(*args, **kwargs)
-
-
-def network_of(clf: ProtoPNetClassifier) -> ProtoPNet:
-    """Return the network itself, where it is compiled too."""
-    return getattr(clf.module_, "_orig_mod", clf.module_)
 
 
 def layers_of(module: nn.Module) -> dict[str, str]:

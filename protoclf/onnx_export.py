@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from protoclf.explanation import BOX
 from protoclf.fitted import check_classifier
 from protoclf.network import ProtoPNet
-from protoclf.network_structure import network_of
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -98,7 +97,7 @@ def export_onnx(clf: ProtoPNetClassifier, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {os.fspath(target.parent)!r} to write to.")
-    exported = _Exported(network_of(clf)).eval()
+    exported = _Exported(clf.plain_module).eval()
     program = _program(exported, clf.preprocessing_.image_size)
     program.model.metadata_props[METADATA_KEY] = json.dumps(_description(clf), allow_nan=False)
     temporary = target.with_name(f".{uuid4().hex}.onnx")
@@ -169,7 +168,7 @@ def _program(exported: _Exported, side: int) -> torch.onnx.ONNXProgram:
 
 def _description(clf: ProtoPNetClassifier) -> dict[str, Any]:
     """Return what a service must know beside the graph, as JSON takes it."""
-    network, geometry, table = network_of(clf), clf.geometry_, clf.prototypes_
+    network, geometry, table = clf.plain_module, clf.geometry_, clf.prototypes_
     rows, cols = network.prototype_size
     down, right = np.arange(geometry.height - rows + 1), np.arange(geometry.width - cols + 1)
     _, y0, _, y1 = geometry.cell_box(down, 0, rows, cols)  # (H',) each

@@ -53,26 +53,26 @@ class Activations:
 
     def with_images(self, g: Tensor) -> Activations:
         """Return the same with others (N, m) of the images as they are."""
-        return Activations(g, self.y, self.owner, self.n_classes, self.weight, self.views.to(g))
+        return self._with(g=g, views=self.views.to(g))
 
     def of_prototypes(self, index: Tensor) -> Activations:
         """Return the activations of some prototypes."""
         columns = index.to(self.g.device)
-        owner, views = self.owner[index.to(self.owner.device)], self.views[..., columns]
-        return Activations(self.g[:, columns], self.y, owner, self.n_classes, self.weight, views)
+        owner = self.owner[index.to(self.owner.device)]
+        return self._with(g=self.g[:, columns], owner=owner, views=self.views[..., columns])
 
     def cpu(self) -> Activations:
         """Return the activations in main memory."""
-        weight = None if self.weight is None else self.weight.cpu()
-        g, y, owner = self.g.cpu(), self.y.cpu(), self.owner.cpu()
-        return Activations(g, y, owner, self.n_classes, weight, self.views.cpu())
+        return self._with(**{k: v.cpu() for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def take(self, index: np.ndarray) -> Activations:
         """Return the activations of some images."""
         rows = torch.from_numpy(index).to(self.g.device)
         weight = None if self.weight is None else self.weight[rows.to(self.weight.device)]
-        known = self.owner, self.n_classes, weight, self.views[:, rows]
-        return Activations(self.g[rows], self.y[rows], *known)
+        return self._with(g=self.g[rows], y=self.y[rows], weight=weight, views=self.views[:, rows])
+
+    def _with(self, **others: Tensor | None) -> Activations:
+        return Activations(**{**vars(self), **others})
 
     def solve(self, penalties: Sequence[float], tol: float = 1e-6) -> list[LastLayerResult]:
         """Solve for each penalty, the largest first, on images and views alike."""

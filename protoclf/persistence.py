@@ -40,7 +40,6 @@ from protoclf.network_structure import (
     is_finite,
     kinds_of,
     layers_of,
-    network_of,
     probe,
 )
 from protoclf.parameters import check_parameters, check_rules
@@ -152,7 +151,7 @@ def _history(clf: ProtoPNetClassifier) -> tuple[list[dict[str, Any]], list[str]]
 
 def _network_facts(clf: ProtoPNetClassifier) -> dict[str, Any]:
     """Return what the network is; parameters may have been set to something else since."""
-    module, backbone = network_of(clf), clf.backbone
+    module, backbone = clf.plain_module, clf.backbone
     layers = layers_of(module.backbone)
     with torch.random.fork_rng(devices=[]), ShapesOnly():
         built = build_backbone(backbone, None)
@@ -173,7 +172,7 @@ def _network_facts(clf: ProtoPNetClassifier) -> dict[str, Any]:
 
 
 def _tensors(clf: ProtoPNetClassifier, pictures: Mapping[int, np.ndarray]) -> dict[str, Tensor]:
-    module, table = network_of(clf), clf.prototypes_
+    module, table = clf.plain_module, clf.prototypes_
     columns = ("source_index", "row", "col", "moved", "strongest_share")
     arrays: dict[str, Any] = {f"prototypes.{name}": table[name].to_numpy() for name in columns}
     arrays["prototypes.box"] = table[BOX].to_numpy()
@@ -273,7 +272,7 @@ def _parameters_of_the_network(saved: SavedModel) -> dict[str, Any]:
 
 
 def _fill_network(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
-    module = network_of(clf)
+    module = clf.plain_module
     state = {
         name.removeprefix("network."): tensor.to(clf.device, copy=True)
         for name, tensor in saved.tensors.items()
