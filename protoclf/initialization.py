@@ -113,10 +113,17 @@ def class_patches(
     some = own if usable is None or not (own & usable).any() else own & usable
     images = _sample(np.flatnonzero(some), _MAX_IMAGES, rng)
     prototypes = net.module_.prototypes
-    patches = torch.cat([patches_of(z, prototypes).flatten(0, 1) for z in data.latents_of(images)])
-    if len(patches) <= _MAX_PATCHES:
-        return patches
-    return patches[torch.from_numpy(_sample(np.arange(len(patches)), _MAX_PATCHES, rng))]
+    parts: list[Tensor] = []
+    rows, start = np.empty(0, int), 0
+    for z in data.latents_of(images):
+        patches = patches_of(z, prototypes)  # (n, L, K)
+        if not parts:
+            rows = _sample(np.arange(len(images) * patches.shape[1]), _MAX_PATCHES, rng)
+        patches = patches.flatten(0, 1)
+        here = rows[(rows >= start) & (rows < start + len(patches))] - start
+        parts.append(patches[torch.from_numpy(here)])
+        start += len(patches)
+    return torch.cat(parts)
 
 
 def _sample(values: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
