@@ -17,7 +17,7 @@ import numpy as np
 def folder_of(memory: Any) -> Path | None:
     """Return the folder that the parameter `memory` names: None, a path or a joblib.Memory."""
     location = memory.location if isinstance(memory, joblib.Memory) else memory
-    return None if location is None else Path(location) / "protoclf"
+    return None if location is None else Path(location) / "protoclf-cache"  # no name of a package
 
 
 class ArrayStore:

@@ -136,6 +136,12 @@ def _check_weights_type(weights: Any) -> None:
 
 
 def _build_own(net: nn.Module, name: str, weights: str | os.PathLike[str] | None) -> nn.Module:
+    wrong = {p.dtype for p in net.parameters() if p.is_floating_point()} - {torch.float32}
+    if wrong:
+        raise ValueError(
+            f"The parameters of {name} are {', '.join(sorted(map(str, wrong)))}; they must be "
+            "torch.float32, backbone.float(). Half precision is a matter of precision=."
+        )
     if weights is None or weights == "DEFAULT":
         return net
     if not Path(weights).is_file():

@@ -61,7 +61,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     backbone : str or nn.Module, default="resnet18"
         A torchvision name (see `protoclf.backbones.available_backbones`), "small_cnn" (ours, for
         CPUs and without downloads), or a module that maps images (N, 3, S, S) to a feature map
-        (N, C, h, w). A module is copied, never changed.
+        (N, C, h, w), in float32. A module is copied, never changed; its parameters that do not
+        require gradients stay as they are.
     weights : str, path or None, default="DEFAULT"
         torchvision weights, a path to a state dict, or None for random ones.
     train_backbone : bool, default=True
@@ -115,7 +116,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Rounds of joint training, projection and last layer.
     augmentation : None, "default" or callable, default="default"
         Random transform of uint8 images (3, S, S) in the joint stage, such as one of
-        torchvision.transforms.v2. Stages with the backbone frozen see images as they are, and
+        torchvision.transforms.v2 (in the grid of a search, inside a `v2.Compose`: scikit-learn
+        takes some of them for estimators). Stages with the backbone frozen see images as they are, and
         `augmented_views` of them.
     augmented_views : int or "auto", default="auto"
         Transforms of each training image that warm-up and last layer learn from too. They are
@@ -172,6 +174,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     device : str or torch.device, default="auto"
         "auto" is the GPU where there is one.
     random_state : int, RandomState instance or None, default=None
+        Fits in threads of one process wait for one another, for they share torch's generator.
     verbose : int, default=1
         0 prints nothing.
     **skorch_parameters
@@ -396,13 +399,15 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """Go on from the present network: joint cycles, projection and last layer on X.
 
         The first call is a `fit`. Prototypes are projected onto patches of this X, so it should
-        hold all the images that prototypes may show. What the network was built from, such as
+        hold all the images that prototypes may show. Learning rates, costs and optimizer are
+        those set by then. What the network was built from, such as
         `backbone`, `prototypes_per_class` and `similarity`, stays as it was in the first call.
 
         Parameters
         ----------
         X, y, sample_weight, groups
-            As in `fit`; every class has as many images as prototypes, in each call.
+            As in `fit`. Later calls need an image of each class, and as many as the class has
+            prototypes with ``distinct="images"`` alone.
         classes : array-like of labels, optional
             Those of y in the first call; others are refused.
         """
@@ -597,6 +602,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
 
         With ``on_bad_image="skip"`` those are left out that cannot be read.
         """
+        X, y = unpacked(X, y)
         g = self.similarities(X)
         labels, codes = encode(read_labels(y, len(g)), self.classes_)
         known = np.ones(len(g), dtype=bool)

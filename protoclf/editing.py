@@ -30,6 +30,7 @@ from protoclf.nearest_patches import find_concepts
 from protoclf.parameters import CONCEPT_RULES, EDIT_RULES, MERGE_RULES, check_rules
 from protoclf.penalty import Activations
 from protoclf.stages import LastLayer, keep_prototypes
+from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -330,6 +331,7 @@ def _taught(
     chosen = sorted(_known(clf, ids))
     if not chosen:
         raise ValueError("ids names no prototype: give at least one.")
+    X, y = unpacked(X, y)
     images = Images(X)
     codes = encode(read_labels(y, len(images)), clf.classes_)[1]
     table, taught = clf.prototypes_, copy.deepcopy(clf)
@@ -343,7 +345,7 @@ def _taught(
         usable &= np.asarray(fit_params["sample_weight"]) > 0
     reasons = dict.fromkeys(chosen, reason)
     if forbidden:
-        avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)
+        avoided = ForbiddenPatches(concepts, taught.module_, int(taught.batch_size))
         for j in avoided.among(taught.module_):
             reasons.setdefault(j, "its patch is one of those that are forbidden")
         restart_prototypes(taught, data, list(reasons), avoided, usable)
@@ -361,6 +363,7 @@ def _taught(
 
 def activations_of(clf: ProtoPNetClassifier, X: Any = None, y: Any = None) -> Activations:
     """Return the activations of the training images that `fit` kept, or those of other images."""
+    X, y = unpacked(X, y)
     if (X is None) != (y is None):
         raise ValueError("X and y go together: give both, or neither.")
     if X is None:

@@ -160,7 +160,8 @@ def truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
     hidden = sheet["rank"] > top
     total = sheet["contribution"].where(hidden).groupby([sheet["sample"], sheet["class"]])
     sheet = sheet.assign(contribution=sheet["contribution"].where(~hidden, total.transform("sum")))
-    sheet = sheet[sheet["rank"] <= top + 1].reset_index(drop=True)
+    shown = (sheet["rank"] <= top + 1) | sheet["class"].isna()  # without an answer, no class
+    sheet = sheet[shown].reset_index(drop=True)
     rest = sheet["rank"] > top
     about_class = ["sample", "path", "class", "is_predicted", "logit", "probability"]
     about_match = sheet.columns.difference([*about_class, "rank", "contribution"])

@@ -14,7 +14,7 @@ from protoclf.image_dataset import ImageDataset
 
 _NO_MATTER = (
     *("accelerator", "checkpoint", "device", "memory", "tune_allocator", "verbose"),
-    *("callbacks__print_log__sink", "iterator_train__num_workers", "iterator_valid__num_workers"),
+    "callbacks__print_log__sink",
 )
 """Parameters that change how a fit runs, but not what it ends in."""
 

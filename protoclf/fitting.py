@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ import pandas as pd
 import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
+from skorch.callbacks import LRScheduler
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
@@ -37,6 +39,11 @@ from protoclf.parameters import (
 from protoclf.saved_sources import sources_among
 from protoclf.stages import Stage, Training, schedule
 from protoclf.torch_datasets import unpacked
+
+_one_fit = threading.RLock()
+"""Random numbers are torch's, which threads share: two fits at a time would take one another's."""
+
+_OF_VALIDATION = ("valid_loss", "valid_loss_best", "valid_acc", "valid_acc_best")
 
 _SHOWN = 5  # images that an error names
 _IN_LESS_MEMORY = (
@@ -108,10 +115,13 @@ class StagedNet(SkorchProtoPNet):
         self.seed_ = self.processes.agreed(seed if begun is None else begun)
         whole: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
         try:
-            with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+            with _one_fit, torch.random.fork_rng(devices=_cuda_devices(self.device)):
                 torch.manual_seed(self.seed_)
                 if first:
                     self.initialize()
+                else:
+                    self.heed_parameters()
+                self._check_callbacks()
                 self.prepare_processor()
                 self.module_.keep_statistics(self.batch_norm == "keep")
                 self.notify("on_train_begin", **whole)
@@ -133,6 +143,22 @@ class StagedNet(SkorchProtoPNet):
                 stacklevel=4,
             )
         return self
+
+    def _check_callbacks(self) -> None:
+        """Raise ValueError for callbacks that would fail after an epoch, or not be heeded."""
+        for name, callback in self.callbacks_:
+            monitor = getattr(callback, "monitor", None)
+            if self.train_split is None and monitor in _OF_VALIDATION:
+                raise ValueError(
+                    f"The callback {name!r} monitors {monitor!r}, and there is no validation "
+                    "split. Set one, train_split=skorch.dataset.ValidSplit(5, stratified=True), or "
+                    "have it monitor 'train_loss'."
+                )
+            if isinstance(callback, LRScheduler):
+                raise ValueError(
+                    f"The callback {name!r} would not be heeded: lr_schedule sets the learning "
+                    "rates, for each stage anew. Leave it out."
+                )
 
     def _about(self, error: NotFinite, images: Images) -> str:
         """Say where a fit came upon NaN, and what may help."""
@@ -230,9 +256,7 @@ class StagedNet(SkorchProtoPNet):
         positions = in_whole(train)[1]
         if groups is not None and valid is not None:
             check_apart(groups[positions], groups[in_whole(valid)[1]])
-        counts = prototype_counts(self.prototypes_per_class, self.classes_)
-        if self.prototypes_per_class != "auto":
-            check_enough_images(counts, y[positions], self.classes_)
+        check_enough_images(self._images_needed(first), y[positions], self.classes_)
         data = FitData(self, train, valid, None if groups is None else groups[positions])
         stages = schedule(self, first)
         self._run(stages, data, positions, checkpoint)
@@ -246,6 +270,14 @@ class StagedNet(SkorchProtoPNet):
         if checkpoint is not None:
             checkpoint.remove()
         return self
+
+    def _images_needed(self, first: bool) -> list[int]:
+        """Return how many images of each class a fit needs."""
+        if first and self.prototypes_per_class != "auto":
+            return prototype_counts(self.prototypes_per_class, self.classes_)
+        if first or self.distinct != "images":
+            return [1] * len(self.classes_)
+        return torch.bincount(self.module_.owner, minlength=len(self.classes_)).tolist()
 
     def _run(
         self,

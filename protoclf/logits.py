@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from sklearn.metrics import accuracy_score
 
+from protoclf.labels import read_labels
+
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Return the softmax of logits (n, C), in their own precision."""
@@ -40,8 +42,8 @@ class LogitsMixin:
         """
         answers = self.predict(X)
         known = np.array([answer is not None for answer in answers])
-        y, weight = np.asarray(y), sample_weight
-        if not known.all() and len(y) == len(known):
+        y, weight = read_labels(y, len(answers)), sample_weight
+        if not known.all():
             if not known.any():
                 raise ValueError(f"None of the {len(known)} images can be read: there is no score.")
             left_out = f"{(~known).sum()} of {len(known)} images, which cannot be read"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -109,6 +110,13 @@ class SkorchProtoPNet(NeuralNetClassifier):
         self.module_ = ProtoPNet(
             backbone, geometry.channels, spec, self.latent_dim, normalization(self.normalization)
         )
+        self.module_.frozen = frozen = _frozen(backbone)
+        if frozen and len(frozen) == len(list(backbone.parameters())) and self.trains_backbone:
+            warn(
+                "No parameter of the backbone has requires_grad: it stays as it is. With "
+                "train_backbone=False it runs over the images once, which is much faster.",
+                stacklevel=2,
+            )
         self.backbone_trained_ = False
         return self
 
@@ -164,7 +172,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         size = self.micro_batch_size
         if size == "auto":
             size = _MICRO_BATCH if torch.device(self.device).type == "cpu" else None
-        return None if size is None or size >= self.batch_size else size
+        return None if size is None or size >= self.batch_size else int(size)
 
     def images_at_once(self) -> int | None:
         """Return how many images the backbone takes in a pass of a fit without gradients.
@@ -216,6 +224,13 @@ class SkorchProtoPNet(NeuralNetClassifier):
         self.criterion_ = ProtoPNetLoss(self.module_.owner, *lambdas)
         return self
 
+    def heed_parameters(self) -> None:
+        """Take over costs and optimizer as they were set since the network was built."""
+        loss = getattr(self.criterion_, "_orig_mod", self.criterion_)
+        for name in ("lambda_clst", "lambda_sep", "lambda_patch"):
+            setattr(loss, name, getattr(self, name))
+        self.initialize_optimizer()
+
     def initialize_optimizer(self, triggered_directly=None):
         """Build one optimizer for all stages, which set its learning rates (called by skorch)."""
         kwargs = {"lr": self.lr} | self.get_params_for("optimizer")
@@ -241,7 +256,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         """Return a loader of batches (called by skorch); of some rows of the data set alone."""
         check_order(vars(self))  # set since the fit, perhaps
         name = "iterator_train" if training else "iterator_valid"
-        kwargs = {"batch_size": self.batch_size, "collate_fn": ImageDataset.collate}
+        kwargs = {"batch_size": int(self.batch_size), "collate_fn": ImageDataset.collate}
         kwargs |= {"shuffle": training} if rows is None else {"sampler": rows}
         kwargs |= self.get_params_for(name)
         # a worker would copy what is in memory already, and note to itself what it cannot read
@@ -353,8 +368,18 @@ class SkorchProtoPNet(NeuralNetClassifier):
             super().__setattr__(name, value)
 
     def get_params(self, deep: bool = True, **kwargs: Any) -> dict[str, Any]:
-        """Return the parameters as they were given."""
-        return super().get_params(deep=deep, **kwargs) | {"device": vars(self)["device"]}
+        """Return the parameters as they were given, and those of callbacks."""
+        # deep, scikit-learn would ask transforms of torchvision, whose `get_params` is another
+        params = super().get_params(deep=False, **kwargs) | {"device": vars(self)["device"]}
+        return params | (self._get_params_callbacks(deep=True) if deep else {})
+
+    def __sklearn_clone__(self):
+        """Return an unfitted copy; augmentations are copied, whatever methods they have."""
+        stand_in = object.__new__(type(self))
+        stand_in.__dict__ = self.__dict__ | {"augmentation": None}
+        cloned = super(SkorchProtoPNet, stand_in).__sklearn_clone__()
+        cloned.augmentation = copy.deepcopy(self.augmentation)
+        return cloned
 
     def set_params(self, **params: Any):
         """Set parameters, nested ones of skorch included; what was learned stays.
@@ -367,7 +392,9 @@ class SkorchProtoPNet(NeuralNetClassifier):
             setattr(self, name, params[name])
         if "callbacks" in params and self.initialized_:  # fit makes them anew, partial_fit does not
             self._initialize_callbacks()
-        return super().set_params(**in_use)
+        super().set_params(**in_use)  # skorch gives the optimizer its own, and forgets them
+        self.__dict__ |= {n: v for n, v in in_use.items() if n.startswith("optimizer__")}
+        return self
 
     def _set_params_callback(self, **params: Any):
         """Set those of callbacks, once it is known that there are such (called by skorch)."""
@@ -391,6 +418,11 @@ class SkorchProtoPNet(NeuralNetClassifier):
         super().__setstate__(state if device == "auto" else state | {"device": device})
         if device == "auto":
             self.device = device
+
+
+def _frozen(backbone: nn.Module) -> tuple[str, ...]:
+    """Return the parameters that are not to be trained."""
+    return tuple(n for n, p in backbone.named_parameters() if not p.requires_grad)
 
 
 def _cells_of_prototype(size: Any, cells: tuple[int, int]) -> tuple[int, int]:

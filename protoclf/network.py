@@ -67,6 +67,8 @@ class ProtoPNet(nn.Module):
         Batch-norm layers of the backbone that stay in evaluation mode: see `keep_statistics`.
     folds : tuple of (str, str), default=()
         Convolutions and the batch-norm layers that training may fold into them, where settled.
+    frozen : tuple of str, default=()
+        Parameters of the backbone that are never trained.
     images_at_once : int or None, default=None
         How many images the backbone takes in one go where no gradient is wanted; None for all.
 
@@ -81,6 +83,7 @@ class ProtoPNet(nn.Module):
     channels_last: bool = False
     settled: tuple[str, ...] = ()
     folds: Folds = ()
+    frozen: tuple[str, ...] = ()
     images_at_once: int | None = None
     owner: Tensor
     mean: Tensor
@@ -206,6 +209,8 @@ class ProtoPNet(nn.Module):
         """Give gradients to these of `PARTS` and freeze the others."""
         for name in PARTS:
             getattr(self, name).requires_grad_(name in parts)
+        for name in self.frozen:
+            self.backbone.get_parameter(name).requires_grad_(False)
 
     def keep_statistics(self, keep: bool) -> None:
         """Let those batch-norm layers of the backbone that have statistics keep them, or not.

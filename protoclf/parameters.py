@@ -82,7 +82,7 @@ def _is_class_weight(value: Any) -> bool:
 
 
 def _is_folder(value: Any) -> bool:
-    return value is None or isinstance(value, str | os.PathLike)
+    return value is None or (isinstance(value, str | os.PathLike) and os.fspath(value) != "")
 
 
 def _is_memory(value: Any) -> bool:

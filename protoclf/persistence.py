@@ -75,7 +75,7 @@ def save_classifier(
     check_rules({"thumbnails": thumbnails}, {"thumbnails": THUMBNAILS_RULE})
     check_parameters(vars(clf))
     with written_whole(folder, overwrite) as temporary:
-        pictures = _pictures(clf, thumbnails)
+        pictures = _pictures(clf, None if thumbnails is None else int(thumbnails))
         text, left_out = _description(clf, pictures)
         write_bytes(temporary / MODEL, text)
         write_tensors(temporary / TENSORS, _tensors(clf, pictures))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Container, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,14 @@ from protoclf.model_files import THUMBNAILS, read_bytes, refusal, write_bytes
 from protoclf.parameters import Rule
 
 MOST_SIDE = 4096  # pixels
-THUMBNAILS_RULE: Rule = (
-    lambda value: value is None or (type(value) is int and 0 < value <= MOST_SIDE),
-    f"None, or an int from 1 to {MOST_SIDE}",
-)
+
+
+def _is_side(value: Any) -> bool:
+    integral = isinstance(value, Integral) and not isinstance(value, bool)
+    return value is None or (integral and 0 < int(value) <= MOST_SIDE)
+
+
+THUMBNAILS_RULE: Rule = _is_side, f"None, or an int from 1 to {MOST_SIDE}"
 _QUALITY = 90  # of JPEG
 
 

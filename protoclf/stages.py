@@ -157,6 +157,11 @@ class Training:
         train = data.augmented_train_images if on_images else data.features_to_learn_from
         valid = data.valid_images if on_images else data.valid_features
         batches = net.get_iterator(train, training=True)
+        if hasattr(batches, "__len__") and not len(batches):
+            raise ValueError(
+                f"iterator_train__drop_last=True leaves no batch to train on: there are "
+                f"{len(data.train_y)} images, and batch_size is {net.batch_size}."
+            )
         with net.data_parallel(), net.in_pieces() if on_images else nullcontext():
             for epoch in range(self.done, self.epochs):
                 self._set_learning_rates(net.optimizer_, epoch)

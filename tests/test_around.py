@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joblib import Parallel, delayed
+from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import BaggingClassifier, StackingClassifier, VotingClassifier
@@ -328,7 +330,6 @@ def test_skorchs_callbacks_work(paths, squares, tmp_path):
     callbacks = [
         EarlyStopping(patience=1),
         Checkpoint(dirname=str(tmp_path), monitor="valid_loss_best"),
-        LRScheduler("StepLR", step_size=1),
         EpochScoring("balanced_accuracy", name="balanced", lower_is_better=False),
         ProgressBar(),
     ]
@@ -344,6 +345,45 @@ def test_skorchs_callbacks_work(paths, squares, tmp_path):
     assert history["stage"].iloc[-2:].tolist() == ["projection", "last layer"]
     assert (tmp_path / "params.pt").exists()
     assert clf.score(paths, squares[1]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (EarlyStopping(), "'EarlyStopping' monitors 'valid_loss', and there is no validation"),
+        (Checkpoint(), "'Checkpoint' monitors 'valid_loss_best', and there is no validation"),
+        (LRScheduler("StepLR", step_size=1), "'LRScheduler' would not be heeded: lr_schedule"),
+    ],
+)
+def test_callbacks_that_would_fail_or_not_be_heeded_are_refused(
+    paths, squares, callback, message, monkeypatch
+):
+    monkeypatch.setattr(ProtoPNetClassifier, "fit_loop", None)
+    with pytest.raises(ValueError, match=message):
+        small(callbacks=[callback]).fit(paths, squares[1])
+
+
+def test_a_loader_that_leaves_no_batch_is_refused(paths, squares):
+    clf = small(warmup_epochs=1, batch_size=32, iterator_train__drop_last=True)
+    with pytest.raises(ValueError, match="no batch to train on: there are 24 images, and batch"):
+        clf.fit(paths, squares[1])
+
+
+def test_labels_that_are_objects_are_scored_as_they_were_fitted(paths):
+    y = pd.Series([3, 1, 7] * 8).astype(object)
+    clf = small().fit(paths, y)
+    assert clf.score(paths, y) == clf.score(paths, y.astype(int))
+    assert np.isfinite(cross_val_score(small(), paths, y, cv=2)).all()
+
+
+def test_fits_in_threads_are_those_one_after_the_other(paths, squares):
+    settings = {"train_backbone": True, "joint_epochs": 2}
+    members = [small(**settings, random_state=seed) for seed in (0, 1)]
+    expected = [clone(member).fit(paths, squares[1]) for member in members]
+    fits = (delayed(clone(member).fit)(paths, squares[1]) for member in members)
+    found = Parallel(n_jobs=2, backend="threading")(fits)
+    for one, other in zip(expected, found, strict=True):
+        assert np.array_equal(one.coef_, other.coef_)
 
 
 def test_weights_alone_are_neither_written_nor_read_where_the_table_would_be_lost(

@@ -81,6 +81,6 @@ def test_processes_may_write_at_the_same_time(tmp_path):
 
 def test_folder_of(tmp_path):
     assert folder_of(None) is None
-    assert folder_of(str(tmp_path)) == folder_of(tmp_path) == tmp_path / "protoclf"
-    assert folder_of(joblib.Memory(tmp_path, verbose=0)) == tmp_path / "protoclf"
+    assert folder_of(str(tmp_path)) == folder_of(tmp_path) == tmp_path / "protoclf-cache"
+    assert folder_of(joblib.Memory(tmp_path, verbose=0)) == tmp_path / "protoclf-cache"
     assert folder_of(joblib.Memory(None)) is None

@@ -260,3 +260,9 @@ def test_a_users_module_is_copied_and_never_changed():
     assert not {p.data_ptr() for p in net.parameters()} & {
         p.data_ptr() for p in module.parameters()
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_parameters_of_another_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"this module are {dtype}; they must be torch.float32"):
+        build_backbone(SmallCNN(8).to(dtype))

@@ -150,6 +150,17 @@ def test_an_ensemble_gives_no_answer_either(whole, damaged, squares):
     assert np.isnan(ensemble.predict_proba(damaged)[BAD]).all()
 
 
+@pytest.mark.parametrize("top", [None, 1])
+def test_a_sheet_of_an_ensemble_has_their_rows_too(whole, damaged, squares, top):
+    ensemble = ProtoPNetEnsemble([("a", small(**FROZEN)), ("b", small(**FROZEN))], verbose=0)
+    sheet = ensemble.fit(whole, squares[1]).explain(damaged, top=top)
+    rows = sheet[sheet["sample"].isin(BAD)]
+    assert rows["sample"].tolist() == sorted(BAD * 2)
+    assert rows["member"].tolist() == ["a", "b"] * 3
+    assert (rows["source"] == UNREADABLE).all()
+    assert set(sheet["sample"]) == set(range(24))
+
+
 def test_an_ensemble_of_members_that_skip_skips(damaged, squares):
     ensemble = ProtoPNetEnsemble([("a", small(**FROZEN)), ("b", small(**FROZEN))], verbose=0)
     ensemble.fit(damaged, squares[1])

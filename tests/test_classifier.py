@@ -836,6 +836,43 @@ def test_a_fit_does_not_go_on_at_another_size(how):
     pd.testing.assert_frame_equal(clf.explain(X[:2]), expected)
 
 
+def frozen_in_part(layers):
+    module = own_module()
+    for layer in layers:
+        module[layer].requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+def test_layers_that_a_user_froze_stay_as_they_are(warmup_epochs):
+    module = frozen_in_part([0])
+    clf = classifier(module, joint_epochs=2, warmup_epochs=warmup_epochs).fit(X, Y)
+    clf.partial_fit(X, Y)
+    for i in (0, 3):
+        same = torch.equal(clf.module_.backbone[i].weight, module[i].weight)
+        assert same is (i == 0)
+
+
+def test_a_backbone_that_is_frozen_as_a_whole_is_noticed():
+    with pytest.warns(UserWarning, match="No parameter of the backbone has requires_grad"):
+        clf = classifier(frozen_in_part([0, 1, 3]), joint_epochs=1).fit(X, Y)
+    assert torch.equal(clf.module_.backbone[3].weight, own_module()[3].weight)
+
+
+@pytest.mark.parametrize("distinct", [None, "patches", "images"])
+def test_later_calls_need_images_for_the_prototypes_that_there_are(distinct):
+    clf = classifier(own_module(), train_backbone=False, prototypes_per_class=2).fit(X, Y)
+    few = np.sort(np.unique(Y, return_index=True)[1])  # one of each class
+    clf.set_params(prototypes_per_class=5, distinct=distinct)
+    if distinct == "images":
+        with pytest.raises(ValueError, match="has 1 for 2 prototypes"):
+            clf.partial_fit(X[few], Y[few])
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*distinct patches only")
+        assert clf.partial_fit(X[few], Y[few]).n_prototypes_ == 2 * len(few)
+
+
 @pytest.mark.parametrize("classes", [["a"], [*np.unique(Y), "z"]])
 def test_other_classes_than_those_of_y_are_refused_by_partial_fit(classes):
     fitted = classifier(own_module(), train_backbone=False).partial_fit(X, Y, classes=np.unique(Y))

@@ -1,5 +1,6 @@
 """At home in scikit-learn: its contract, searches, pipelines and parameters."""
 
+import copy
 import io
 import warnings
 
@@ -10,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from scipy import sparse
+from sklearn import config_context
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import (
     GridSearchCV,
@@ -26,6 +28,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from skorch.callbacks import EpochScoring
 from skorch.utils import is_dataset
 from torch import nn
+from torchvision.transforms import v2
 
 from protoclf import ProtoPNetClassifier
 
@@ -262,14 +265,65 @@ def test_parameters_are_stored_as_they_were_given():
 def test_clone_copies_every_parameter_and_no_fit(photos):
     nested = {"optimizer__weight_decay": 0.1, "iterator_train__num_workers": 0}
     clf = classifier(lambda_sep=0.5, callbacks__print_log=None, **nested).fit(*photos)
-    copy = clone(clf)
-    ours, theirs = clf.get_params(deep=False), copy.get_params(deep=False)
+    copied = clone(clf)
+    ours, theirs = clf.get_params(deep=False), copied.get_params(deep=False)
     assert ours.keys() == theirs.keys()
-    assert copy.get_params()["optimizer__weight_decay"] == 0.1
-    assert copy.get_params(deep=False)["callbacks__print_log"] is None
-    assert copy.lambda_sep == 0.5
-    assert copy.backbone is not clf.backbone
-    assert not hasattr(copy, "prototypes_")
+    assert copied.get_params()["optimizer__weight_decay"] == 0.1
+    assert copied.get_params(deep=False)["callbacks__print_log"] is None
+    assert copied.lambda_sep == 0.5
+    assert copied.backbone is not clf.backbone
+    assert not hasattr(copied, "prototypes_")
+
+
+@pytest.mark.parametrize("kind", [v2.ColorJitter(0.1), v2.RandomRotation(5), v2.RandomErasing()])
+def test_transforms_with_a_get_params_of_their_own_are_parameters(photos, kind):
+    clf = classifier(augmentation=kind)
+    assert clf.get_params()["augmentation"] is kind
+    copied = clone(clf.fit(*photos))
+    assert type(copied.augmentation) is type(kind)
+    assert copied.augmentation is not kind
+    assert not hasattr(copied, "prototypes_")
+    assert np.isfinite(cross_val_score(clf, *photos, cv=FOLDS, error_score="raise")).all()
+    assert "ProtoPNetClassifier" in clf._repr_html_()
+
+
+def test_clones_keep_requests_of_metadata(photos):
+    with config_context(enable_metadata_routing=True):
+        asking = classifier().set_fit_request(groups=True)
+        assert clone(asking)._get_metadata_request().fit.requests["groups"] is True
+
+
+def test_numbers_of_numpy_are_numbers(photos):
+    names = ("image_size", "batch_size", "micro_batch_size", "prototypes_per_class", "cycles")
+    values = {"image_size": 32, "batch_size": 8, "micro_batch_size": 3, "cycles": 1}
+    values |= {"prototypes_per_class": 2}
+    expected = classifier(**values).fit(*photos)
+    given = {n: np.int64(v) if n in names else v for n, v in values.items()}
+    clf = classifier(**given).fit(*photos)
+    pd.testing.assert_frame_equal(clf.explain(photos[0]), expected.explain(photos[0]))
+
+
+def test_what_is_set_after_a_fit_counts_in_the_next_training(photos):
+    X, y = photos
+    clf = classifier().fit(X, y)
+    plain = copy.deepcopy(clf).partial_fit(X, y)
+    before = plain.module_.prototypes
+    for changed in (
+        {"lambda_clst": 50.0},
+        {"lambda_sep": 5.0},
+        {"lambda_patch": 50.0},
+        {"optimizer": torch.optim.SGD},
+        {"optimizer__weight_decay": 10.0},
+    ):
+        other = copy.deepcopy(clf).set_params(**changed)
+        assert other.get_params()[next(iter(changed))] == next(iter(changed.values()))
+        assert clone(other).get_params()[next(iter(changed))] == next(iter(changed.values()))
+        state = other.partial_fit(X, y).module_.backbone.state_dict()
+        kept = plain.module_.backbone.state_dict()
+        assert any(not torch.equal(state[name], kept[name]) for name in kept), changed
+        assert torch.equal(plain.module_.prototypes, before)
+    decay = {group["part"]: group["weight_decay"] for group in other.optimizer_.param_groups}
+    assert decay == {"backbone": 10.0, "add_on": 10.0, "prototypes": 0.0}
 
 
 def test_nested_parameters_reach_skorch(photos):

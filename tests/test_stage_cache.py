@@ -111,7 +111,7 @@ def test_numbers_of_prototypes_share_candidates_and_their_rating(files, tmp_path
 def test_a_warm_fit_runs_no_backbone_and_reads_no_features(files, tmp_path, monkeypatch):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
-    shutil.rmtree(tmp_path / "m" / "protoclf" / "features")
+    shutil.rmtree(tmp_path / "m" / "protoclf-cache" / "features")
     recent_features.clear()
     monkeypatch.setattr(SmallCNN, "forward", None)
     frozen(tmp_path / "m", lambda_l1=1e-2).fit(X, y)

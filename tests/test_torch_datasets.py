@@ -103,6 +103,11 @@ def test_whatever_takes_images_takes_a_data_set(squares, tmp_path):
     assert write_report(clf, photos, y, tmp_path / "report.html").stat().st_size > 1000
     ensemble = ProtoPNetEnsemble([("a", clf)], verbose=0).fit(photos)
     assert ensemble.predict(photos).tolist() == clf.predict(X).tolist()
+    few = Subset(photos, [3, 1])
+    pd.testing.assert_frame_equal(ensemble.explain(few), ensemble.explain(X[[3, 1]]))
+    path = clf.last_layer_path(photos, None, [1e-2], 2)  # labels of the data set
+    assert path["accuracy"].equals(clf.last_layer_path(X, y, [1e-2], 2)["accuracy"])
+    assert forbid(clf, [0], photos, None, k=1, epochs=0).n_prototypes_ == clf.n_prototypes_
 
 
 class Stream(IterableDataset):
