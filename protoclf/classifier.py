@@ -117,8 +117,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     augmentation : None, "default" or callable, default="default"
         Random transform of uint8 images (3, S, S) in the joint stage, such as one of
         torchvision.transforms.v2 (in the grid of a search, inside a `v2.Compose`: scikit-learn
-        takes some of them for estimators). Stages with the backbone frozen see images as they are, and
-        `augmented_views` of them.
+        takes some of them for estimators). Stages with the backbone frozen see images as they
+        are, and `augmented_views` of them.
     augmented_views : int or "auto", default="auto"
         Transforms of each training image that warm-up and last layer learn from too. They are
         drawn once, and each costs one pass of the backbone. "auto" is 2 for the last layer behind
