@@ -259,11 +259,11 @@ class SkorchProtoPNet(NeuralNetClassifier):
         kwargs = {"batch_size": int(self.batch_size), "collate_fn": ImageDataset.collate}
         kwargs |= {"shuffle": training} if rows is None else {"sampler": rows}
         kwargs |= self.get_params_for(name)
-        # a worker would copy what is in memory already, and note to itself what it cannot read
-        if getattr(dataset, "takes_no_workers", False) or self.on_bad_image == "skip":
+        by_itself = getattr(dataset, "takes_no_workers", False)
+        if by_itself or self.on_bad_image == "skip":  # workers would note failures to themselves
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_WORKERS}
-        elif torch.device(self.device).type == "cuda":
-            kwargs.setdefault("ptakes_no_workers", True)
+        if not by_itself and torch.device(self.device).type == "cuda":
+            kwargs.setdefault("pin_memory", True)
         return getattr(self, name)(dataset, **kwargs)
 
     def infer(self, x: Mapping[str, Tensor], **fit_params: Any) -> Outputs:

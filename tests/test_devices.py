@@ -27,7 +27,7 @@ from protoclf.augmentation import AugmentedDataset, augment_mildly
 from protoclf.backbones import SmallCNN
 from protoclf.concepts import Concepts, ForbiddenPatches
 from protoclf.explanation import explain_batch
-from protoclf.features import FitData
+from protoclf.features import FeatureDataset, FitData
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
@@ -302,3 +302,29 @@ def test_images_are_augmented_on_the_device(monkeypatch):
         inputs, _ = AugmentedDataset(dataset, augment_mildly, "cuda").__getitems__([2, 0])
         assert on_gpu([inputs["images"]])
         assert inputs["images"].shape == (2, 3, 8, 8)
+
+
+class Recorded:
+    """A loader that only says what it was asked for."""
+
+    def __init__(self, dataset, **asked):
+        self.asked = asked
+
+
+WORKERS = {"num_workers": 2, "persistent_workers": True}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("bad", ["raise", "skip"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_loaders_pin_what_a_gpu_takes_and_have_workers_where_they_help(device, bad, kept):
+    given = {f"iterator_train__{name}": value for name, value in WORKERS.items()}
+    clf = ProtoPNetClassifier(device=device, on_bad_image=bad, iterator_train=Recorded, **given)
+    images = ImageDataset(Images(np.zeros((4, 8, 8, 3), np.uint8)), Preprocessing(8))
+    kinds = torch.zeros(4, dtype=torch.int64)
+    dataset = FeatureDataset(torch.zeros(4, 2, 1, 1), kinds, None, kinds) if kept else images
+    asked = clf.get_iterator(dataset, training=True).asked
+    assert asked.get("pin_memory", False) is (device == "cuda" and not kept)
+    workers = WORKERS if bad == "raise" and not kept else {}
+    assert {k: v for k, v in asked.items() if k in WORKERS} == workers
+    assert asked.keys() <= {*WORKERS, "pin_memory", "batch_size", "shuffle", "collate_fn"}
