@@ -62,7 +62,7 @@ def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays
 def with_boxes(net: SkorchProtoPNet, projected: Arrays) -> Arrays:
     """Replace "cells" by "box" (m, 4): where the activation is high, in pixels of the input."""
     cells = torch.as_tensor(projected["cells"])
-    box = activation_boxes(cells, net.preprocessing_.image_size).double().cpu().numpy()
+    box = activation_boxes(cells, int(net.image_size)).double().cpu().numpy()
     return {name: v for name, v in projected.items() if name != "cells"} | {"box": box}
 
 
