@@ -11,7 +11,7 @@ from torch import nn
 
 from protoclf.acceleration import takes_channels_last
 from protoclf.fingerprints import state_digest, structure_digest
-from protoclf.folding import Folds, find_folds
+from protoclf.folding import Folds, find_evaluation_folds, find_folds
 from protoclf.micro_batches import images_stay_apart
 from protoclf.receptive_field import BackboneGeometry, measure
 
@@ -45,6 +45,11 @@ def facts_of(backbone: nn.Module, image_size: int) -> BackboneFacts:
 def folds_of(backbone: nn.Module, image_size: int) -> Folds:
     """Return what `find_folds` finds; of the last few backbones it is remembered."""
     return _once(find_folds, backbone, image_size)
+
+
+def evaluation_folds_of(backbone: nn.Module, image_size: int) -> Folds:
+    """Return what `find_evaluation_folds` finds; of the last few backbones it is remembered."""
+    return _once(find_evaluation_folds, backbone, image_size)
 
 
 def takes_micro_batches(backbone: nn.Module, image_size: int) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from protoclf.fingerprints import state_digest
 from protoclf.image_dataset import Batch, ImageDataset, in_whole
 from protoclf.image_errors import ImageError
 from protoclf.net import NotFinite, SkorchProtoPNet
+from protoclf.network import ProtoPNet
 from protoclf.storage import allocate
 
 _KEPT = ("features", "index", "sample_weight")
@@ -137,27 +139,31 @@ def feature_batches(
     Under `memory`, and while the backbone is as it was given, features are computed for those
     images only that no fit has seen before, in whatever process.
     """
-    module, cache = net.module_.eval(), None
+    module, store = net.module_.eval(), None
+    n_images = len(cast(Sized, dataset) if rows is None else rows)
+    folded = cache(lambda: net.module_to_evaluate(n_images))  # once it is needed
     folder = None if net.backbone_trained_ else net.memory_folder
     if folder is not None and isinstance(dataset, ImagePart):
-        cache = FeatureCache(folder, module, net.preprocessing_)
-        dataset = CachedImages(dataset, cache)
+        store = FeatureCache(folder, module, net.preprocessing_)
+        dataset = CachedImages(dataset, store)
     for inputs, y in _with_progress(net, dataset, progress, rows):
         with torch.no_grad():
-            if cache is not None:
-                inputs["features"] = _completed(net, cache, inputs, len(y))
+            if store is not None:
+                inputs["features"] = _completed(net, store, inputs, len(y), folded)
             elif "images" in inputs:
-                inputs["features"] = module.features(inputs["images"].to(net.device))
+                inputs["features"] = folded().features(inputs["images"].to(net.device))
         yield {n: v for n, v in inputs.items() if n in _KEPT}, y
 
 
-def _completed(net: SkorchProtoPNet, cache: FeatureCache, inputs: dict, n: int) -> Tensor:
+def _completed(
+    net: SkorchProtoPNet, store: FeatureCache, inputs: dict, n: int, module: Callable[[], ProtoPNet]
+) -> Tensor:
     """Compute the features that a batch of `CachedImages` lacks, and keep them."""
     missing, cached = inputs["missing"], inputs["cached"]
     parts = list(cached)
     if len(missing):
-        computed = net.module_.features(inputs["images"].to(net.device))  # (k, C, h, w)
-        cache.write(inputs["keys"], computed)
+        computed = module().features(inputs["images"].to(net.device))  # (k, C, h, w)
+        store.write(inputs["keys"], computed)
         if not cached:
             return computed
         parts += list(computed.cpu())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -30,13 +30,30 @@ def find_folds(backbone: nn.Module, image_size: int) -> Folds:
     made-up statistics: those of a new layer would hide a mistake. Where the backbone does not run
     so, or the fold changes anything, there are none.
     """
-    if not any(type(layer) is nn.BatchNorm2d for layer in backbone.modules()):
+    return _found(_tried_out, backbone, image_size)
+
+
+def find_evaluation_folds(backbone: nn.Module, image_size: int) -> Folds:
+    """Return the pairs whose fold does not change what the backbone finds in evaluation mode.
+
+    Tried out like those of `find_folds`. None where anybody watches a layer: he would see the
+    layers of a copy.
+    """
+    if any(map(_is_watched, backbone.modules())):
         return ()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return _tried_out(copy.deepcopy(backbone).cpu().double(), image_size)
-    except Exception:  # whatever a user's module raises
-        return ()
+    return _found(_tried_out_in_evaluation, backbone, image_size)
+
+
+def folded_copy(backbone: nn.Module, folds: Folds) -> nn.Module:
+    """Return a copy for evaluation in which convolutions do what batch-norm layers did."""
+    copied = copy.deepcopy(backbone).requires_grad_(False).eval()
+    for name, norm_name in folds:
+        convolution, norm = _as(nn.Conv2d, copied, name), _as(nn.BatchNorm2d, copied, norm_name)
+        weight, bias = _folded(convolution, norm)
+        convolution.weight, convolution.bias = nn.Parameter(weight), nn.Parameter(bias)
+        parent, _, own = norm_name.rpartition(".")
+        setattr(copied.get_submodule(parent), own, nn.Identity())
+    return copied.requires_grad_(False)
 
 
 @contextmanager
@@ -100,28 +117,53 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _tried_out(backbone: nn.Module, image_size: int) -> Folds:
-    torch.manual_seed(0)
-    backbone.requires_grad_().train()
-    norms = [layer for layer in backbone.modules() if type(layer) is nn.BatchNorm2d]
-    for norm in norms:
-        norm.eval()
-        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
-            if tensor is not None:
-                tensor.data.uniform_(0.5, 1.5)
-    image = torch.randn(1, 3, image_size, image_size, dtype=torch.float64)
-    folds, expected = _observed(backbone, image)
+def _found(
+    tried_out: Callable[[nn.Module, Tensor], Folds], backbone: nn.Module, image_size: int
+) -> Folds:
+    """Return the folds that a trial on a copy in float64 finds, with made-up statistics."""
+    if not any(type(layer) is nn.BatchNorm2d for layer in backbone.modules()):
+        return ()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            trial = copy.deepcopy(backbone).cpu().double().requires_grad_().train()
+            for norm in trial.modules():
+                if type(norm) is nn.BatchNorm2d:
+                    norm.eval()
+                    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+                        if tensor is not None:
+                            tensor.data.uniform_(0.5, 1.5)
+            image = torch.randn(1, 3, image_size, image_size, dtype=torch.float64)
+            return tried_out(trial, image)
+    except Exception:  # whatever a user's module raises
+        return ()
+
+
+def _tried_out(backbone: nn.Module, image: Tensor) -> Folds:
+    folds, expected = _observed(backbone, image, _output_and_gradients)
     with folded(backbone, folds, [norm for _, norm in folds]):
         found = _output_and_gradients(backbone, image)
-    same = all(
-        (a - b).abs().max() <= _TOLERANCE * a.abs().max()
-        for a, b in zip(expected, found, strict=True)
-    )
-    return folds if same else ()
+    return folds if _are_same(expected, found) else ()
 
 
-def _observed(backbone: nn.Module, image: Tensor) -> tuple[Folds, list[Tensor]]:
-    """Return convolutions whose output is what a batch-norm layer takes, each called once."""
+@torch.no_grad()
+def _tried_out_in_evaluation(backbone: nn.Module, image: Tensor) -> Folds:
+    folds, expected = _observed(backbone.eval(), image, _output)
+    return folds if _are_same(expected, _output(folded_copy(backbone, folds), image)) else ()
+
+
+def _are_same(expected: list[Tensor], found: list[Tensor]) -> bool:
+    pairs = zip(expected, found, strict=True)
+    return all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in pairs)
+
+
+def _observed(
+    backbone: nn.Module, image: Tensor, run: Callable[[nn.Module, Tensor], list[Tensor]]
+) -> tuple[Folds, list[Tensor]]:
+    """Return convolutions whose output is what a batch-norm layer takes, each called once.
+
+    And what `run`, which calls the backbone once, returns.
+    """
     names = {layer: name for name, layer in backbone.named_modules()}
     made_by: dict[int, tuple[Tensor, nn.Module]] = {}  # tensors are kept, so that no id comes twice
     folds: list[tuple[nn.Module, nn.Module]] = []
@@ -143,7 +185,7 @@ def _observed(backbone: nn.Module, image: Tensor) -> tuple[Folds, list[Tensor]]:
         for layer in names
         if _is_plain_convolution(layer) or _is_plain_norm(layer)
     ]
-    expected = _output_and_gradients(backbone, image)
+    expected = run(backbone, image)
     for hook in hooks:
         hook.remove()
     pairs = (pair for pair in folds if calls[pair[0]] == calls[pair[1]] == 1)
@@ -167,6 +209,10 @@ def _is_watched(layer: nn.Module) -> bool:
     """Return whether somebody's hooks see what goes in or comes out."""
     forward = layer._forward_pre_hooks, layer._forward_hooks
     return any((*forward, layer._backward_pre_hooks, layer._backward_hooks))
+
+
+def _output(backbone: nn.Module, image: Tensor) -> list[Tensor]:
+    return [backbone(image)]
 
 
 def _output_and_gradients(backbone: nn.Module, image: Tensor) -> list[Tensor]:

@@ -20,7 +20,12 @@ from torch.utils.data import Dataset
 
 from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory
 from protoclf.array_store import folder_of
-from protoclf.backbone_facts import facts_of, folds_of, takes_micro_batches
+from protoclf.backbone_facts import (
+    evaluation_folds_of,
+    facts_of,
+    folds_of,
+    takes_micro_batches,
+)
 from protoclf.backbones import build_backbone
 from protoclf.concepts import Concepts
 from protoclf.geometry import Preprocessing
@@ -47,6 +52,7 @@ _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
     **{"lambda_patch": 0.0, "micro_batch_size": None},
 }
 _MICRO_BATCH = 8  # images, on a CPU
+_WORTH_FOLDING = 64  # images: to find folds takes as long as a few of them
 _MODULES_GIVEN = ("backbone", "augmentation")
 _NETWORK_INPUTS = ("images", "features")
 _OF_WORKERS = frozenset(
@@ -162,6 +168,15 @@ class SkorchProtoPNet(NeuralNetClassifier):
         module = self.plain_module
         if module.settled and not self.compile:
             module.folds = folds_of(module.backbone, self.image_size)
+
+    def module_to_evaluate(self, n_images: int) -> ProtoPNet:
+        """Return the network for a pass over images, without batch norm where that pays."""
+        module = self.module_.eval()
+        on_cpu = torch.device(self.device).type == "cpu"
+        if not on_cpu or self.compile or module.half_precision or n_images < _WORTH_FOLDING:
+            return module
+        folds = evaluation_folds_of(module.backbone, self.image_size)
+        return module.with_folds(folds) if folds else module
 
     @property
     def trains_backbone(self) -> bool:

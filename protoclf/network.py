@@ -6,6 +6,7 @@ m prototypes, D latent channels, H x W cells.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclf.folding import Folds, folded
+from protoclf.folding import Folds, folded, folded_copy
 from protoclf.prototype_layer import distance_maps, min_distances, similarity, unit_length
 
 PARTS = ("backbone", "add_on", "prototypes", "last_layer")
@@ -152,6 +153,12 @@ class ProtoPNet(nn.Module):
         with self._precision(images.device), self._folded():
             features = self.backbone(pixels)
         return features.contiguous(memory_format=torch.channels_last)
+
+    def with_folds(self, folds: Folds) -> ProtoPNet:
+        """Return this network with a copy of the backbone for evaluation; all else is shared."""
+        other = copy.copy(self)
+        other._modules = self._modules | {"backbone": folded_copy(self.backbone, folds)}
+        return other
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if self.half_precision else nullcontext()

@@ -1,6 +1,8 @@
 """Batch norm folded into convolutions: the same numbers, or no fold at all."""
 
+import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import densenet121, mobilenet_v2, resnet18
 
 from protoclf import ProtoPNetClassifier
+from protoclf.backbone_facts import evaluation_folds_of
 from protoclf.backbones import SmallCNN
-from protoclf.folding import find_folds, folded
+from protoclf.folding import find_evaluation_folds, find_folds, folded, folded_copy
 from protoclf.network import ProtoPNet, PrototypeSpec
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,6 +58,27 @@ def test_folded_is_the_same_function_with_the_same_gradients(build, pairs):
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients, expected_gradients)
     assert len(gradients) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("build", "pairs"), [(resnet18, 20), (mobilenet_v2, 52), (densenet121, 59), (SmallCNN, 6)]
+)
+def test_a_copy_for_evaluation_is_the_same_function(build, pairs):
+    net = with_statistics(build())
+    if not isinstance(net, SmallCNN):
+        net = nn.Sequential(*list(net.children())[:-1])
+    net.to(memory_format=torch.channels_last).train()
+    folds = find_evaluation_folds(net, 64)
+    assert len(folds) == pairs
+    copied = folded_copy(net, folds)
+    kept = [layer for layer in copied.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(kept) == sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) - pairs
+    assert net.training
+    assert all(p.requires_grad for p in net.parameters())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = net.eval()(images), copied(images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_several_passes_share_a_fold():
@@ -207,10 +231,21 @@ def test_no_fold_where_it_would_change_anything(build):
     modes = [layer.training for layer in net.modules()]
     random = torch.get_rng_state()
     assert find_folds(net, 8) == ()
+    assert build in (DropsInBetween, Checkpointed) or find_evaluation_folds(net, 8) == ()
     assert torch.equal(random, torch.get_rng_state())
     assert modes == [layer.training for layer in net.modules()]
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+class Dropping(Pair):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), training=self.training)
+
+
+def test_what_is_random_in_training_alone_is_folded_in_evaluation():
+    assert find_evaluation_folds(Dropping(), 8) == (("convolution", "norm"),)
+    assert find_evaluation_folds(DropsInBetween(), 8) == (("convolution", "norm"),)
 
 
 def test_the_layers_are_as_before_after_an_error():
@@ -246,11 +281,15 @@ def norms_called(monkeypatch):
         called.add(layer)
         return original(layer, x)
 
-    def count(net, images):
+    def of(work):
         called.clear()
-        net.features(images)
+        work()
         return len(called)
 
+    def count(net, images):
+        return of(lambda: net.features(images))
+
+    count.of = of
     monkeypatch.setattr(nn.BatchNorm2d, "forward", forward)
     return count
 
@@ -273,6 +312,56 @@ def test_a_fold_is_where_the_network_is():
     net.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device="meta")).sum().backward()
     assert all(p.grad.device.type == "meta" for p in net.backbone.parameters())
     assert find_folds(net.backbone, 32) == ()  # there are no numbers to try it out
+
+
+@pytest.fixture
+def large_passes(monkeypatch):
+    """Let passes over more than three images be worth a fold."""
+    monkeypatch.setattr("protoclf.net._WORTH_FOLDING", 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "layers"),
+    [
+        *(({}, 0), ({"precision": "bfloat16"}, 6), ({"compile": True}, 6)),
+        ({"memory": True}, 0),
+    ],
+)
+def test_passes_over_many_images_fold(
+    eight_images, large_passes, norms_called, tmp_path, given, layers
+):
+    X, y = eight_images
+    backbone = with_statistics(SmallCNN(8))
+    plain = _fitted(backbone, (X[:2], y[:2]), train_backbone=False)
+    if "memory" in given:
+        given = given | {"memory": tmp_path}
+    clf = copy.deepcopy(plain).set_params(**given)
+    expected = [plain.decision_function(X[i : i + 2]) for i in range(0, 8, 2)]
+    evaluation_folds_of(clf.module_.backbone, 32)  # a trial, in which they are called
+    assert norms_called.of(lambda: clf.predict(X[:3])) == 6
+    assert norms_called.of(lambda: clf.predict(X)) == layers
+    if "precision" not in given:
+        np.testing.assert_allclose(clf.decision_function(X), np.concatenate(expected), atol=1e-3)
+    kept = [m for m in clf.module_.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(kept) == 6
+
+
+def test_somebody_who_watches_sees_the_layers_themselves(eight_images, large_passes):
+    X, _ = eight_images
+    clf = _fitted(with_statistics(SmallCNN(8)), eight_images, train_backbone=False)
+    seen = []
+    clf.module_.backbone[2][0].register_forward_hook(lambda layer, x, z: seen.append(len(z)))
+    clf.predict(X)
+    assert sum(seen) == len(X)
+
+
+def test_threads_that_fold_do_not_meet(eight_images, large_passes):
+    X, _ = eight_images
+    clf = _fitted(with_statistics(SmallCNN(8)), eight_images, train_backbone=False)
+    expected = clf.decision_function(X)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: clf.decision_function(X), range(12)):
+            assert np.array_equal(found, expected)
 
 
 def test_fit_folds_what_keeps_its_statistics(eight_images):
