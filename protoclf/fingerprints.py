@@ -145,6 +145,8 @@ class _Describer:
         for base in kind.__mro__:
             if not _is_of_library(base):
                 yield _source(base)
+                held = {k: v for k, v in vars(base).items() if not k.startswith("__")}
+                yield self.of({k: v for k, v in held.items() if _is_data(v)})
                 for function in _functions_of(base):
                     yield from self._function(function)
 

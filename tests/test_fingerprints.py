@@ -68,10 +68,13 @@ def test_what_computes_the_same_has_the_same_digest():
     assert module_digest(module.to(memory_format=torch.channels_last)) == expected
 
 
-def test_a_base_class_counts():
+@pytest.mark.parametrize("place", ["body", "constant"])
+def test_a_base_class_counts(place):
     def made(factor):
         space = {"nn": nn}
         code = f"class A(nn.Module):\n    def forward(self, x):\n        return {factor} * x"
+        if place == "constant":
+            code = f"class A(nn.Module):\n    f = {factor}\n    forward = lambda self, x: self.f * x"
         exec(code + "\nclass B(A):\n    pass", space)
         return module_digest(space["B"]())
 
