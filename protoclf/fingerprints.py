@@ -32,6 +32,7 @@ _LIBRARIES = {
 }
 """Known by their versions."""
 
+_CACHED = type(functools.cache(id))
 _PLAIN = (type(None), str, bool, int, float, complex, bytes, numpy.generic)
 _DEPTH = 6
 
@@ -127,6 +128,8 @@ class _Describer:
         """Describe a function or a class; nothing for another object."""
         if isinstance(value, functools.partial):
             return f"partial {self.of([value.func, value.args, value.keywords])}"
+        if isinstance(value, _CACHED):
+            return f"cached {self.of(value.__wrapped__)}"
         if inspect.ismethod(value):
             owner = value.__self__  # a module's own method is known by its class
             inside = "" if isinstance(owner, nn.Module) else self.of(owner, 1)
@@ -163,7 +166,7 @@ class _Describer:
 
 def _is_code(value: Any) -> bool:
     code = inspect.isclass(value) or inspect.isroutine(value)
-    return code or isinstance(value, functools.partial)
+    return code or isinstance(value, (functools.partial, _CACHED))
 
 
 def _is_data(value: Any) -> bool:
