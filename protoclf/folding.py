@@ -36,8 +36,7 @@ def find_folds(backbone: nn.Module, image_size: int) -> Folds:
 def find_evaluation_folds(backbone: nn.Module, image_size: int) -> Folds:
     """Return the pairs whose fold does not change what the backbone finds in evaluation mode.
 
-    Tried out like those of `find_folds`. None where anybody watches a layer: he would see the
-    layers of a copy.
+    Tried out like those of `find_folds`. None where hooks watch a layer: they would see a copy.
     """
     if any(map(_is_watched, backbone.modules())):
         return ()
