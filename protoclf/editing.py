@@ -345,7 +345,7 @@ def _taught(
         usable &= np.asarray(fit_params["sample_weight"]) > 0
     reasons = dict.fromkeys(chosen, reason)
     if forbidden:
-        avoided = ForbiddenPatches(concepts, taught.module_, int(taught.batch_size))
+        avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)
         for j in avoided.among(taught.module_):
             reasons.setdefault(j, "its patch is one of those that are forbidden")
         restart_prototypes(taught, data, list(reasons), avoided, usable)

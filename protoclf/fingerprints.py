@@ -161,12 +161,7 @@ class _Describer:
         yield self.of([function.__defaults__, function.__kwdefaults__])
         for value in (*_held(function), *_used(code, function.__globals__)):
             # of any other object the type: a logger, say, knows all others of the process
-            yield self.of(value if _is_code(value) or _is_data(value) else type(value))
-
-
-def _is_code(value: Any) -> bool:
-    code = inspect.isclass(value) or inspect.isroutine(value)
-    return code or isinstance(value, (functools.partial, _CACHED))
+            yield self._code_of(value) or self.of(value if _is_data(value) else type(value))
 
 
 def _is_data(value: Any) -> bool:

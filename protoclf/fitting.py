@@ -99,9 +99,10 @@ class StagedNet(SkorchProtoPNet):
                 "the fit that this one goes on from. Set it back, or fit anew (warm_start=False)."
             )
         X, y = unpacked(X, y)
-        paths = Images(X).paths or []
+        images = Images(X)
+        paths = images.paths or []
         before = stamps(paths)
-        data, skipped = self._training_data(X, y, sample_weight, groups, first)
+        data, skipped = self._training_data(images, y, sample_weight, groups, first)
         dataset, labels, groups = data
         if first:
             self._forget()
@@ -192,10 +193,9 @@ class StagedNet(SkorchProtoPNet):
             self.__dict__.pop(name, None)
 
     def _training_data(
-        self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool
+        self, images: Images, y: Any, sample_weight: Any, groups: Any, first: bool
     ) -> tuple[tuple[ImageDataset, np.ndarray, np.ndarray | None], pd.DataFrame]:
-        """Check X, y and what goes with them, and decode all images; and say what is left out."""
-        images = Images(X)
+        """Check y and what goes with it, and decode all images; and say what is left out."""
         y = read_labels(y, len(images))
         groups = None if groups is None else read_groups(groups, len(images))
         labels, codes = encode(y, None if first else self.classes_)

@@ -94,7 +94,7 @@ def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> T
         Pixels of the model input.
     """
     maps = maps - maps.amin((1, 2), keepdim=True)  # so that a constant map stays so, to the bit
-    size = max(1, _BLOCK // image_size**2)
+    size = max(1, _BLOCK // int(image_size) ** 2)
     blocks = [_boxes(upsample(m, image_size, image_size), percentile) for m in maps.split(size)]
     return torch.cat(blocks)
 

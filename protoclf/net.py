@@ -54,6 +54,7 @@ _OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
 _MICRO_BATCH = 8  # images, on a CPU
 _WORTH_FOLDING = 64  # images: to find folds takes as long as a few of them
 _MODULES_GIVEN = ("backbone", "augmentation")
+_COSTS = ("lambda_clst", "lambda_sep", "lambda_patch")
 _NETWORK_INPUTS = ("images", "features")
 _OF_WORKERS = frozenset(
     {"num_workers", "persistent_workers", "prefetch_factor", "timeout", "multiprocessing_context"}
@@ -235,15 +236,17 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def initialize_criterion(self):
         """Build the joint loss (called by skorch)."""
-        lambdas = self.lambda_clst, self.lambda_sep, self.lambda_patch
-        self.criterion_ = ProtoPNetLoss(self.module_.owner, *lambdas)
+        self.criterion_ = ProtoPNetLoss(self.module_.owner, **self._costs())
         return self
+
+    def _costs(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in _COSTS}
 
     def heed_parameters(self) -> None:
         """Take over costs and optimizer as they were set since the network was built."""
         loss = getattr(self.criterion_, "_orig_mod", self.criterion_)
-        for name in ("lambda_clst", "lambda_sep", "lambda_patch"):
-            setattr(loss, name, getattr(self, name))
+        for name, value in self._costs().items():
+            setattr(loss, name, value)
         self.initialize_optimizer()
 
     def initialize_optimizer(self, triggered_directly=None):

@@ -22,7 +22,9 @@ _MOST_AUTO = 20  # prototypes of a class
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
 
 
-def _integer(least: int) -> Rule:
+def integer(least: int) -> Rule:
+    """Return the rule of ints, Python's or numpy's, that are at least so large."""
+
     def holds(value: Any) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
@@ -57,14 +59,14 @@ def _optional(rule: Rule) -> Rule:
 def _is_size(value: Any) -> bool:
     if isinstance(value, str):
         return value == "full"
-    holds = _integer(1)[0]
+    holds = integer(1)[0]
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(holds, value))
 
 
 def _is_count(value: Any) -> bool:
     if isinstance(value, str):
         return value == "auto"
-    holds = _integer(1)[0]
+    holds = integer(1)[0]
     counts = value.values() if isinstance(value, Mapping) else [value]
     return all(map(holds, counts))
 
@@ -107,7 +109,7 @@ def _are_callbacks(value: Any) -> bool:
 
 
 def _is_number_of_folds(value: Any) -> bool:
-    return _integer(0)[0](value) and value != 1
+    return integer(0)[0](value) and value != 1
 
 
 def _are_penalties(value: list[Any]) -> bool:
@@ -122,11 +124,11 @@ _NESTED = ("optimizer", "iterator_train", "iterator_valid", "callbacks", "compil
 RULES: dict[str, Rule] = {
     "on_bad_image": _one_of("raise", "skip"),
     "train_backbone": (_is_flag, "True or False"),
-    "image_size": _integer(1),
+    "image_size": integer(1),
     "resize": _one_of("crop", "squash"),
     "prototypes_per_class": (_is_count, '"auto", an int >= 1, or a dict of one for each class'),
     "prototype_size": (_is_size, '"full" or (rows, columns), ints >= 1'),
-    "latent_dim": _optional(_integer(1)),
+    "latent_dim": _optional(integer(1)),
     "similarity": _one_of("log", "cosine"),
     "prototype_init": _one_of("selected", "kmeans", "random"),
     "distinct": _one_of(None, "patches", "images"),
@@ -136,16 +138,16 @@ RULES: dict[str, Rule] = {
     "lambda_sep": _non_negative(),
     "lambda_patch": _non_negative(),
     "lambda_l1": _either("cv", _non_negative()),
-    "warmup_epochs": _integer(0),
-    "joint_epochs": _integer(0),
-    "cycles": _integer(1),
-    "augmented_views": _either("auto", _integer(0)),
+    "warmup_epochs": integer(0),
+    "joint_epochs": integer(0),
+    "cycles": integer(1),
+    "augmented_views": _either("auto", integer(0)),
     "batch_norm": _one_of("keep", "train"),
     "lr": _non_negative(),
     "backbone_lr": _non_negative(),
     "lr_schedule": _one_of("cosine", "step", None),
-    "batch_size": _integer(1),
-    "micro_batch_size": _optional(_either("auto", _integer(1))),
+    "batch_size": integer(1),
+    "micro_batch_size": _optional(_either("auto", integer(1))),
     "precision": _one_of("auto", "float32", "bfloat16"),
     "memory": (_is_memory, "None, a folder or a joblib.Memory"),
     "checkpoint": (_is_folder, "None or a folder"),
@@ -168,31 +170,31 @@ PATH_RULES: dict[str, Rule] = {
 
 
 EXPLAIN_RULES: dict[str, Rule] = {
-    "top": _optional(_integer(1)),
+    "top": _optional(integer(1)),
     "attribution": _one_of("upsampled", "gradient"),
     "percentile": (_is_percentile, "a number >= 0 and < 100"),
 }
 
 
 REPORT_RULES: dict[str, Rule] = {
-    "top": _integer(1),
-    "thumbnail": _integer(16),
+    "top": integer(1),
+    "thumbnail": integer(16),
     "attribution": EXPLAIN_RULES["attribution"],
 }
-NEAREST_RULES: dict[str, Rule] = {"k": _integer(1), "percentile": EXPLAIN_RULES["percentile"]}
+NEAREST_RULES: dict[str, Rule] = {"k": integer(1), "percentile": EXPLAIN_RULES["percentile"]}
 
 
 EDIT_RULES: dict[str, Rule] = {
-    "k": _integer(1),
-    "t": _integer(1),
+    "k": integer(1),
+    "t": integer(1),
     "min_weight": _optional(_non_negative()),
 }
 CONCEPT_RULES: dict[str, Rule] = {
-    "k": _integer(1),
+    "k": integer(1),
     "weight": _non_negative(),
-    "epochs": _optional(_integer(0)),
+    "epochs": _optional(integer(0)),
 }
-DELETION_RULES: dict[str, Rule] = {"top": _integer(1), "n_controls": _integer(1)}
+DELETION_RULES: dict[str, Rule] = {"top": integer(1), "n_controls": integer(1)}
 MERGE_RULES: dict[str, Rule] = {"max_distance": _non_negative()}
 
 

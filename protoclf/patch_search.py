@@ -42,7 +42,7 @@ def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays
     own = net.processes.own_rows(n, net.batch_size)
     forbidden = None
     if concepts is not None and concepts.forbidden.any():
-        forbidden = ForbiddenPatches(concepts, module, int(net.batch_size)).distance
+        forbidden = ForbiddenPatches(concepts, module, net.batch_size).distance
     sources = find_sources(
         data.train_latents(own),
         module.scaled_prototypes(),
@@ -62,7 +62,7 @@ def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays
 def with_boxes(net: SkorchProtoPNet, projected: Arrays) -> Arrays:
     """Replace "cells" by "box" (m, 4): where the activation is high, in pixels of the input."""
     cells = torch.as_tensor(projected["cells"])
-    box = activation_boxes(cells, int(net.image_size)).double().cpu().numpy()
+    box = activation_boxes(cells, net.image_size).double().cpu().numpy()
     return {name: v for name, v in projected.items() if name != "cells"} | {"box": box}
 
 

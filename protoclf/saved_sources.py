@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Container, Iterator, Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +12,13 @@ import PIL.Image
 
 from protoclf.decoding import in_threads
 from protoclf.model_files import THUMBNAILS, read_bytes, refusal, write_bytes
-from protoclf.parameters import Rule
+from protoclf.parameters import Rule, integer
 
 MOST_SIDE = 4096  # pixels
 
 
 def _is_side(value: Any) -> bool:
-    integral = isinstance(value, Integral) and not isinstance(value, bool)
-    return value is None or (integral and 0 < int(value) <= MOST_SIDE)
+    return value is None or (integer(1)[0](value) and value <= MOST_SIDE)
 
 
 THUMBNAILS_RULE: Rule = _is_side, f"None, or an int from 1 to {MOST_SIDE}"
