@@ -30,7 +30,13 @@ from protoclf.canvas import (
 )
 from protoclf.explanation import BOX
 from protoclf.fitted import check_classifier
-from protoclf.plot_data import chosen_prototypes, heat_maps, images_of, known_ids, nearest_rows
+from protoclf.plot_data import (
+    chosen_prototypes,
+    heat_maps,
+    images_of,
+    nearest_rows,
+    prototypes_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,8 +235,8 @@ def plot_nearest_patches(
     Raises
     ------
     ValueError
-        If the table lacks columns or rows, a prototype is not in it, or X is too short, or
-        missing where the table has no paths.
+        If the table lacks columns or rows, a prototype is not in it, the table is of another
+        classifier, or X is too short, or missing where the table has no paths.
     ImageError
         If an image cannot be read.
     """
@@ -244,8 +250,8 @@ def plot_nearest_patches(
     display = NearestPatchesDisplay(table, [views[i] for i in table.index])
     if clf is not None:
         check_classifier(clf)
-        ids = known_ids(clf, table["prototype"].unique())
-        display.sources = clf.prototypes_.iloc[ids].reset_index(drop=True)
+        display.sources = prototypes_of(table, clf)
+        ids = display.sources["prototype"].tolist()
         boxes = display.sources[BOX].to_numpy()
         display.source_views = [
             surroundings(clf.source_image(j), b) for j, b in zip(ids, boxes, strict=True)

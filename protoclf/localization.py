@@ -36,7 +36,12 @@ def pair_boxes(
 
 
 def pair_maps(module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor) -> Tensor:
-    """Similarity of each cell, (k, H, W), for k pairs of a sample and a prototype.
+    """Similarity of each cell, (k, H, W), for k pairs as in `pair_patches`."""
+    return covered_cells(pair_patches(module, z, sample, prototype), module.prototype_size)
+
+
+def pair_patches(module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor) -> Tensor:
+    """Similarity of each patch, (k, H - H1 + 1, W - W1 + 1), for k pairs of sample and prototype.
 
     Pairs are sorted by sample.
     """
@@ -46,7 +51,7 @@ def pair_maps(module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor) -
         for i, index in enumerate(prototype.split(counts))
         if len(index)
     ]
-    return covered_cells(torch.cat(maps), module.prototype_size)
+    return torch.cat(maps)
 
 
 def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:

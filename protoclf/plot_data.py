@@ -149,11 +149,25 @@ def nearest_rows(
     order = {j: i for i, j in enumerate(ids)}
     rows = table[table["prototype"].isin(ids)]
     rows = rows if top is None else rows[rows["rank"] <= top]
+    if rows.empty:
+        raise ValueError(f"No row of the table has a rank up to top={top}.")
     rows = rows.assign(order=rows["prototype"].map(order)).sort_values(["order", "rank"])
     rows = rows.drop(columns="order").reset_index(drop=True)
     label = rows["label"] if "label" in rows else pd.Series(None, rows.index, dtype=object)
     agrees = pd.array((label == rows["class"]).to_numpy(bool), dtype="boolean")
     return rows.assign(label=label, agrees=pd.Series(agrees).mask(label.isna()))
+
+
+def prototypes_of(table: pd.DataFrame, clf: ProtoPNetClassifier) -> pd.DataFrame:
+    """Return the rows of ``clf.prototypes_`` that a table of nearest patches is about."""
+    named = table.drop_duplicates("prototype")
+    found = clf.prototypes_.iloc[known_ids(clf, named["prototype"])].reset_index(drop=True)
+    if found["class"].tolist() != named["class"].tolist():
+        raise ValueError(
+            "The table was made with another classifier: its prototypes are of other classes. Find "
+            "the nearest patches again with this one."
+        )
+    return found
 
 
 def images_of(table: pd.DataFrame, X: Any) -> Images:

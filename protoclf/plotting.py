@@ -114,12 +114,32 @@ def plot_explanation(
     heats, _ = heat_maps(clf, [image], [picture.shape[1::-1]], [0] * len(shown), shown)
     display = ExplanationDisplay(
         sheet=sheet,
+        verdicts=_verdicts(clf, image, classes),
         image=picture,
         region=tuple(clf.shown_region([picture.shape[1::-1]])[0].tolist()),
         maps={j: heat.pixels for j, heat in zip(shown, heats, strict=True)},
         sources={j: clf.source_image(j) for j in shown},
     )
     return display.plot(figure)
+
+
+def _verdicts(clf: ProtoPNetClassifier, image: Any, classes: Any) -> pd.DataFrame:
+    """Return class, verdict and probability of each class to draw, in their order."""
+    probability = clf.predict_proba([image])[0]  # (C,)
+    order = np.argsort(-probability, kind="stable").tolist()
+    verdict = dict(zip(order, ("predicted", "rival"), strict=False))
+    every = range(len(order))
+    if isinstance(classes, str) and classes in ("predicted", "top2", "all"):
+        chosen = {"predicted": order[:1], "top2": order[:2], "all": every}[classes]
+    else:
+        chosen = [class_index(clf, label) for label in np.atleast_1d(np.asarray(classes)).tolist()]
+    return pd.DataFrame(
+        {
+            "class": clf.classes_[list(chosen)],
+            "verdict": [verdict.get(c, "") for c in chosen],
+            "probability": probability[list(chosen)],
+        }
+    )
 
 
 @dataclass
@@ -130,6 +150,9 @@ class ExplanationDisplay:
     ----------
     sheet : DataFrame
         Rows of one sample, as from `ProtoPNetClassifier.explain`.
+    verdicts : DataFrame
+        One row for each class to draw: class, verdict ("predicted", "rival", the second by
+        probability, or ""), and probability.
     image : ndarray of shape (H, W, 3), uint8
     region : (x0, y0, x1, y1)
         The part of the image that the model sees, in its pixels.
@@ -142,6 +165,7 @@ class ExplanationDisplay:
     """
 
     sheet: pd.DataFrame
+    verdicts: pd.DataFrame
     image: np.ndarray
     region: tuple[float, float, float, float]
     maps: dict[int, np.ndarray]
@@ -149,27 +173,33 @@ class ExplanationDisplay:
 
     def plot(self, figure: Figure | None = None) -> ExplanationDisplay:
         """Draw each class as a block of rows, blocks side by side."""
-        classes = list(self.sheet.groupby("class", sort=False))
-        n_lines = max(int(rows["prototype"].notna().sum()) for _, rows in classes)
+        groups = dict(iter(self.sheet.groupby("class", sort=False)))
+        sheets = [groups.get(label, self.sheet[:0]) for label in self.verdicts["class"]]
+        n_lines = max(1, *(int(rows["prototype"].notna().sum()) for rows in sheets))
         if figure is None:
-            figure = new_figure(len(classes) * 4.35 * _TILE, n_lines * (_TILE + 0.1) + 1.6)
+            figure = new_figure(len(sheets) * 4.35 * _TILE, n_lines * (_TILE + 0.1) + 1.6)
         with lettering(figure):
-            parts = figure.subfigures(1, len(classes), squeeze=False)[0]
-            for part, (_, rows) in zip(parts, classes, strict=True):
+            parts = figure.subfigures(1, len(sheets), squeeze=False)[0]
+            verdicts = self.verdicts.to_dict("records")
+            for part, verdict, rows in zip(parts, verdicts, sheets, strict=True):
                 axes = tiles(part, (n_lines, 1, 4), above=0.1, top=0.8, bottom=0.5)[:, 0]
-                self._draw_class(part, axes, rows)
+                self._draw_class(part, axes, verdict, rows)
         self.figure_ = figure
         return self
 
-    def _draw_class(self, part: SubFigure, axes: np.ndarray, rows: pd.DataFrame) -> None:
-        first = rows.iloc[0]
-        verdict = "predicted" if first["is_predicted"] else "rival"
+    def _draw_class(
+        self, part: SubFigure, axes: np.ndarray, verdict: dict[Any, Any], rows: pd.DataFrame
+    ) -> None:
+        name = ": ".join(filter(None, (verdict["verdict"], short(verdict["class"], 40))))
+        logit = rows["logit"].iloc[0] if len(rows) else 0.0
         draw_title(
             part,
-            f"{verdict}: {short(first['class'], 40)}\n"
-            f"logit {first['logit']:.2f}, probability {first['probability']:.2f}",
-            fontweight="bold" if first["is_predicted"] else "normal",
+            f"{name}\nlogit {logit:.2f}, probability {verdict['probability']:.2f}",
+            fontweight="bold" if verdict["verdict"] == "predicted" else "normal",
         )
+        if rows.empty:
+            self._write(axes[0, 0], 0.5, "center", "No prototype speaks for or against it.")
+            return
         for axis, title in zip(axes[0], ("this image", "similarity", "looks like"), strict=False):
             axis.set_title(title, fontsize=10)
         matches = rows[rows["prototype"].notna()]
@@ -242,6 +272,7 @@ def plot_similarity_maps(
     check_classifier(clf)
     check_top(top)
     check_one_of(label, prototypes)
+    picture = np.asarray(Images([image]).open(0))
     similarity = clf.transform([image])[0]  # (m,)
     label = clf.predict([image])[0] if label is None else label
     weight = clf.coef_[class_index(clf, label)]  # (m,)
@@ -255,7 +286,6 @@ def plot_similarity_maps(
             )
     else:
         ids = known_ids(clf, prototypes)
-    picture = np.asarray(Images([image]).open(0))
     heats, boxes = heat_maps(clf, [image], [picture.shape[1::-1]], [0] * len(ids), ids)
     table = pd.DataFrame(
         {

@@ -289,14 +289,12 @@ class _StandIns(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}
-        if name in _WINDOWS:
-            return _WINDOWS[name](*args, **kwargs)
         if name in _GATES:
             return _one(args[0])
         if name in _LOCAL or name in _NORMALISATIONS:
             self.global_context |= name in _NORMALISATIONS and _over_space(name, args)
             return args[0]
-        out = function(*args, **kwargs)
+        out = _WINDOWS.get(name, function)(*args, **kwargs)
         if name in _POOLINGS and _is_pooled(args[0], out):
             self.global_context = True
             return torch.ones_like(out)
@@ -364,11 +362,18 @@ def _max_pool2d(
     return _one(F.conv2d(x, kernel, None, stride, padding, dilation, x.shape[1]))
 
 
-_WINDOWS: dict[str, Callable[..., Tensor]] = {
+def _max_pool2d_with_indices(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    _, indices = F.max_pool2d(x, *args, **kwargs | {"return_indices": True})
+    return _max_pool2d(x, *args, **kwargs), indices
+
+
+_WINDOWS: dict[str, Callable[..., Any]] = {
     "conv2d": _conv2d,
     "conv_transpose2d": _conv_transpose2d,
     "linear": _linear,
     "max_pool2d": _max_pool2d,
+    "max_pool2d_with_indices": _max_pool2d_with_indices,
+    "adaptive_max_pool2d": lambda x, size, **_: _one(F.adaptive_avg_pool2d(x, size)),
 }
 
 

@@ -257,7 +257,7 @@ class Measured(NamedTuple):
 
 def _measured(metrics: pd.DataFrame) -> list[Measured]:
     missing = {"value", "low", "high", "baseline", "better"} - set(metrics)
-    if missing:
+    if missing or not isinstance(metrics, pd.DataFrame):
         raise ValueError(
             "metrics must be the table of protoclf.metrics.interpretability_report; it lacks "
             f"{sorted(missing)}."
@@ -265,12 +265,16 @@ def _measured(metrics: pd.DataFrame) -> list[Measured]:
     lines = []
     for name, row in metrics.iterrows():
         value, low, high, baseline = (
-            "" if pd.isna(row[column]) else f"{row[column]:.3g}"
+            "" if pd.isna(row[column]) else _number(row[column])
             for column in ("value", "low", "high", "baseline")
         )
         interval = f"{low} to {high}" if low else ""
         lines.append(Measured(str(name), value, interval, baseline, row["better"]))
     return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 
 def _version() -> str:

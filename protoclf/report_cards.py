@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from protoclf.explanation import BOX
+from protoclf.explanation import BOX, SOURCE_BOX
 from protoclf.images import Images
 from protoclf.thumbnails import Thumbnail, thumbnail_of
 
@@ -30,6 +30,7 @@ class Row(NamedTuple):
     prototype: int
     prototype_class: str
     source_index: int
+    source_box: tuple[int, ...]
     similarity: float
     weight: float
     contribution: float
@@ -209,6 +210,7 @@ def _rows(rows: pd.DataFrame, picture: Thumbnail, prefix: str) -> list[Row]:
             prototype=int(row["prototype"]),
             prototype_class=str(row["prototype_class"]),
             source_index=int(row["source_index"]),
+            source_box=tuple(int(row[side]) for side in SOURCE_BOX),
             similarity=float(row["similarity"]),
             weight=float(row["weight"]),
             contribution=float(row["contribution"]),

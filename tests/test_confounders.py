@@ -5,7 +5,7 @@ import pytest
 from colour_model import CELL, COLOURS, SIDE, colour_model, picture
 
 from protoclf.metrics import find_confounders
-from protoclf.metrics.confounders import SIGNS
+from protoclf.metrics.confounders import SIGNS, _drop, _kept
 
 BLUE, RED = COLOURS["blue"], COLOURS["red"]
 YELLOW, GREEN = (255, 255, 0), (0, 255, 0)
@@ -120,12 +120,42 @@ def test_a_class_that_validation_lacks_has_no_drop(clf):
     assert table.loc[table["class"] == "red", "validation_drop"].notna().all()
 
 
+def test_images_without_an_object_do_not_count(clf, table):
+    X, y = pictures()
+    some = masks()
+    some[::3] = False
+    found = find_confounders(clf, X, y, masks=some)
+    seen = find_confounders(clf, X[[1, 2, 4, 5]], y[[1, 2, 4, 5]], masks=masks()[[1, 2, 4, 5]])
+    kept = [t.set_index("prototype")["kept"].sort_index() for t in (found, seen)]
+    np.testing.assert_allclose(*kept)
+    none = find_confounders(clf, X, y, masks=np.zeros((6, SIDE, SIDE)))
+    assert none["kept"].isna().all()
+    assert not none["reasons"].str.contains("covered").any()
+
+
+def test_two_images_are_too_few_to_be_at_one_place(clf):
+    X, y = pictures()
+    few = find_confounders(clf, X[:4], y[:4])
+    assert few["same_place"].isna().all()
+
+
+def test_what_was_not_similar_before_loses_nothing():
+    own = np.ones((4, 2), bool)
+    g = np.array([[-0.1, 0.4]] * 4)
+    np.testing.assert_array_equal(_drop(g, own, g, own), [np.nan, 0])
+    covered = np.full((4, 2), 0.1)
+    g[0, 1] = -0.5
+    np.testing.assert_allclose(_kept(g, covered, own), [np.nan, 0.25])
+
+
 def test_wrong_arguments_are_refused(clf):
     X, y = pictures()
     with pytest.raises(ValueError, match="X_valid and y_valid go together"):
         find_confounders(clf, X, y, X_valid=X)
     with pytest.raises(ValueError, match=r"thresholds may have kept, .*; got \['place'\]"):
         find_confounders(clf, X, y, thresholds={"place": 1})
+    with pytest.raises(ValueError, match="thresholds must be numbers; 'kept' is 'high'"):
+        find_confounders(clf, X, y, thresholds={"kept": "high"})
     with pytest.raises(ValueError, match="as many are needed"):
         find_confounders(clf, X, y, masks=masks()[:2])
     with pytest.raises(ValueError, match=r"X has no image of \['blue'\]"):

@@ -102,6 +102,9 @@ def test_an_object_out_of_sight_has_no_coverage(fitted, squares):
     mask[0, :, :10] = 1
     table = object_coverage(fitted, squares[0][:1], mask)
     assert table["coverage"].isna().all()
+    table = pointing(fitted, squares[0][:1], mask)
+    assert table[["inside", "hit"]].isna().all(axis=None)
+    assert (table["object_share"] == 0).all()
 
 
 def test_masks_of_parts_are_the_union_of_their_boxes(clf):
@@ -121,6 +124,8 @@ def test_masks_of_parts_are_the_union_of_their_boxes(clf):
     assert not hidden[1].any()
     with pytest.raises(ValueError, match="parts has points alone"):
         PartMasks(clf, X[:2], parts[["sample", "part"]].assign(x=1.0, y=1.0))
+    with pytest.raises(ValueError, match="parts has rows without a box"):
+        PartMasks(clf, X[:2], parts.assign(x0=[0, np.nan, 1, 9]))
 
 
 @pytest.mark.parametrize("names", [["accuracy"], ["sparsity"], ["box deletion"], ["pointing"]])

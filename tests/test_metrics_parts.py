@@ -88,6 +88,37 @@ def test_frequencies_are_those_of_counting(clf, places):
     assert table.loc[1, "frequency"] == max(places.count(at[p]) / len(places) for p in at)
 
 
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_a_large_prototype_is_at_the_middle_of_its_patch(size):
+    model = colour_model()
+    patch = model.module_.prototypes.detach()[:, :, :1, :1].expand(-1, -1, size, size).clone()
+    model.replace_prototypes(patch, model.module_.owner, model.module_.last_layer.weight.data)
+    corners = {2: [(1, 1), (5, 3)], 3: [(1, 1), (2, 4)], 5: [(1, 2)], 8: [(0, 0)]}[size]
+    X = np.stack(
+        [
+            picture({(r + i, c + j): RED for i in range(size) for j in range(size)})
+            for r, c in corners
+        ]
+    )
+    middles = [(CELL * (c + size / 2), CELL * (r + size / 2)) for r, c in corners]
+    parts = pd.DataFrame(middles, columns=["x", "y"]).assign(sample=range(len(X)), part="square")
+    table = consistency(model, X, ["red"] * len(X), parts, region=2 / SIDE)
+    assert table.loc[1, "frequency"] == 1
+    away = parts.assign(x=parts["x"] + 3)
+    table = consistency(model, X, ["red"] * len(X), away, region=2 / SIDE)
+    assert table.loc[1, "frequency"] == 0
+
+
+@pytest.mark.parametrize("function", [consistency, stability, part_purity])
+def test_labels_that_show_no_part_are_refused(clf, function):
+    arguments = () if function is part_purity else (["red"] * 5,)
+    for hidden in (labels(5).assign(visible=False), labels(5).assign(x=-5.0)):
+        with pytest.raises(ValueError, match="No part in parts is to be seen"):
+            function(clf, spotted(), *arguments, hidden)
+    with pytest.raises(ValueError, match='"visible" in parts must be True or False'):
+        function(clf, spotted(), *arguments, labels(5).assign(visible="False"))
+
+
 # ---- stability --------------------------------------------------------------------------------
 
 

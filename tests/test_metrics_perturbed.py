@@ -12,7 +12,12 @@ from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from protoclf.explanation import BOX
-from protoclf.metrics import deletion_insertion, rank_stability, spatial_misalignment
+from protoclf.metrics import (
+    deletion_insertion,
+    deletion_score,
+    rank_stability,
+    spatial_misalignment,
+)
 from protoclf.metrics.ranks import kept
 
 LEVELS = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)  # of ImageNet
@@ -50,7 +55,8 @@ def test_where_nothing_decides_no_order_is_better():
     blind = colour_model(weight=[[0, 0], [0, 0]])
     table = deletion_insertion(blind, X)
     areas = table[["deletion", "insertion", "control_deletion", "control_insertion"]]
-    np.testing.assert_allclose(areas, 0.5)
+    assert areas[["deletion", "insertion"]].isna().all(axis=None)  # there is no order
+    np.testing.assert_allclose(areas[["control_deletion", "control_insertion"]], 0.5)
     np.testing.assert_allclose(table["probability"], 0.5)
 
 
@@ -110,6 +116,20 @@ def test_seeds_change_the_controls_alone(local):
     assert first["deletion"].equals(second["deletion"])
     assert not first["control_deletion"].equals(second["control_deletion"])
     assert first.equals(deletion_insertion(local, X[:2], random_state=0))
+
+
+def test_neither_seeds_nor_images_share_their_controls():
+    """Where each pixel counts, another place of a box has another effect."""
+    striped = colour_model()
+    same = np.random.default_rng(3).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)
+    same = np.repeat(same, 3, axis=0)
+    for function, column in (
+        (deletion_insertion, "control_deletion"),
+        (deletion_score, "control_logit_drop"),
+    ):
+        draws = [function(striped, same, random_state=s)[column].tolist() for s in (0, 1)]
+        assert len(set(draws[0] + draws[1])) == 6
+        assert function(striped, same[:1])[column].tolist() == draws[0][:1]
 
 
 # ---- misalignment -----------------------------------------------------------------------------
@@ -195,6 +215,18 @@ def test_where_similarity_was_negative_no_share_of_it_is_lost():
     table = spatial_misalignment(clf, grey_red, n_steps=1)
     assert table["similarity"].item() < 0
     assert np.isnan(table["activation_change"].item())
+
+
+def test_where_nothing_speaks_for_the_class_nothing_is_attacked():
+    clf = colour_model(weight=[[0, 0], [0, 0.5]])  # blue ones: no evidence, for no class
+    blue = picture({(2, 2): COLOURS["blue"]}, background=(0, 0, 0))
+    table = spatial_misalignment(clf, np.stack([X[0], blue]), n_steps=1)
+    assert table["class"].tolist() == ["red", "red"]
+    mute = colour_model(weight=[[0, 0], [0, -0.5]])
+    found = spatial_misalignment(mute, X[:1], n_steps=1)
+    assert found["class"].tolist() == ["blue"]
+    assert found.drop(columns=["sample", "path", "class"]).isna().all(axis=None)
+    assert table["prototype"].tolist() == [1, 1]
 
 
 # ---- rank stability ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pkgutil
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 import torch
 from colour_model import COLOURS, colour_model, picture
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from torch.utils.data import Dataset
 
 from protoclf import ProtoPNetClassifier, metrics
 from protoclf.datasets import make_birds
@@ -108,6 +110,9 @@ def test_missing_values_are_left_out_and_one_group_has_no_interval():
     assert np.isnan(bootstrap_interval([np.nan, 2])).all()
     with pytest.raises(ValueError, match="level must be a number > 0 and <= 1"):
         bootstrap_interval(values, level=0)
+    for wrong in (([1.0, np.inf],), ([1.0, 2], ["a", None])):
+        with pytest.raises(ValueError, match="values must be finite or missing, and the group"):
+            bootstrap_interval(*wrong)
 
 
 # ---- prototypes at random patches -------------------------------------------------------------
@@ -265,12 +270,51 @@ def test_what_the_data_do_not_allow_is_left_out(birds):
     assert set(pointed) - set(plain) == {"consistency", "stability", "part purity"}
 
 
+def test_a_data_set_of_torch_is_taken_too(birds, report):
+    clf, X, y, _ = birds
+    pairs = list(zip([PIL.Image.open(path) for path in X], y, strict=True))
+
+    class Birds(Dataset):
+        def __len__(self):
+            return len(pairs)
+
+        def __getitem__(self, i):
+            return pairs[i]
+
+    rows = {"metrics": ["deletion", "sparsity"], "n_perturbed": 6, "n_resamples": 2}
+    table = interpretability_report(clf, Birds(), y, **rows)
+    for name in rows["metrics"]:
+        assert table.loc[name, "value"] == pytest.approx(report.loc[name, "value"])
+    assert (
+        MetricScorer("deletion", n_perturbed=6)(clf, Birds(), y) == table.loc["deletion", "value"]
+    )
+
+
+def test_labels_that_no_class_has_are_refused(birds):
+    clf, X, y, _ = birds
+    with pytest.raises(ValueError, match="classes that the first fit did not see"):
+        interpretability_report(clf, X, np.zeros(len(y)), metrics=["accuracy"], draw_from=(X, y))
+
+
+def test_a_baseline_says_over_how_many_it_is():
+    clf = colour_model(weight=[[0, 0], [0, 1]], colours=[COLOURS["blue"], COLOURS["red"]])
+    X = np.stack([picture({(2, 5): COLOURS["red"]})] * 3 + [picture({(1, 1): COLOURS["blue"]})] * 3)
+    y = ["red"] * 3 + ["blue"] * 3
+    table = interpretability_report(clf, X, y, masks=np.ones((6, 32, 32)), n_resamples=2)
+    drawn = random_prototypes(clf, X, y)
+    for model, column in ((clf, "n"), (drawn, "baseline_n")):
+        boxes = metrics.pointing(model, X, np.ones((6, 32, 32)))
+        assert table.loc["pointing", column] == boxes["sample"].nunique()
+    assert pd.isna(table.loc["accuracy", "baseline_n"])
+
+
 def test_a_model_that_uses_no_prototype_has_no_boxes():
     idle = colour_model(weight=[[0, 0], [0, 0]])
     X = np.stack([picture({(2, 5): COLOURS["red"]}), picture({(0, 0): COLOURS["blue"]})])
     table = interpretability_report(idle, X, ["red", "blue"], masks=np.ones((2, 32, 32)))
     assert table.loc["global size", "value"] == table.loc["object coverage", "value"] == 0
-    without = ["rank stability, JPEG", "rank stability, noise", "box deletion", "pointing"]
+    without = ["rank stability, JPEG", "rank stability, noise", "box deletion", "deletion"]
+    without += ["insertion", "location change", "activation change", "pointing"]
     assert table.index[table["value"].isna()].tolist() == without
     assert (table.loc[without, "n"] == 0).all()
 
@@ -284,6 +328,7 @@ def test_a_model_that_uses_no_prototype_has_no_boxes():
         ({"metrics": ["pointing"]}, "'pointing' needs masks"),
         ({"n_perturbed": 0}, "n_perturbed must be an int >= 1"),
         ({"level": 2}, "level must be a number > 0 and <= 1"),
+        ({"draw_from": ["a.png", "b.png", "c.png"]}, "draw_from must be a pair"),
     ],
 )
 def test_wrong_arguments_are_refused(fitted, squares, wrong, message):

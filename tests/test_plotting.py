@@ -1,5 +1,6 @@
 """Pictures hold the numbers that they are drawn from."""
 
+import copy
 import unicodedata
 import warnings
 
@@ -10,7 +11,8 @@ import PIL.Image
 import pytest
 from sklearn.exceptions import NotFittedError
 
-from protoclf import ProtoPNetClassifier, canvas
+from protoclf import ImageError, ProtoPNetClassifier, canvas
+from protoclf.editing import remove
 from protoclf.nearest_patches import nearest_patches
 from protoclf.plotting import (
     plot_explanation,
@@ -71,6 +73,37 @@ def test_a_sheet_is_drawn_with_its_maps(fitted, squares, tmp_path):
     for j, heat in display.maps.items():
         np.testing.assert_allclose(heat, maps[j], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(display.sources[j], fitted.source_image(j))
+    display.figure_.savefig(tmp_path / "sheet.png")
+
+
+def titles(display):
+    return [part.texts[0].get_text().split("\n")[0] for part in display.figure_.subfigs]
+
+
+def test_only_the_second_class_is_the_rival(fitted, squares):
+    probability = fitted.predict_proba(squares[0][:1])[0]
+    first, second, third = fitted.classes_[np.argsort(-probability)]
+    assert titles(plot_explanation(fitted, squares[0][0])) == [
+        f"predicted: {first}",
+        f"rival: {second}",
+    ]
+    names = {first: f"predicted: {first}", second: f"rival: {second}", third: third}
+    every = plot_explanation(fitted, squares[0][0], "all")
+    assert titles(every) == [names[label] for label in fitted.classes_]
+    assert titles(plot_explanation(fitted, squares[0][0], [third])) == [third]
+    np.testing.assert_allclose(every.verdicts["probability"], probability)
+
+
+def test_a_class_without_contributions_is_drawn_all_the_same(fitted, squares, tmp_path):
+    mute = copy.deepcopy(fitted)
+    predicted = mute.predict(squares[0][:1])[0]
+    weight = mute.module_.last_layer.weight.data
+    weight.fill_(-1)
+    weight[mute.classes_.tolist().index(predicted)] = 0
+    display = plot_explanation(mute, squares[0][0])
+    assert titles(display)[0] == f"predicted: {predicted}"
+    texts = [t.get_text() for axis in display.figure_.subfigs[0].axes for t in axis.texts]
+    assert texts == ["No prototype speaks for or against it."]
     display.figure_.savefig(tmp_path / "sheet.png")
 
 
@@ -370,6 +403,16 @@ def test_wrong_tables_are_refused_by_name(fitted, squares, nearest):
         plot_nearest_patches(nearest.assign(prototype=nearest["prototype"] + 6), fitted, X)
     with pytest.raises(ValueError, match="top must be an int"):
         plot_nearest_patches(nearest, X=X, top=0)
+    with pytest.raises(ValueError, match="No row of the table has a rank up to top=1"):
+        plot_nearest_patches(nearest[nearest["rank"] > 1], X=X, top=1)
+    with pytest.raises(ValueError, match="The table was made with another classifier"):
+        plot_nearest_patches(nearest, remove(fitted, [0]), X, prototypes=[1])
+
+
+def test_similarity_maps_of_an_unreadable_image_name_it(fitted, tmp_path):
+    skips = copy.deepcopy(fitted).set_params(on_bad_image="skip")
+    with pytest.raises(ImageError, match=r"no\.png"):
+        plot_similarity_maps(skips, tmp_path / "no.png")
 
 
 # The canvas -------------------------------------------------------------------------------------

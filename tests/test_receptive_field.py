@@ -59,6 +59,15 @@ def test_a_module_that_the_meta_device_cannot_run():
 # Receptive fields
 
 
+class _FirstOfTwo(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
 @pytest.mark.parametrize(
     ("layers", "stride", "start", "size"),
     [
@@ -69,6 +78,8 @@ def test_a_module_that_the_meta_device_cannot_run():
         ([nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2), nn.Conv2d(4, 4, 5)], 2, -1, 13),
         ([nn.AvgPool2d(2), nn.MaxPool2d(3, 1, dilation=2)], 2, 0, 10),
         ([nn.PixelUnshuffle(4)], 4, 0, 4),
+        ([nn.AdaptiveMaxPool2d(12)], 4, 0, 4),
+        ([_FirstOfTwo(nn.MaxPool2d(3, 2, 1, return_indices=True))], 2, -1, 3),
         ([nn.Conv2d(3, 4, 3, 3, groups=1), nn.ConvTranspose2d(4, 2, 3, 3)], 1, None, 3),
     ],
 )

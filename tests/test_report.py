@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 from sklearn.exceptions import NotFittedError
@@ -105,6 +106,11 @@ def assert_sheet(page, card, sheet, rows):
         expected = row[["similarity", "weight", "contribution"]].to_numpy(float)
         np.testing.assert_allclose([similarity, weight, *shown[1]], expected, atol=0.00501)
         assert box_of(page, card, line.get("data-mark")) == row[["x0", "y0", "x1", "y1"]].tolist()
+        source_box = row[["source_x0", "source_y0", "source_x1", "source_y1"]].tolist()
+        assert numbers(line.get("data-source-box")) == source_box
+        x0, y0, x1, y1 = source_box
+        crop = page.find("svg", "crop", page.find("td", within=line)[1])[0]
+        assert numbers(crop.get("viewbox")) == [x0, y0, x1 - x0, y1 - y0]
     rest = rows.loc[rows["prototype"].isna(), "contribution"].tolist()
     shown = [numbers(text(page.find("td", within=e)[0]))[0] for e in page.find("tr", "rest", sheet)]
     np.testing.assert_allclose(shown, rest, atol=0.00501)
@@ -430,3 +436,13 @@ def test_metrics_stand_beside_the_classifier(fitted, squares, tmp_path):
         assert line[4] == row["better"]
     with pytest.raises(ValueError, match="interpretability_report; it lacks"):
         write_report(fitted, squares[0][:2], path=tmp_path / "p.html", metrics=table[["value"]])
+    columns = dict.fromkeys(("value", "low", "high", "baseline", "better"))
+    with pytest.raises(ValueError, match="must be the table of"):
+        write_report(fitted, squares[0][:2], path=tmp_path / "p.html", metrics=columns)
+
+
+def test_many_prototypes_are_written_as_a_whole_number():
+    columns = {"value": [1968.0, 0.12345], "low": np.nan, "high": np.nan, "baseline": [2000.0, -1]}
+    table = pd.DataFrame(columns, index=["global size", "gain"]).assign(better="lower")
+    lines = [(line.value, line.baseline) for line in report._measured(table)]
+    assert lines == [("1968", "2000"), ("0.123", "-1")]

@@ -48,8 +48,9 @@ def explained(squares, tmp_path_factory):
     y = predicted.copy()
     y[:2] = np.where(predicted[:2] == SCRIPT, NAMES["red"], SCRIPT)
     path = tmp_path_factory.mktemp("report") / "the report.html"
-    write_report(clf, X[:12], y, path, top=TOP)
-    return path, clf.explain(X[:12], "top2", TOP), y
+    how = {"top": TOP, "attribution": "gradient"}  # boxes in training images of each line's own
+    write_report(clf, X[:12], y, path, **how)
+    return path, clf.explain(X[:12], "top2", **how), y
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,11 @@ def bootstrap_interval(
         Percentiles ``50 (1 - level)`` and ``50 (1 + level)`` of the means of the resamples; NaN
         where fewer than two groups have values.
 
+    Raises
+    ------
+    ValueError
+        If a value is infinite, or the group of one is missing.
+
     Notes
     -----
     The interval says how much the mean would differ for other images (or prototypes) of the same
@@ -53,6 +58,8 @@ def bootstrap_interval(
     check_rules(given, RULES)
     column = pd.Series(np.asarray(values, dtype=float))
     by = np.arange(len(column)) if groups is None else np.asarray(groups)
+    if np.isinf(column).any() or pd.isna(by).any():
+        raise ValueError("values must be finite or missing, and the group of each be known.")
     sums = column.groupby(by).agg(["sum", "count"]).to_numpy(float)  # (k, 2)
     sums = sums[sums[:, 1] > 0]
     k = len(sums)

@@ -17,7 +17,7 @@ from protoclf.metrics.part_metrics import consistency, stability
 from protoclf.metrics.prototype_metrics import distinctness, global_size, sparsity
 from protoclf.metrics.purity import part_purity
 from protoclf.metrics.ranks import rank_stability
-from protoclf.metrics.streams import latent_batches, opened
+from protoclf.metrics.streams import codes_of, latent_batches, opened
 from protoclf.nearest_patches import nearest_patches, purity
 
 
@@ -89,7 +89,7 @@ def _right(clf: Any, data: Data) -> pd.DataFrame:
     batches = latent_batches(clf, opened(clf, data.X))
     with torch.no_grad():
         codes = [clf.module_.compare(z)[0].argmax(1).cpu().numpy() for _, z in batches]
-    right = clf.classes_[np.concatenate(codes)] == data.y
+    right = np.concatenate(codes) == codes_of(clf, data.y, len(data.y))
     return pd.DataFrame({"sample": np.arange(len(right)), "right": right.astype(float)})
 
 

@@ -7,6 +7,7 @@ a person to look for. N images, m prototypes, H x W places of a patch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ from protoclf.metrics.streams import codes_of, image_batches, latent_batches, la
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
+
+
+_FEWEST = 3  # images of a class, of which some can be said to show a prototype at one place
 
 
 class Sign(NamedTuple):
@@ -86,14 +90,17 @@ def find_confounders(
 
         - prototype, class, source, weight : as in `prototypes_`, weight that for its own class
         - kept : mean share of the similarity to images of its class that is left when the object
-          is covered with the image's mean colour, from 0 to 1; from 0.8 on it is a sign. Missing
-          without masks
+          is covered with the image's mean colour, from 0 to 1; from 0.8 on it is a sign. Images
+          whose object the model does not see do not count, nor those without similarity. Missing
+          where none counts, and without masks
         - same_place : share of the images of its class in which it is found within one cell of
-          one place; from 0.8 on it is a sign. Missing where maps are not larger than 3 x 3
+          one place; from 0.8 on it is a sign. Missing where maps are not larger than 3 x 3, and
+          for classes with fewer than 3 images
         - separation : probability that an image of its class is more similar to it than one of
           the others (area under the ROC curve); up to 0.6 it is a sign
         - validation_drop : share of its median similarity to images of its class that is missing
-          on the validation images of it; from 0.2 on it is a sign. Missing without them
+          on the validation images of it; from 0.2 on it is a sign. Missing without them, and
+          where the median is not above 0
         - signs : how many of these there are
         - reasons : the same in words; empty without signs
 
@@ -101,7 +108,8 @@ def find_confounders(
     ------
     ValueError
         If X has no image of a class or of one class alone, numbers of images and masks differ,
-        X_valid comes without y_valid, or a threshold has no such sign.
+        X_valid comes without y_valid, or a threshold is no number or
+        has no such sign.
 
     Notes
     -----
@@ -125,7 +133,8 @@ def find_confounders(
     }
     if masks is not None:
         check_number(masks, dataset)
-        values["kept"] = _kept(g, _covered_activations(clf, dataset, masks), own)
+        covered, objects = _covered_activations(clf, dataset, masks)
+        values["kept"] = _kept(g, covered, own & objects[:, None])
     if X_valid is not None:
         valid = opened(clf, X_valid)
         own_valid = codes_of(clf, y_valid, len(valid))[:, None] == owner
@@ -140,6 +149,9 @@ def _thresholds(given: Mapping[str, float] | None) -> dict[str, float]:
     unknown = sorted(set(given or {}) - set(SIGNS))
     if unknown:
         raise ValueError(f"thresholds may have {', '.join(SIGNS)}; got {unknown}.")
+    for name, value in (given or {}).items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"thresholds must be numbers; {name!r} is {value!r}.")
     return {name: sign.threshold for name, sign in SIGNS.items()} | dict(given or {})
 
 
@@ -165,23 +177,26 @@ def _activations(clf: ProtoPNetClassifier, dataset: ImageDataset) -> tuple[np.nd
 @torch.no_grad()
 def _covered_activations(
     clf: ProtoPNetClassifier, dataset: ImageDataset, masks: Masks
-) -> np.ndarray:
-    """Return g (N, m) of the images with their objects covered."""
-    parts = []
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return g (N, m) of the images with their objects covered, and whether one is seen (N,)."""
+    parts, objects = [], []
     for rows, images in image_batches(clf, dataset, "Images with the object covered"):
         covered = []
         for i, image in zip(range(rows.start, rows.stop), images.cpu(), strict=True):
             mask = torch.from_numpy(on_input(dataset, i, mask_of(masks, dataset, i)))
+            objects.append(bool(mask.any()))
             covered.append(cover(image, mask[None]))
         _, distance, _ = clf.module_.compare(latents_of(clf, torch.cat(covered)))
         parts.append(clf.module_.activations(distance).cpu())
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).numpy(), np.array(objects)
 
 
-def _kept(g: np.ndarray, covered: np.ndarray, own: np.ndarray) -> np.ndarray:
+def _kept(g: np.ndarray, covered: np.ndarray, marked: np.ndarray) -> np.ndarray:
     """Return the mean share (m,) of similarities g (N, m) that is left, over marked images."""
-    g = g.clip(1e-6)
-    return np.mean((covered / g).clip(0, 1), axis=0, where=own)
+    counted = marked & (g > 0)
+    share = np.divide(covered, g, out=np.zeros_like(g), where=counted).clip(0, 1)
+    n = counted.sum(0)
+    return np.divide(share.sum(0), n, out=np.full(len(n), np.nan), where=n > 0)
 
 
 def _same_place(clf: ProtoPNetClassifier, cell: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -195,16 +210,18 @@ def _same_place(clf: ProtoPNetClassifier, cell: np.ndarray, own: np.ndarray) -> 
     for j in range(place.shape[1]):
         places, counts = np.unique(place[own[:, j], j], axis=0, return_counts=True)  # (u, 2), (u,)
         near = np.abs(places[:, None] - places).max(2) <= 1  # (u, u)
-        shares.append((near @ counts).max() / counts.sum())
+        n = counts.sum()
+        shares.append((near @ counts).max() / n if n >= _FEWEST else np.nan)
     return np.array(shares)
 
 
 def _drop(g: np.ndarray, own: np.ndarray, valid: np.ndarray, own_valid: np.ndarray) -> np.ndarray:
-    """Return which share (m,) of the median similarity is missing; NaN for classes not there."""
+    """Return which share (m,) of the median similarity is missing; NaN where there is none."""
     drops = np.full(g.shape[1], np.nan)
     for j in np.flatnonzero(own_valid.any(0)):
-        before = max(np.median(g[own[:, j], j]), 1e-6)
-        drops[j] = np.clip(1 - np.median(valid[own_valid[:, j], j]) / before, 0, 1)
+        before = np.median(g[own[:, j], j])
+        if before > 0:
+            drops[j] = np.clip(1 - np.median(valid[own_valid[:, j], j]) / before, 0, 1)
     return drops
 
 

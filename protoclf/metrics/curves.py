@@ -63,7 +63,7 @@ def deletion_insertion(
         One row for each image:
 
         - sample, path, class, probability : the predicted class
-        - deletion, insertion : the areas
+        - deletion, insertion : the areas; missing where no prototype speaks for the class
         - control_deletion, control_insertion : the same in random order, on average
 
         The scores are the means of ``control_deletion - deletion`` and of ``insertion -
@@ -85,12 +85,12 @@ def deletion_insertion(
         z = clf.module_.latents(clf.module_.features(image[None]))
         probability = clf.module_.compare(z)[0].softmax(1)[0]  # (C,)
         c = int(probability.argmax())
-        draws = torch.Generator().manual_seed(random_state + i)
-        cells = torch.rand(n_controls, *z.shape[2:], generator=draws).to(z)
-        maps = torch.cat([evidence(clf, z, c)[None], cells])  # (1 + n_controls, H, W)
+        draws = np.random.default_rng((random_state, i)).random((n_controls, *z.shape[2:]))
+        maps = torch.cat([evidence(clf, z, c)[None], torch.from_numpy(draws).to(z)])
         areas = np.array([_areas(clf, image, m, c, n_steps) for m in maps])
-        rows.append([float(probability[c]), *areas[0], *areas[1:].mean(0)])
-        rows[-1].insert(0, c)
+        if not (clf.module_.last_layer.weight[c] > 0).any():
+            areas[0] = np.nan
+        rows.append([c, float(probability[c]), *areas[0], *areas[1:].mean(0)])
     columns = ["class", "probability", "deletion", "insertion"]
     columns += ["control_deletion", "control_insertion"]
     table = pd.DataFrame(rows, columns=columns)

@@ -79,7 +79,6 @@ def deletion_score(
     table = sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile)
     table = table[table["prototype"].notna() & (table["weight"] > 0)].reset_index(drop=True)
     classes = {label: i for i, label in enumerate(clf.classes_.tolist())}
-    rng = np.random.default_rng(random_state)
     drops = np.zeros((len(table), len(DELETION_COLUMNS)))
     samples = table.groupby("sample")
     bar: Any = tqdm(samples, "covering", delay=2, leave=False, disable=not clf.verbose)
@@ -88,6 +87,7 @@ def deletion_score(
         boxes = clf.preprocessing_.to_input(rows[BOX].to_numpy(float), dataset.sizes([i]))
         boxes = boxes.round().astype(int).clip(0, clf.preprocessing_.image_size)
         c, prototypes = classes[rows["class"].iloc[0]], rows["prototype"].to_numpy(int)
+        rng = np.random.default_rng((random_state, i))  # an image's, whatever the others are
         drops[rows.index] = _drops(clf, image, boxes, c, prototypes, n_controls, rng)
     about = ["sample", "path", "class", "prototype", "similarity", "weight", "contribution"]
     return table[about].assign(**dict(zip(DELETION_COLUMNS, drops.T, strict=True)))

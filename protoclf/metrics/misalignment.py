@@ -46,7 +46,8 @@ def spatial_misalignment(
 
     In each image the prototype of the highest contribution to the predicted class is attacked: by
     projected gradient descent on its similarity, in the pixels that are not in its box. If the box
-    were what the prototype looks at, nothing would change.
+    were what the prototype looks at, nothing would change. Where no prototype speaks for the
+    class, there is nothing to attack, and all that would be measured is missing.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ def spatial_misalignment(
     for rows, images in image_batches(clf, dataset, "attacking"):
         before = _State(clf, latents_of(clf, images))
         c = before.logits.argmax(1)  # (n,)
-        j = (before.g * clf.module_.last_layer.weight[c]).argmax(1)  # (n,)
+        contribution, j = (before.g * clf.module_.last_layer.weight[c]).max(1)  # (n,), (n,)
         boxes = before.boxes(j, side, percentile)
         grow = margin * side * boxes.new_tensor([-1, -1, 1, 1])
         free = ~box_masks(boxes + grow, side)[:, None]  # (n, 1, S, S)
@@ -108,11 +109,11 @@ def spatial_misalignment(
         change = torch.from_numpy(start).to(images.device, torch.float32) * epsilon
         attacked = _attacked(clf, images, j, free * scale, change, epsilon, step_size, n_steps)
         after = _State(clf, latents_of(clf, attacked))
-        tables.append(
-            _compared(clf, before, after, j, side).assign(
-                attacked_share=free.float().mean((1, 2, 3)).cpu().numpy()
-            )
+        table = _compared(clf, before, after, j, side).assign(
+            attacked_share=free.float().mean((1, 2, 3)).cpu().numpy()
         )
+        table.loc[(contribution <= 0).cpu().numpy(), table.columns != "class"] = pd.NA
+        tables.append(table)
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "path", paths_of(dataset))
     table.insert(0, "sample", np.arange(len(dataset)))
@@ -194,11 +195,11 @@ def _compared(
     lost = 1 - new.clamp_min(0) / g
     columns = {
         "class": clf.classes_[before.logits.argmax(1).cpu().numpy()],
-        "prototype": j,
+        "prototype": pd.array(j.cpu().numpy(), dtype="Int64"),
         "similarity": g.double(),
         "location_change": location.double(),
         "activation_change": torch.where(g > 0, lost, torch.nan).double(),
-        "rank_change": above[1] - above[0],
+        "rank_change": (above[1] - above[0]).double(),
         "prediction_changed": (before.logits.argmax(1) != after.logits.argmax(1)).double(),
     }
     return pd.DataFrame(

@@ -55,7 +55,7 @@ def pointing(
 
         - sample, path, class, prototype, contribution : from the sheet
         - inside : share of the box that lies in the mask, from 0 to 1, where 1 is best; its mean is
-          the score
+          the score. Missing, as is `hit`, where the model sees nothing of the object
         - hit : 1 if the middle of the most similar patch lies in the mask, else 0: the pointing
           game, without its tolerance of 15 pixels
         - object_share : share of the mask in what the model sees, which `inside` and `hit` are on
@@ -71,15 +71,16 @@ def pointing(
     check_number(masks, dataset)
     sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))
     middles = _middles(clf, dataset, sheet)
-    values = np.zeros((len(sheet), 3))
+    values = np.full((len(sheet), 3), np.nan)
     samples: Any = sheet.groupby("sample")
     for i, rows in samples:
         mask = mask_of(masks, dataset, int(i))
-        boxes = rows[BOX].to_numpy(np.int64)
-        inside = [mask[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in boxes.tolist()]
-        x, y = middles[rows.index].T.astype(np.int64)
-        share = shown(dataset, int(i), mask).mean()
-        values[rows.index] = np.stack([inside, mask[y, x], np.full(len(rows), share)], axis=1)
+        values[rows.index, 2] = share = shown(dataset, int(i), mask).mean()
+        if share:
+            boxes = rows[BOX].to_numpy(np.int64)
+            inside = [mask[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in boxes.tolist()]
+            x, y = middles[rows.index].T.astype(np.int64)
+            values[rows.index, :2] = np.stack([inside, mask[y, x]], axis=1)
     about = ["sample", "path", "class", "prototype", "contribution"]
     names = ("inside", "hit", "object_share")
     return sheet[about].assign(**dict(zip(names, values.T, strict=True)))
@@ -153,6 +154,11 @@ class PartMasks:
         rows = located(parts, self._dataset)
         if not set(BOX) <= set(rows):
             raise ValueError("parts has points alone: masks of objects need boxes, or pass masks.")
+        if not np.isfinite(rows[BOX].to_numpy(float)).all():
+            raise ValueError(
+                "parts has rows without a box; leave them out, mark them by visible=False, or pass "
+                "masks."
+            )
         boxes: Any = rows.groupby("sample")
         self._boxes = {int(i): group[BOX].to_numpy(float) for i, group in boxes}
 

@@ -25,7 +25,7 @@ class PartLabels:
         - path : as in X; or, where X holds pixels, sample : the position in X
         - part : name; several rows of one image may share it, such as those of two eyes
         - x, y : a point; or x0, y0, x1, y1 : a box, whose middle is the point
-        - visible : optional; rows where it is False say that the part is not to be seen
+        - visible : optional; rows where it is False, or 0, say that the part is not to be seen
 
         Rows of other paths are passed over.
     dataset : ImageDataset
@@ -37,6 +37,11 @@ class PartLabels:
         The parts, sorted.
     visible : ndarray of shape (N, K), bool
         Whether a part is to be seen in the model's input; not if `resize="crop"` cuts it off.
+
+    Raises
+    ------
+    ValueError
+        If columns or places are missing, an image has no row, or no part is to be seen at all.
     """
 
     def __init__(self, parts: pd.DataFrame, dataset: ImageDataset) -> None:
@@ -46,6 +51,8 @@ class PartLabels:
         on_input = dataset.preprocessing.to_input(np.hstack([xy, xy]), dataset.sizes(sample))
         xy, side = on_input[:, :2], dataset.preprocessing.image_size
         seen = ((xy >= 0) & (xy <= side)).all(1)
+        if not seen.any():
+            raise ValueError("No part in parts is to be seen by the model in any image of X.")
         self.names, part = np.unique(rows["part"].to_numpy(str), return_inverse=True)
         sample, part, xy = sample[seen], part[seen], xy[seen]
         slot = pd.Series(sample).groupby(sample).cumcount().to_numpy(np.int64)
@@ -109,6 +116,8 @@ def located(parts: pd.DataFrame, dataset: ImageDataset) -> pd.DataFrame:
             "row with visible=False."
         )
     if "visible" in rows:
+        if not rows["visible"].isin([True, False]).all():
+            raise ValueError('"visible" in parts must be True or False, or 1 or 0.')
         rows = rows[rows["visible"].astype(bool)]
     return rows
 

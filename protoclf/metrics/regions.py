@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoclf.localization import activation_boxes, pair_maps, upsample
+from protoclf.localization import pair_boxes, pair_patches, upsample
 from protoclf.network import ProtoPNet
 
 _BLOCK = 2**22  # pixels of upsampled maps at a time
@@ -35,31 +35,50 @@ def pair_regions(
     image_size : int
         Side S of the model input.
     region : float or "box"
-        The side of a square, as a share of S, around the highest pixel of the similarity map,
-        upsampled; what lies outside of the input is cut off. "box" is that of `explain`.
+        The side of a square, as a share of S, whose middle is that of the most similar patch: the
+        highest pixel of the similarity map, upsampled. What lies outside of the input is cut off.
+        "box" is that of `explain`.
     percentile : float
         Of the box.
     """
+    if isinstance(region, str):
+        return pair_boxes(module, z, sample, prototype, image_size, percentile)
     if not len(sample):
         return z.new_zeros(0, 4)
-    maps = pair_maps(module, z, sample, prototype)  # (k, H, W)
-    if isinstance(region, str):
-        return activation_boxes(maps, image_size, percentile)
-    centre, half = peaks(maps, image_size), region * image_size / 2  # (k, 2)
+    patches = pair_patches(module, z, sample, prototype)  # (k, H - H1 + 1, W - W1 + 1)
+    cells, half = (z.shape[2], z.shape[3]), region * image_size / 2
+    centre = _peaks(patches, cells, image_size)
     return torch.cat([centre - half, centre + half], 1).clamp(0, image_size)
 
 
-def peaks(maps: Tensor, image_size: int) -> Tensor:
-    """Return the middles (k, 2), x and y, of the highest pixels of upsampled maps (k, H, W).
+def _peaks(patches: Tensor, cells: tuple[int, int], image_size: int) -> Tensor:
+    """Return where in the input (k, 2), x and y, patches are most similar, by their middles.
 
     Among pixels equally high the first, row by row.
+
+    Parameters
+    ----------
+    patches : Tensor of shape (k, H - H1 + 1, W - W1 + 1)
+        Similarity of each patch. Upsampled, it covers what the middles of patches can lie in.
+    cells : (H, W)
+    image_size : int
+        Side S of the model input.
     """
-    size = max(1, _BLOCK // image_size**2)
+    shape, (height, width) = patches.shape[1:], cells
+    rows, cols = (
+        round(n * image_size / of) if n > 1 else 1 for n, of in zip(shape, cells, strict=True)
+    )
     found = []
-    for block in maps.split(size):
-        pixels = upsample(block, image_size, image_size).flatten(1)  # (b, S S)
+    for block in patches.split(max(1, _BLOCK // (rows * cols))):
+        pixels = upsample(block, rows, cols).flatten(1)  # (b, rows cols)
         low, high = pixels.aminmax(dim=1, keepdim=True)
         top = pixels >= high - _ROUNDING * (high - low)
         found.append(top.to(torch.uint8).argmax(1))
     index = torch.cat(found)
-    return torch.stack([index % image_size, index // image_size], 1).to(maps.dtype) + 0.5
+    sides = ((index % cols, cols, shape[1], width), (index // cols, rows, shape[0], height))
+    middles = [  # a patch of n cells has its middle (n - 1) / 2 cells behind that of its first cell
+        (pixel.to(patches.dtype) + 0.5) * (n * image_size / (of * n_pixels))
+        + (of - n) / 2 * image_size / of
+        for pixel, n_pixels, n, of in sides
+    ]
+    return torch.stack(middles, 1)

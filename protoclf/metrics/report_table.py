@@ -22,6 +22,7 @@ from protoclf.metrics.catalogue import METRICS, Data, Metric, Row
 from protoclf.metrics.object_metrics import Masks, PartMasks
 from protoclf.metrics.rules import COUNT
 from protoclf.parameters import Rule, check_rules
+from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -82,8 +83,9 @@ def interpretability_report(
         - baseline, baseline_low, baseline_high : the same of the baseline; missing for the
           accuracy without `draw_from`, since the baseline's last layer has seen the labels
         - better : "higher" or "lower"
-        - unit, n : what the interval is over, "sample" or "prototype", and how many of them; the
-          one "model" has none
+        - unit, n, baseline_n : what the interval is over, "sample" or "prototype", and how many of
+          them; the one "model" has none. Images in which nothing speaks for the predicted class
+          have no boxes, so that the baseline's can be far fewer
 
     Notes
     -----
@@ -105,6 +107,9 @@ def interpretability_report(
     given = {"n_perturbed": n_perturbed, "n_resamples": n_resamples, "level": level}
     check_rules(given | {"random_state": random_state}, RULES)
     check_classifier(clf)
+    if not (draw_from is None or (isinstance(draw_from, tuple | list) and len(draw_from) == 2)):
+        raise ValueError("draw_from must be a pair: images and their labels.")
+    X, y = unpacked(X, y)
     labels = read_labels(y, len(Images(X)))
     if masks is None and parts is not None and set(BOX) <= set(parts):
         masks = PartMasks(clf, X, parts)
@@ -126,7 +131,8 @@ def interpretability_report(
     result = pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
     result = result.rename(columns={"baseline_value": "baseline"})
     baseline = ["baseline", "baseline_low", "baseline_high"]
-    return result.reindex(columns=["value", "low", "high", *baseline, "better", "unit", "n"])
+    columns = ["value", "low", "high", *baseline, "better", "unit", "n", "baseline_n"]
+    return result.reindex(columns=columns).astype({"baseline_n": "Int64"})
 
 
 def score(
@@ -134,6 +140,7 @@ def score(
 ) -> float:
     """Return the value of one row of the report, minus it where lower is better."""
     check_classifier(clf)
+    X, y = unpacked(X, y)
     data = Data(X, read_labels(y, len(Images(X))), None, None, random_state)
     (metric,) = chosen([name], data)
     (row,) = (row for row in metric.rows if row.name == name)
@@ -187,6 +194,7 @@ def _scored(
     low, high = bootstrap_interval(
         values, groups, level=level, n_resamples=n_resamples, random_state=random_state
     )
-    found = {f"{prefix}value": values.mean(), f"{prefix}low": low, f"{prefix}high": high}
-    n = groups[values.notna()].nunique()
-    return found if prefix else found | {"better": row.better, "unit": metric.unit, "n": n}
+    found = {"value": values.mean(), "low": low, "high": high}
+    found["n"] = groups[values.notna()].nunique()
+    found = {f"{prefix}{name}": number for name, number in found.items()}
+    return found if prefix else found | {"better": row.better, "unit": metric.unit}

@@ -8,7 +8,13 @@ function light(card, mark) {
   const row = card.querySelector(`tr[data-mark="${mark}"]`);
   const tile = document.getElementById(`prototype-${row.dataset.prototype}`);
   const source = card.querySelector(".source");
-  source.querySelector(".scene").replaceWith(tile.querySelector(".scene").cloneNode(true));
+  const scene = tile.querySelector(".scene").cloneNode(true);
+  const [x0, y0, x1, y1] = row.dataset.sourceBox.split(" ").map(Number);
+  for (const edge of scene.querySelectorAll(".box rect")) {
+    const sides = { x: x0, y: y0, width: x1 - x0, height: y1 - y0 };
+    for (const [name, value] of Object.entries(sides)) edge.setAttribute(name, value);
+  }
+  source.querySelector(".scene").replaceWith(scene);
   source.querySelector(".name").textContent = tile.dataset.name;
   source.querySelector(".file").textContent = tile.querySelector(".file").textContent;
 }
