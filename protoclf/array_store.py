@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,8 @@ from warnings import warn
 
 import joblib
 import numpy as np
+
+from protoclf.files import replaced
 
 
 def folder_of(memory: Any) -> Path | None:
@@ -65,21 +64,11 @@ class ArrayStore:
             return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._write(file, write)
+            with replaced(file) as temporary, open(temporary, "wb") as out:
+                write(out)
         except OSError as error:
             self._writable = False
             warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=3)
-
-    def _write(self, file: Path, write: Callable[[Any], None]) -> None:
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as out:
-                write(out)
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
 
     def _file(self, key: str, suffix: str = ".npy") -> Path:
         return self.folder / key[:2] / f"{key[2:]}{suffix}"

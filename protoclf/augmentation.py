@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
-from protoclf.image_dataset import Batch, ImageDataset
+from protoclf.image_dataset import Batch, Batches, ImageDataset
 
 Augmentation = Callable[[Tensor], Tensor]
 """Maps a batch of images (n, 3, S, S), in 0..255, to another of the same shape."""
@@ -22,7 +22,7 @@ _CONTRAST = 0.2
 _GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 
 
-class AugmentedDataset(Dataset):
+class AugmentedDataset(Batches):
     """The batches of another data set, each image randomly transformed anew.
 
     Parameters
@@ -43,11 +43,7 @@ class AugmentedDataset(Dataset):
         self.dataset = dataset
         self.augmentation = augmentation
         self.device = device
-
-    @property
-    def takes_no_workers(self) -> bool:
-        """Whether loader workers could not help: they have no part in what a GPU does."""
-        return torch.device(self.device).type != "cpu"
+        self.takes_no_workers = torch.device(device).type != "cpu"  # they have no part in a GPU
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -239,13 +240,8 @@ def _read_torch(path: Path) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"Reading {path} takes the package safetensors.") from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
         raise ValueError(error) from error
 
 

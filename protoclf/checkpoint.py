@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protoclf.files import replaced
 from protoclf.fingerprints import described
 from protoclf.fit_key import changes
 
@@ -85,12 +85,10 @@ class Checkpoint:
             raise self._refusal("is of another train_split, which may lack a random_state")
         try:
             network = state["network"]
-            names = ("prototypes", "owner", "last_layer.weight")
-            prototypes, owner, weight = (network[name].to(net.device) for name in names)
-            if prototypes.shape[1:] != net.module_.prototypes.shape[1:]:
-                raise ValueError(f"prototypes of shape {tuple(prototypes.shape)}")
-            net.replace_prototypes(prototypes, owner, weight)
-            net.module_.load_state_dict(network)
+            shape = network["prototypes"].shape
+            if shape[1:] != net.module_.prototypes.shape[1:]:
+                raise ValueError(f"prototypes of shape {tuple(shape)}")
+            net.set_state(network)
             net.optimizer_.load_state_dict(state["optimizer"])
             net.history[:] = json.loads(state["history"])
             net.backbone_trained_ = state["backbone_trained"]
@@ -118,13 +116,16 @@ class Checkpoint:
             "epochs": epochs,
             "history": json.dumps(net.history.to_list(), default=_json),
             "backbone_trained": net.backbone_trained_,
-            "network": net.module_.state_dict(),
+            "network": net.plain_module.state_dict(),
             "optimizer": net.optimizer_.state_dict(),
             "callbacks": _states_of_callbacks(net),
         }
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(state, self.file)
+            with replaced(self.file) as temporary, open(temporary, "wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
             raise CheckpointError(
                 f"The checkpoint {str(self.file)!r} cannot be written ({error}). The one before "
@@ -155,20 +156,6 @@ class Checkpoint:
             f"The checkpoint {str(self.file)!r} {what}. Delete it to begin anew, or give "
             "`checkpoint` another folder."
         )
-
-
-def _write_whole(state: dict[str, Any], file: Path) -> None:
-    """Write to a file of another name first: whoever looks finds the old state or the new one."""
-    handle, name = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _states_of_callbacks(net: SkorchProtoPNet) -> dict[str, dict[str, Any]]:

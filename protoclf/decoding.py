@@ -24,7 +24,6 @@ def decode(
     preprocessing: Preprocessing,
     indices: ArrayLike | None = None,
     out: torch.Tensor | None = None,
-    n_jobs: int | None = None,
     progress: bool | None = None,
     failures: list[Failure] | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
@@ -41,9 +40,6 @@ def decode(
         Which images; all by default.
     out : torch.Tensor of shape (n, 3, S, S), uint8, on the CPU, optional
         Where to write.
-    n_jobs : int, optional
-        Threads, as in joblib (-1: one per CPU). By default at most 8, and no more than there are
-        CPUs or than torch uses, so that workers do not crowd each other out.
     progress : bool, optional
         A progress bar on stderr; by default only where it takes longer than two seconds.
     failures : list of Failure, optional
@@ -76,7 +72,7 @@ def decode(
         view[i] = preprocessing.apply(stored)
         return None
 
-    failed = _run(work, n, n_jobs, progress, "decoding images")
+    failed = _run(work, n, progress, "decoding images")
     if failures is not None:
         failures += failed
     elif failed:
@@ -84,7 +80,7 @@ def decode(
     return pixels, sizes
 
 
-def check_files(images: Images, n_jobs: int | None = None, progress: bool | None = None) -> None:
+def check_files(images: Images, progress: bool | None = None) -> None:
     """Check every file quickly, without decoding: it is there, and its header is an image's.
 
     Parameters and errors are those of `decode`. Where X holds pixels there is nothing to check.
@@ -102,7 +98,7 @@ def check_files(images: Images, n_jobs: int | None = None, progress: bool | None
             return Failure(int(images.positions[i]), paths[i], reason_for(error))
         return None
 
-    failed = _run(work, len(paths), n_jobs, progress, "checking files")
+    failed = _run(work, len(paths), progress, "checking files")
     if failed:
         raise reading_error(failed)
 
@@ -121,7 +117,6 @@ def _output(out: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
 def _run(
     work: Callable[[int], Failure | None],
     n: int,
-    n_jobs: int | None,
     progress: bool | None,
     what: str,
 ) -> list[Failure]:
@@ -129,16 +124,15 @@ def _run(
     failures: list[Failure] = []
     delay = 0 if progress else 2  # seconds
     with tqdm(total=n, desc=what, delay=delay, disable=progress is False, leave=False) as bar:
-        for found, done in _chunks(work, n, _n_threads(n_jobs)):
+        for found, done in _chunks(work, n):
             failures += found
             bar.update(done)
     return failures
 
 
-def _chunks(
-    work: Callable[[int], Failure | None], n: int, threads: int
-) -> Iterator[tuple[list[Failure], int]]:
+def _chunks(work: Callable[[int], Failure | None], n: int) -> Iterator[tuple[list[Failure], int]]:
     """Yield (failures, number of images) as chunks are done, in order."""
+    threads = _n_threads()
     size = max(1, min(64, n // (4 * threads)))
 
     def chunk(start: int) -> tuple[list[Failure], int]:
@@ -155,11 +149,11 @@ def _chunks(
 
 def in_threads(work: Callable[[int], None], n: int) -> None:
     """Call work(0), ..., work(n - 1), in as many threads as decode images by default."""
-    for _ in _chunks(work, n, _n_threads(None)):
+    for _ in _chunks(work, n):
         pass
 
 
-def _n_threads(n_jobs: int | None) -> int:
-    if n_jobs is None:  # torch's own number is 1 in loader workers, and cut in joblib's
-        return max(1, min(joblib.cpu_count(), torch.get_num_threads(), _MAX_THREADS))
-    return joblib.effective_n_jobs(n_jobs)
+def _n_threads() -> int:
+    """No more than there are CPUs or than torch uses: workers must not crowd each other out."""
+    # torch's own number is 1 in loader workers, and cut in joblib's
+    return max(1, min(joblib.cpu_count(), torch.get_num_threads(), _MAX_THREADS))

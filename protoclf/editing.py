@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from protoclf.concepts import ForbiddenPatches
+from protoclf.explanation import EDIT_COLUMNS
 from protoclf.features import FitData
 from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
 
 _SHOWN = 5  # of what an error names
-
-EDIT_COLUMNS = ["step", "action", "prototype", "class", "source", "source_index", "reason"]
 
 
 def select_prototypes(

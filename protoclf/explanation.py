@@ -28,6 +28,7 @@ SHEET_COLUMNS = [
     *("row", "col", *BOX, *FIELD),
     *("source", "source_index", "source_class", *SOURCE_BOX),
 ]
+EDIT_COLUMNS = ["step", "action", "prototype", "class", "source", "source_index", "reason"]
 REST = "(rest)"
 UNREADABLE = "(unreadable)"
 

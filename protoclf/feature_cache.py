@@ -15,13 +15,13 @@ import PIL
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from protoclf.array_store import ArrayStore
 from protoclf.decoding import in_threads
 from protoclf.fingerprints import module_digest, state_digest
 from protoclf.geometry import Preprocessing
-from protoclf.image_dataset import ImageDataset, in_whole
+from protoclf.image_dataset import Batches, ImageDataset, in_whole
 from protoclf.image_errors import ImageError
 from protoclf.network import ProtoPNet
 from protoclf.recent import Recent
@@ -77,7 +77,7 @@ class FeatureCache:
         in_threads(lambda k: self.store.put(keys[kept[k]], arrays[kept[k]]), len(kept))
 
 
-class CachedImages(Dataset):
+class CachedImages(Batches):
     """Batches of an image data set, with features in place of the images that have them cached.
 
     The inputs of a batch are {"images": (k, 3, S, S), "missing": (k,), "keys": k str, "cached":

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_of
 from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
 from protoclf.fingerprints import state_digest
-from protoclf.image_dataset import Batch, ImageDataset, in_whole
+from protoclf.image_dataset import Batch, Batches, ImageDataset, in_whole
 from protoclf.image_errors import ImageError
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.network import ProtoPNet
@@ -36,7 +36,7 @@ ImagePart = ImageDataset | Subset
 """All images of a fit, or those of one part of it."""
 
 
-class FeatureDataset(Dataset):
+class FeatureDataset(Batches):
     """Features (N, C, H, W) in place of the images that they were computed from.
 
     Parameters
@@ -72,7 +72,7 @@ class FeatureDataset(Dataset):
         return inputs, self.y[index]
 
 
-class FeatureViews(Dataset):
+class FeatureViews(Batches):
     """Several `FeatureDataset` of the same images, one after the other.
 
     Parameters
@@ -98,26 +98,23 @@ class FeatureViews(Dataset):
 
 def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset) -> FeatureDataset:
     """Run the backbone once over all images, in evaluation mode and without gradients."""
-    processes, n = net.processes, len(dataset)
+    images = dataset.dataset if isinstance(dataset, AugmentedDataset) else dataset
+    whole, index = in_whole(images)
+    others, y = whole.without_images(index)
+    processes, n, rows, start = net.processes, len(index), None, 0
     own = processes.own_rows(n, net.batch_size)
-    rows, targets, weights, index, start = None, [], [], [], 0
     show = bool(net.verbose) and processes.is_first
-    for inputs, y in feature_batches(net, dataset, progress=show, rows=own):
+    for inputs, _ in feature_batches(net, dataset, progress=show, rows=own):
         batch = inputs["features"].permute(0, 2, 3, 1)  # (n, H, W, C), as it lies in memory
         if rows is None:
             shape = (len(own), *batch.shape[1:])
             rows = allocate(shape, batch.dtype, net.device, net.memory_folder)
-        rows[start : start + len(y)] = batch
-        start += len(y)
-        targets.append(y)
-        index.append(inputs["index"])
-        weights.extend([inputs["sample_weight"]] if "sample_weight" in inputs else [])
+        rows[start : start + len(batch)] = batch
+        start += len(batch)
     assert rows is not None, "a data set has at least one image"
-    weight = processes.in_order(torch.cat(weights), n) if weights else None
-    _check_finite(rows, torch.cat(index))
-    rows, y = processes.in_order(rows, n), processes.in_order(torch.cat(targets), n)
-    whole_index = processes.in_order(torch.cat(index), n)
-    return FeatureDataset(rows.permute(0, 3, 1, 2), y, weight, whole_index)
+    _check_finite(rows, torch.from_numpy(index[own]))
+    features = processes.in_order(rows, n).permute(0, 3, 1, 2)
+    return FeatureDataset(features, y, others.get("sample_weight"), others["index"])
 
 
 def _check_finite(rows: Tensor, index: Tensor) -> None:
@@ -227,7 +224,6 @@ class FitData:
         self.valid_images = valid
         self.groups = groups
         self.train_distance = torch.empty(0, 0)  # (N, m), once prototypes are projected
-        self.after_epoch: Callable[[int], None] = lambda done: None  # but for a stage's last one
         self._train_features: FeatureDataset | None = None
         self._valid_features: FeatureDataset | None = None
         self._view_features: list[FeatureDataset] | None = None

@@ -226,8 +226,7 @@ class StagedNet(SkorchProtoPNet):
     def weights_of(
         self, codes: np.ndarray, classes: np.ndarray, sample_weight: Any
     ) -> np.ndarray | None:
-        """Return the weights of images (n,), by themselves and by their classes."""
-        sample_weight = checked_weights(sample_weight, len(codes))
+        """Return the weights of images (n,), by themselves, if checked, and by their classes."""
         if self.class_weight is None:
             return sample_weight
         of_classes = class_weights(self.class_weight, codes, classes)
@@ -295,8 +294,8 @@ class StagedNet(SkorchProtoPNet):
         for position in range(checkpoint.stage, len(stages)):
             stage = stages[position]
             if isinstance(stage, Training):
-                stage = replace(stage, done=checkpoint.epochs)
-                data.after_epoch = partial(checkpoint.write, self, position)
+                keep = partial(checkpoint.write, self, position)
+                stage = replace(stage, done=checkpoint.epochs, after_epoch=keep)
             stage.run(self, data)
             if stage.costly and stage is not stages[-1]:
                 checkpoint.write(self, position + 1, 0)

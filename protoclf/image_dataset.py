@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from protoclf.decoding import check_files, decode, in_threads
 from protoclf.geometry import Preprocessing
@@ -25,7 +25,23 @@ _passed: set[str] = set()
 _MOST_PASSED = 2**18
 
 
-class ImageDataset(Dataset):
+class Batches(Dataset):
+    """A data set of whole batches: a loader asks for all rows of one at once.
+
+    Attributes
+    ----------
+    takes_no_workers : bool
+        Whether loader workers could not help.
+    """
+
+    takes_no_workers: bool = False
+
+    def __getitems__(self, indices: Any) -> Batch:
+        """Return a whole batch."""
+        raise NotImplementedError
+
+
+class ImageDataset(Batches):
     """Batches of uint8 images for a torch DataLoader: (inputs, target).
 
     Parameters
@@ -35,8 +51,6 @@ class ImageDataset(Dataset):
     y : array-like of shape (n,), int, optional
         Class indices; zeros by default.
     sample_weight : array-like of shape (n,), float, optional
-    n_jobs : int, optional
-        Threads, as in `decode`.
     on_bad_image : {"raise", "skip"}, default="raise"
         Whether an image that cannot be read raises ImageError, or is black and noted.
 
@@ -54,7 +68,6 @@ class ImageDataset(Dataset):
         preprocessing: Preprocessing,
         y: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
-        n_jobs: int | None = None,
         on_bad_image: str = "raise",
     ) -> None:
         self.images = images
@@ -63,7 +76,6 @@ class ImageDataset(Dataset):
         self.sample_weight = None
         if sample_weight is not None:
             self.sample_weight = _column("sample_weight", sample_weight, len(images), torch.float32)
-        self.n_jobs = n_jobs
         self.on_bad_image = on_bad_image
         self.failures: dict[int, Failure] = {}
         self.pixels: torch.Tensor | None = None
@@ -91,7 +103,7 @@ class ImageDataset(Dataset):
     ) -> tuple[torch.Tensor, np.ndarray]:
         failures: list[Failure] = []
         decoded = decode(
-            *(self.images, self.preprocessing, index, out, self.n_jobs, progress),
+            *(self.images, self.preprocessing, index, out, progress),
             failures=failures if self.on_bad_image == "skip" else None,
         )
         if failures:
@@ -105,9 +117,7 @@ class ImageDataset(Dataset):
 
     def of(self, index: np.ndarray, y: ArrayLike, sample_weight: ArrayLike | None) -> ImageDataset:
         """Return the data set of some images, decoded as far as they are here."""
-        part = ImageDataset(
-            *(self.images.take(index), self.preprocessing, y, sample_weight, self.n_jobs)
-        )
+        part = ImageDataset(*(self.images.take(index), self.preprocessing, y, sample_weight))
         part._sizes, part._digests = self._sizes[index], self._digests[index]
         part.pixels, part._rows = self.pixels, self._rows[index]
         return part
@@ -217,11 +227,9 @@ def in_whole(dataset: Any, indices: ArrayLike | None = None) -> tuple[ImageDatas
 
 def is_batches(X: Any) -> bool:
     """Return whether X is a data set of ours, or a part of one: of whole batches, not of images."""
-    if not isinstance(X, Dataset) or isinstance(X, IterableDataset):
-        return False
-    kind = type(in_whole(X)[0])
-    batches_alone = kind.__getitem__ is Dataset.__getitem__ and hasattr(kind, "__getitems__")
-    return batches_alone or kind is ImageDataset
+    while isinstance(X, Subset):
+        X = X.dataset
+    return isinstance(X, Batches)
 
 
 def _column(name: str, values: ArrayLike, n: int, dtype: torch.dtype) -> torch.Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from protoclf.network import ProtoPNet
 
-_BLOCK = 2**22  # pixels of upsampled maps at a time
+BLOCK = 2**22  # pixels of upsampled maps at a time
 _SAMPLING = 13  # pixels; prime, so that a sample meets all columns of a map
-_ROUNDING = 1e-5  # of a map's range: closer pixels are equal, as are those of a patch's cells
+ROUNDING = 1e-5  # of a map's range: closer pixels are equal, as are those of a patch's cells
 
 
 def pair_boxes(
@@ -99,7 +99,7 @@ def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> T
         Pixels of the model input.
     """
     maps = maps - maps.amin((1, 2), keepdim=True)  # so that a constant map stays so, to the bit
-    size = max(1, _BLOCK // int(image_size) ** 2)
+    size = max(1, BLOCK // int(image_size) ** 2)
     blocks = [_boxes(upsample(m, image_size, image_size), percentile) for m in maps.split(size)]
     return torch.cat(blocks)
 
@@ -122,7 +122,7 @@ def _boxes(maps: Tensor, percentile: float) -> Tensor:
     n = maps.shape[1:].numel()
     rank = int(np.ceil(round(percentile / 100 * (n - 1), 6)))  # the first at the percentile
     columns, rows = maps.amax(1), maps.amax(2)  # (k, S) each
-    threshold = _order_statistic(maps.flatten(1), rank) - _ROUNDING * rows.amax(1)  # (k,)
+    threshold = _order_statistic(maps.flatten(1), rank) - ROUNDING * rows.amax(1)  # (k,)
     x0, x1 = _extent(columns >= threshold[:, None])
     y0, y1 = _extent(rows >= threshold[:, None])
     return torch.stack([x0, y0, x1, y1], dim=1).to(maps.dtype)

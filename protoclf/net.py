@@ -140,12 +140,12 @@ class SkorchProtoPNet(NeuralNetClassifier):
         state = self.plain_module.state_dict()
         return {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
 
-    def set_head(self, head: Mapping[str, Any]) -> None:
-        """Give the network a state that `head` returned: any number of prototypes."""
-        state = {name: torch.as_tensor(v, device=self.device) for name, v in head.items()}
+    def set_state(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Give the network a state, such as `head` returned: any number of prototypes."""
+        state = {name: torch.as_tensor(v, device=self.device) for name, v in state.items()}
         names = ("prototypes", "owner", "last_layer.weight")
         self.replace_prototypes(*(state[name].clone() for name in names))
-        self.plain_module.load_state_dict(state, strict=False)
+        self.plain_module.load_state_dict(state, strict=strict)
 
     @property
     def plain_module(self) -> ProtoPNet:

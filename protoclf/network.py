@@ -80,7 +80,7 @@ class ProtoPNet(nn.Module):
     of several cells see `unit_length`.
     """
 
-    half_precision: bool
+    half_precision: bool = False
     channels_last: bool = False
     settled: tuple[str, ...] = ()
     folds: Folds = ()
@@ -99,7 +99,6 @@ class ProtoPNet(nn.Module):
         normalization: tuple[Sequence[float], Sequence[float]],
     ) -> None:
         super().__init__()
-        self.half_precision = False
         self.backbone = backbone
         self.add_on = _add_on_layers(channels, latent_dim, spec.similarity)
         shape = (len(spec.owner), latent_dim or channels, *spec.size)
@@ -248,7 +247,7 @@ class ProtoPNet(nn.Module):
         if self.similarity != "cosine":
             return x
         rows, cols = self.prototype_size
-        return unit_length(x, dim=1, area=rows * cols)
+        return unit_length(x, area=rows * cols)
 
 
 class Centre(nn.Module):

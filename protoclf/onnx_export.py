@@ -6,13 +6,11 @@ latent map.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclf.explanation import BOX
+from protoclf.files import replaced
 from protoclf.fitted import check_classifier
 from protoclf.network import ProtoPNet
 
@@ -100,15 +99,9 @@ def export_onnx(clf: ProtoPNetClassifier, path: str | os.PathLike[str]) -> Path:
     exported = _Exported(clf.plain_module).eval()
     program = _program(exported, clf.preprocessing_.image_size)
     program.model.metadata_props[METADATA_KEY] = json.dumps(_description(clf), allow_nan=False)
-    temporary = target.with_name(f".{uuid4().hex}.onnx")
-    try:
+    with replaced(target) as temporary:
         program.save(temporary, external_data=False)
         _check(temporary, exported, clf.preprocessing_.image_size)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
     return target
 
 

@@ -20,8 +20,7 @@ from skorch.history import History
 from torch import Tensor, nn
 
 from protoclf.backbones import build_backbone
-from protoclf.editing import EDIT_COLUMNS
-from protoclf.explanation import BOX, prototype_table
+from protoclf.explanation import BOX, EDIT_COLUMNS, prototype_table
 from protoclf.geometry import Preprocessing
 from protoclf.last_layer import LastLayerResult
 from protoclf.model_files import (
@@ -273,14 +272,9 @@ def _parameters_of_the_network(saved: SavedModel) -> dict[str, Any]:
 
 def _fill_network(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     module = clf.plain_module
-    state = {
-        name.removeprefix("network."): tensor.to(clf.device, copy=True)
-        for name, tensor in saved.tensors.items()
-        if name.startswith("network.")
-    }
-    clf.replace_prototypes(state["prototypes"], state["owner"], state["last_layer.weight"])
+    state = {name: saved.tensors[name] for name in saved.tensors if name.startswith("network.")}
     try:
-        module.load_state_dict(state)
+        clf.set_state({name.removeprefix("network."): tensor for name, tensor in state.items()})
     except RuntimeError as error:
         raise refusal(saved.tensor_file, f"does not fit the network: {error}") from error
     module.train_only(())

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from protoclf.prototype_layer import own_class_distances
 
-DISTINCT = (None, "patches", "images")
-
 Choice = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From distances and cells (n, K, k) to the image and rank (K,) that each prototype takes."""
 
@@ -95,8 +93,8 @@ def find_sources(
         bars.append(barred.to(torch.uint8))  # which any process group can gather
         targets.append(y)
     parts = (distances, cells, bars, targets)
-    a = [gather(torch.cat(part)).cpu().numpy() for part in parts]
-    return _choose(a[0], a[1], a[2], a[3], owner.cpu().numpy(), distinct)
+    d, where, bar, codes = (gather(torch.cat(part)).cpu().numpy() for part in parts)
+    return _choose(d, where, bar, codes, owner.cpu().numpy(), distinct)
 
 
 @torch.no_grad()

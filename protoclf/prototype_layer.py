@@ -139,8 +139,8 @@ def similarity(distance: Tensor, kind: str, eps: float = 1e-4) -> Tensor:
     raise ValueError(f'similarity must be "log" or "cosine"; got {kind!r}')
 
 
-def unit_length(x: Tensor, dim: int = 1, area: int = 1) -> Tensor:
-    """Scale the vectors along `dim` to the length 1 / sqrt(area).
+def unit_length(x: Tensor, area: int = 1) -> Tensor:
+    """Scale the vectors along the channels, dimension 1, to the length 1 / sqrt(area).
 
     With `area` = H1 W1 a patch of H1 x W1 cells is of unit length, and the squared distance of
     two patches is 2 - 2 times the mean of their cells' cosines.
@@ -149,8 +149,6 @@ def unit_length(x: Tensor, dim: int = 1, area: int = 1) -> Tensor:
     ----------
     x : Tensor of any shape
         Latent maps or prototypes.
-    dim : int, default=1
-        The dimension of the channels.
     area : int, default=1
         Cells of a prototype, H1 W1.
 
@@ -162,7 +160,7 @@ def unit_length(x: Tensor, dim: int = 1, area: int = 1) -> Tensor:
         as if the cosine were 0.5.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)  # 1 along dim
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / (torch.where(length > 1e-6, length, 1) * area**0.5)
 
 

@@ -7,7 +7,6 @@ it from loading anything else. Numbers and boxes are those of `ProtoPNetClassifi
 from __future__ import annotations
 
 import base64
-import contextlib
 import datetime
 import hashlib
 import inspect
@@ -17,7 +16,6 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from uuid import uuid4
 from warnings import warn
 
 import numpy as np
@@ -27,6 +25,7 @@ from numpy.typing import ArrayLike
 
 from protoclf.decoding import check_files
 from protoclf.explanation import BOX
+from protoclf.files import replaced
 from protoclf.fitted import check_classifier
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
@@ -136,7 +135,9 @@ def write_report(
         "judged": y is not None,
         "unfolded": clf.n_prototypes_ <= _UNFOLDED,
     }
-    _replace(target, _rendered(environment, content))
+    page = _rendered(environment, content)
+    with replaced(target) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
 
 
@@ -349,14 +350,3 @@ def _rendered(environment: Environment, content: dict[str, Any]) -> str:
 def _text(environment: Environment, name: str) -> str:
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
-
-
-def _replace(target: Path, page: str) -> None:
-    temporary = target.with_name(f".{uuid4().hex}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

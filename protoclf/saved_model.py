@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from protoclf.backbones import available_backbones, build_backbone
-from protoclf.editing import EDIT_COLUMNS
+from protoclf.explanation import EDIT_COLUMNS
 from protoclf.model_files import MODEL, TENSORS, Record, decode, read_json, read_tensors, refusal
 from protoclf.network import ProtoPNet, PrototypeSpec
 from protoclf.network_structure import Kind, ShapesOnly, is_finite, kind_of, kinds_of, layers_of

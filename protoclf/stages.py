@@ -8,7 +8,7 @@ skorch's own loop, so that callbacks and the history see every stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -91,7 +91,9 @@ class Start:
         """Centre cosines, and replace the random prototypes where another start is asked for."""
         what = self, described(net.prototypes_per_class)
         found = remembered(net, data, what, net.head(), lambda: self._begin(net, data))
-        net.set_head({n: v for n, v in found.items() if not n.startswith(_PROJECTED)})
+        net.set_state(
+            {n: v for n, v in found.items() if not n.startswith(_PROJECTED)}, strict=False
+        )
         net.agree()
         projected = {n: v for n, v in found.items() if n.startswith(_PROJECTED)}
         if projected and net.processes.is_alone:
@@ -129,6 +131,8 @@ class Training:
         Epochs of this kind in earlier cycles, which count for the steps.
     done : int
         Epochs of this stage that a fit which was interrupted has done.
+    after_epoch : callable or None
+        Told how many epochs are done, after each but the last.
     """
 
     name: str
@@ -137,6 +141,7 @@ class Training:
     lr_schedule: str | None = None
     epochs_before: int = 0
     done: int = 0
+    after_epoch: Callable[[int], None] | None = None
     costly: ClassVar[bool] = True
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
@@ -172,8 +177,8 @@ class Training:
                     _validate(net, valid)
                 if row.stopped:
                     break
-                if epoch + 1 < self.epochs:
-                    data.after_epoch(epoch + 1)
+                if self.after_epoch is not None and epoch + 1 < self.epochs:
+                    self.after_epoch(epoch + 1)
         if on_images:
             return_freed_memory()  # stages without gradients need less
 

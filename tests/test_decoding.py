@@ -2,12 +2,14 @@
 
 import os
 import pickle
+from functools import partial
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from protoclf import decoding
 from protoclf.decoding import check_files, decode
 from protoclf.geometry import Preprocessing
 from protoclf.image_errors import ImageError
@@ -62,7 +64,7 @@ def test_all_bad_files_stand_in_one_error(tmp_path, picture):
     whole = str(tmp_path / "whole.jpg")
     X = [whole, *names, whole, str(tmp_path / "missing too.jpg")]
     with pytest.raises(ImageError) as caught:
-        decode(Images(X), Preprocessing(8), n_jobs=2)
+        decode(Images(X), Preprocessing(8))
     assert [f.position for f in caught.value.failures] == [*range(1, len(bad) + 1), len(X) - 1]
     message = str(caught.value)
     assert f"{len(bad) + 1} image(s) of X cannot be read" in message
@@ -119,11 +121,13 @@ def test_tiny_and_extreme_images(tmp_path, resize, size):
     assert (pixels[0].float().mean((1, 2)) - torch.tensor([10.0, 200, 30])).abs().max() < 4
 
 
-def test_decode_is_the_same_for_any_number_of_threads(paths):
+def test_decode_is_the_same_for_any_number_of_threads(paths, monkeypatch):
     images, preprocessing = Images(paths * 5), Preprocessing(24)
-    one, sizes = decode(images, preprocessing, n_jobs=1)
-    for n_jobs in (2, -1, None):
-        again, sizes_again = decode(images, preprocessing, n_jobs=n_jobs, progress=False)
+    monkeypatch.setattr(decoding, "_n_threads", lambda: 1)
+    one, sizes = decode(images, preprocessing)
+    for threads in (2, 7):
+        monkeypatch.setattr(decoding, "_n_threads", partial(int, threads))
+        again, sizes_again = decode(images, preprocessing, progress=False)
         assert torch.equal(one, again)
         assert np.array_equal(sizes, sizes_again)
     for i in range(6):
@@ -157,5 +161,5 @@ def test_progress_bar_only_on_request_where_fast(paths, capfd):
 
 def test_a_pil_image_given_twice_is_decoded_safely(paths):
     with PIL.Image.open(paths[1]) as image:
-        pixels, _ = decode(Images([image] * 40), Preprocessing(16), n_jobs=2)
+        pixels, _ = decode(Images([image] * 40), Preprocessing(16))
     assert (pixels == pixels[0]).all()

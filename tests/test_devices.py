@@ -96,7 +96,7 @@ def test_forward_loss_and_similarity_maps_stay_on_the_device(gpu, size, similari
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("distinct", projection.DISTINCT)
+@pytest.mark.parametrize("distinct", [None, "patches", "images"])
 @pytest.mark.parametrize("forbids", [False, True])
 def test_the_search_of_the_projection_stays_on_the_device(
     gpu, monkeypatch, size, similarity, distinct, forbids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from protoclf.decoding import in_threads
 from protoclf.explanation import BOX
+from protoclf.files import replaced
 from protoclf.images import Images
 
 
@@ -79,9 +79,5 @@ def _is_picture(path: Path, size: tuple[int, int]) -> bool:
 
 
 def _save(image: PIL.Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{uuid4().hex}.tmp")
-    try:
+    with replaced(path) as temporary:
         image.save(temporary, format="JPEG", quality=95, subsampling=0)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

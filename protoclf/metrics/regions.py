@@ -8,11 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoclf.localization import pair_boxes, pair_patches, upsample
+from protoclf.localization import BLOCK, ROUNDING, pair_boxes, pair_patches, upsample
 from protoclf.network import ProtoPNet
-
-_BLOCK = 2**22  # pixels of upsampled maps at a time
-_ROUNDING = 1e-5  # of a map's range: closer pixels are equal, as are those of a patch's cells
 
 
 def pair_regions(
@@ -69,10 +66,10 @@ def _peaks(patches: Tensor, cells: tuple[int, int], image_size: int) -> Tensor:
         round(n * image_size / of) if n > 1 else 1 for n, of in zip(shape, cells, strict=True)
     )
     found = []
-    for block in patches.split(max(1, _BLOCK // (rows * cols))):
+    for block in patches.split(max(1, BLOCK // (rows * cols))):
         pixels = upsample(block, rows, cols).flatten(1)  # (b, rows cols)
         low, high = pixels.aminmax(dim=1, keepdim=True)
-        top = pixels >= high - _ROUNDING * (high - low)
+        top = pixels >= high - ROUNDING * (high - low)
         found.append(top.to(torch.uint8).argmax(1))
     index = torch.cat(found)
     sides = ((index % cols, cols, shape[1], width), (index // cols, rows, shape[0], height))
