@@ -127,6 +127,8 @@ class Checkpoint:
                 stream.flush()
                 os.fsync(stream.fileno())
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
+            if isinstance(error.__context__, KeyboardInterrupt):  # ... and Ctrl-C, on its way out
+                raise error.__context__ from None
             raise CheckpointError(
                 f"The checkpoint {str(self.file)!r} cannot be written ({error}). The one before "
                 "is as it was: with room on the disk, the same fit goes on from it."

@@ -425,8 +425,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
 
     @property
     def coef_(self) -> np.ndarray:
-        """The last layer W, (C, m)."""
-        return self.module_.last_layer.weight.detach().cpu().numpy()
+        """A copy of the last layer W, (C, m)."""
+        return self.module_.last_layer.weight.detach().cpu().numpy().copy()
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the class label of each image, (n,).
@@ -520,7 +520,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
                 )
             )
             first += len(y)
-        sheet = without_answer(pd.concat(sheets, ignore_index=True), list(dataset.failures))
+        sheet = without_answer(
+            pd.concat(sheets, ignore_index=True), list(dataset.failures), dataset.images.paths
+        )
         if attribution == "gradient":
             sheet[BOX] = gradient_boxes(self, dataset, sheet, percentile)
             sheet[SOURCE_BOX] = self._gradient_boxes_of_sources(sheet, percentile)
@@ -655,12 +657,16 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
 
         Where X held paths it is read again from its path. A classifier that was saved with
         thumbnails enlarges those to the size of the image: boxes stay right.
+
+        Raises
+        ------
+        ImageError
+            If its file is gone, or another than the fit saw.
         """
-        row = self._fitted().prototypes_.iloc[prototype]
-        index = int(row["source_index"])
+        index = int(self._fitted().prototypes_.iloc[prototype]["source_index"])
         if index in self.source_images_:
             return self.source_images_[index]
-        return np.asarray(Images([row["source"]]).open(0))
+        return self._source_files[index].opened(prototype)
 
     def save(
         self,
@@ -734,7 +740,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         folder : str or path
         backbone : nn.Module or None, default=None
             Where the classifier was fitted with a module of your own: that module, or one made in
-            the same way. Its weights do not matter.
+            the same way. It is copied, and the weights are those of the file. Where the fit trained
+            the backbone, those that it started from are not in the file: another `fit`, or that of
+            a clone, starts from the weights of this module.
         device : str or torch.device, default="auto"
 
         Returns

@@ -58,7 +58,7 @@ def plot_history(clf_or_history: Any, axes: Axes | None = None) -> HistoryDispla
     return HistoryDisplay(table).plot(axes)
 
 
-@dataclass
+@dataclass(repr=False)
 class HistoryDisplay:
     """Losses and accuracies along the stages of a fit, ready to draw.
 
@@ -183,7 +183,7 @@ def plot_last_layer_path(path: pd.DataFrame, axes: Axes | None = None) -> LastLa
     return LastLayerPathDisplay(path).plot(axes)
 
 
-@dataclass
+@dataclass(repr=False)
 class LastLayerPathDisplay:
     """The path of the last layer's penalty, ready to draw.
 

@@ -19,6 +19,10 @@ from protoclf.parameters import with_parameters_of
 from protoclf.processes import OneProcess
 
 _KINDS = "NO", "MULTI_CPU", "MULTI_GPU"
+_OPTIONS = (  # of a loader, which the one of parts of batches has too
+    *("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "persistent_workers"),
+    *("prefetch_factor", "timeout", "multiprocessing_context"),
+)
 
 
 @with_parameters_of(ProtoPNetClassifier)
@@ -124,14 +128,20 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
             *(len(loader.dataset), loader.batch_size),
             *(self.accelerator.process_index, self.accelerator.num_processes),
             lambda: self.seed_ + len(self.history),
+            loader.drop_last,
         )
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=parts,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-        )
+        options = {name: getattr(loader, name) for name in _OPTIONS}
+        return DataLoader(loader.dataset, batch_sampler=parts, **options)
+
+    @classmethod
+    def load(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to: a model that was saved needs no accelerator.
+
+        Raises
+        ------
+        TypeError
+        """
+        raise TypeError("Load it as ProtoPNetClassifier.load(folder), which needs no accelerator.")
 
     def get_loss(self, y_pred, y_true, X=None, training=False) -> Tensor:
         """Return the loss of a batch; in training, so that their mean is that of all parts."""
@@ -260,23 +270,32 @@ class PartOfBatch(Sampler[list[int]]):
         Number of this process, and of processes.
     seed : callable
         Returns that of an epoch, the same in each process.
+    drop_last : bool, default=False
+        Leave out a last batch that is smaller.
     """
 
     def __init__(
-        self, n: int, batch_size: int, rank: int, count: int, seed: Callable[[], int]
+        self,
+        n: int,
+        batch_size: int,
+        rank: int,
+        count: int,
+        seed: Callable[[], int],
+        drop_last: bool = False,
     ) -> None:
         self.n = n
         self.batch_size = batch_size
         self.rank = rank
         self.count = count
         self.seed = seed
+        self.drop_last = drop_last
 
     def __len__(self) -> int:
-        return -(-self.n // self.batch_size)
+        return (self.n if self.drop_last else self.n + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed()))
-        for batch in order.split(self.batch_size):
+        for batch in order.split(self.batch_size)[: len(self)]:
             whole = len(batch) < self.count
             part = batch if whole else batch.tensor_split(self.count)[self.rank]
             yield part.tolist()

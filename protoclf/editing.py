@@ -26,7 +26,7 @@ from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import restart_prototypes
-from protoclf.labels import encode, read_labels
+from protoclf.labels import checked_weights, encode, read_groups, read_labels
 from protoclf.nearest_patches import find_concepts
 from protoclf.parameters import CONCEPT_RULES, EDIT_RULES, MERGE_RULES, check_rules
 from protoclf.penalty import Activations
@@ -207,7 +207,7 @@ def forbid(
     X: Any,
     y: ArrayLike,
     *,
-    reason: str = "",
+    reason: str | dict[int, str] = "",
     k: int = 20,
     weight: float = 1.0,
     epochs: int | None = None,
@@ -229,8 +229,8 @@ def forbid(
         Prototypes that show what must not be looked at, in images of their classes.
     X, y : images and labels
         To train on, as in `partial_fit`: the training images as a rule.
-    reason : str, default=""
-        For the record.
+    reason : str or dict of int to str, default=""
+        For the record; for all, or for each of them.
     k : int, default=20
         Images in which each of the prototypes is found most clearly, among those of its class: the
         patches found there are what is forbidden. All of them should show it; with fewer than k
@@ -274,7 +274,7 @@ def encourage(
     X: Any,
     y: ArrayLike,
     *,
-    reason: str = "",
+    reason: str | dict[int, str] = "",
     k: int = 10,
     weight: float = 1.0,
     epochs: int | None = None,
@@ -319,7 +319,7 @@ def _taught(
     X: Any,
     y: ArrayLike,
     forbidden: bool,
-    reason: str,
+    reason: str | dict[int, str],
     given: dict[str, Any],
     fit_params: dict[str, Any],
 ) -> ProtoPNetClassifier:
@@ -333,6 +333,9 @@ def _taught(
     X, y = unpacked(X, y)
     images = Images(X)
     codes = encode(read_labels(y, len(images)), clf.classes_)[1]
+    weight = checked_weights(fit_params["sample_weight"], len(images))
+    if fit_params["groups"] is not None:
+        read_groups(fit_params["groups"], len(images))
     table, taught = clf.prototypes_, copy.deepcopy(clf)
     dataset = ImageDataset(images, clf.preprocessing_, codes, on_bad_image=clf.on_bad_image)
     taught.prepare_processor()
@@ -340,9 +343,9 @@ def _taught(
     kind = chosen, given["k"], forbidden, given["weight"]
     concepts = find_concepts(taught, dataset, data.train_features, *kind)
     usable = ~dataset.failed(np.arange(len(images)))
-    if fit_params.get("sample_weight") is not None:
-        usable &= np.asarray(fit_params["sample_weight"]) > 0
-    reasons = dict.fromkeys(chosen, reason)
+    if weight is not None:
+        usable &= weight > 0
+    reasons = {j: reason if isinstance(reason, str) else reason.get(j, "") for j in chosen}
     if forbidden:
         avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)
         for j in avoided.among(taught.module_):
@@ -369,7 +372,14 @@ def activations_of(clf: ProtoPNetClassifier, X: Any = None, y: Any = None) -> Ac
         if not hasattr(clf, "activations_"):
             raise ValueError("This classifier holds no activations of training images: pass X, y.")
         return clf.activations_
-    return clf.activations_of(X, y)[0]
+    activations = clf.activations_of(X, y)[0]
+    bare = np.setdiff1d(np.arange(len(clf.classes_)), activations.y.cpu().numpy())
+    if len(bare):
+        raise ValueError(
+            f"X has no image of {clf.classes_[bare].tolist()}: the last layer would never predict "
+            "them. Give images of all classes."
+        )
+    return activations
 
 
 def own_among_nearest(activations: Activations, k: int) -> np.ndarray:

@@ -6,7 +6,7 @@ logits is itself a sum of contributions: those of the prototypes of all members.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from protoclf.augmentation import augmentation_of
 from protoclf.classifier import ProtoPNetClassifier
 from protoclf.decoding import check_files
-from protoclf.explanation import truncated
+from protoclf.explanation import UNREADABLE, truncated, without_answer
 from protoclf.images import Images, conflicting_labels
 from protoclf.labels import encode, read_labels
 from protoclf.logits import LogitsMixin, probabilities
@@ -130,14 +130,16 @@ class ProtoPNetEnsemble(
         ensemble = cls(list(members), **parameters)
         for name, member in ensemble._checked_members():
             check_is_fitted(member)
-            if not np.array_equal(member.classes_, members[0][1].classes_):
+            first = members[0][1].classes_
+            kinds = {labels.dtype.kind.replace("O", "U") for labels in (first, member.classes_)}
+            if not np.array_equal(member.classes_, first) or (len(kinds) > 1 and "b" in kinds):
                 raise ValueError(
                     f"Members must have the same classes: {members[0][0]!r} has "
                     f"{members[0][1].classes_.tolist()}, {name!r} {member.classes_.tolist()}."
                 )
         ensemble.classes_ = members[0][1].classes_
         ensemble.estimators_ = [member for _, member in members]
-        ensemble.named_estimators_ = Bunch(**dict(members))
+        ensemble.named_estimators_ = _named(members)
         return ensemble
 
     # Fitting ------------------------------------------------------------------------------------
@@ -181,8 +183,8 @@ class ProtoPNetEnsemble(
             if self.verbose:
                 print(f"Member {name!r} is fitted, {len(fitted)} of {len(members)}.", flush=True)
         self.classes_ = classes
+        self.named_estimators_ = _named(fitted.items())
         self.estimators_ = list(fitted.values())
-        self.named_estimators_ = Bunch(**fitted)
         return self
 
     def _checked_members(self) -> list[tuple[str, ProtoPNetClassifier]]:
@@ -285,7 +287,7 @@ class ProtoPNetEnsemble(
         given = {"top": top, "attribution": attribution, "percentile": percentile}
         check_rules(given, EXPLAIN_RULES)
         asked = self.estimators_[0]._class_indices(classes)
-        X, _ = unpacked(X, None)
+        X, _ = unpacked(X.to_numpy() if isinstance(X, pd.Index) else X, None)
         logits = self._logits(X)  # (n, C)
         sheets = []
         for codes, samples in _alike(_chosen_classes(logits, asked)):
@@ -303,7 +305,9 @@ class ProtoPNetEnsemble(
                 sheet.insert(2, "member", name)
                 sheets.append(sheet)
         sheet = self._ranked(pd.concat(sheets, ignore_index=True), logits)
-        return sheet if top is None else truncated(sheet, top)
+        failed = dict.fromkeys(sheet.loc[sheet["source"] == UNREADABLE, "sample"].tolist())
+        sheet = sheet if top is None else truncated(sheet, top)
+        return without_answer(sheet, list(failed))
 
     def _ranked(self, sheet: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:
         """Give the rows of all members the ensemble's logits (n, C), and its order.
@@ -312,15 +316,16 @@ class ProtoPNetEnsemble(
         has `top` others, so that it will be summed up here too.
         """
         sample = sheet["sample"].to_numpy()
-        code = pd.Index(self.classes_).get_indexer(sheet["class"])
+        codes = {label: code for code, label in enumerate(self.classes_.tolist())}
+        code = sheet["class"].map(codes).fillna(0).to_numpy(np.int64)  # 0 without an answer
         sheet["is_predicted"] = logits.argmax(1)[sample] == code
         sheet["logit"] = logits[sample, code].astype(float)
         sheet["probability"] = probabilities(logits)[sample, code].astype(float)
         rest = sheet["prototype"].isna().to_numpy()
         order = np.lexsort((-sheet["contribution"], rest, code, -sheet["logit"], sample))
         sheet = sheet.iloc[order].reset_index(drop=True)
-        sheet["rank"] = sheet.groupby(["sample", "class"], sort=False).cumcount() + 1
-        return sheet
+        group = sheet.groupby(["sample", "class"], sort=False, dropna=False)
+        return sheet.assign(rank=group.cumcount() + 1)
 
     def source_image(self, prototype: int, member: str | None = None) -> np.ndarray:
         """Return the training image (H, W, 3), uint8, that a prototype is a part of.
@@ -373,6 +378,12 @@ class ProtoPNetEnsemble(
     def _sk_visual_block_(self):
         """Draw the members side by side, as scikit-learn draws its own ensembles."""
         return VotingClassifier(self.estimators)._sk_visual_block_()
+
+
+def _named(members: Iterable[tuple[str, ProtoPNetClassifier]]) -> Bunch:
+    named = Bunch()
+    named.update(members)  # a member may have any name
+    return named
 
 
 def _is_member(item: Any) -> bool:

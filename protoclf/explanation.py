@@ -6,7 +6,7 @@ computed. N images, C classes, m prototypes, H x W cells; boxes are half-open (x
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from protoclf.geometry import Preprocessing
+from protoclf.images import names_column
 from protoclf.localization import pair_boxes
 from protoclf.network import ProtoPNet
 from protoclf.receptive_field import BackboneGeometry
@@ -128,10 +129,10 @@ def sheet_rows(
             **dict(zip(FIELD, fields.T, strict=True)),
         }
     )
-    sheet["path"] = None if paths is None else np.asarray(paths, dtype=object)[batch.sample]
+    sheet["path"] = None if paths is None else names_column(paths[i] for i in batch.sample)
     owners = prototypes.set_index("prototype").loc[batch.prototype]
     sheet["prototype_class"] = owners["class"].to_numpy()
-    sheet["source"] = owners["source"].to_numpy()
+    sheet["source"] = names_column(owners["source"])
     sheet["source_index"] = owners["source_index"].to_numpy()
     sheet["source_class"] = owners["class"].to_numpy()
     sheet[SOURCE_BOX] = owners[BOX].to_numpy()
@@ -172,11 +173,24 @@ def truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
     return sheet
 
 
-def without_answer(sheet: pd.DataFrame, samples: list[int]) -> pd.DataFrame:
-    """Leave one row for each of these samples: it has no class and no number."""
+def without_answer(
+    sheet: pd.DataFrame, samples: list[int], paths: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Leave one row for each of these samples: it has no class and no number.
+
+    Samples without a row get one, with the path that they have in `paths`.
+    """
     if not samples:
         return sheet
     keys = ["sample", "path"]
+    rowless = sorted(set(samples) - set(sheet["sample"]))
+    if rowless:
+        names = [None if paths is None else paths[i] for i in rowless]
+        more = pd.DataFrame({"sample": rowless, "path": names_column(names)})
+        columns = sheet.columns
+        sheet = _with_missing_values(sheet, columns.difference(keys))
+        more = more.reindex(columns=columns).astype(sheet.dtypes)
+        sheet = pd.concat([sheet, more]).sort_values("sample", kind="stable", ignore_index=True)
     sheet = _with_missing_values(sheet, sheet.columns.difference(keys))
     first = ~sheet.duplicated("sample")
     bad = sheet["sample"].isin(samples)
@@ -209,7 +223,7 @@ def prototype_table(
         {
             "prototype": np.arange(m),
             "class": class_names[owner],
-            "source": [str(i) if paths is None else paths[i] for i in image],
+            "source": names_column(str(i) if paths is None else paths[i] for i in image),
             "source_index": image,
             "row": sources["row"],
             "col": sources["col"],

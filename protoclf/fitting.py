@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,6 +28,7 @@ from protoclf.file_changes import changes_since, stamps
 from protoclf.fit_key import fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
+from protoclf.image_errors import ImageError
 from protoclf.images import Images, conflicting_labels, skipped_images
 from protoclf.labels import checked_weights, class_weights, encode, read_groups, read_labels
 from protoclf.net import NotFinite, SkorchProtoPNet
@@ -37,6 +39,7 @@ from protoclf.parameters import (
     prototype_counts,
 )
 from protoclf.saved_sources import sources_among
+from protoclf.source_files import SourceFile
 from protoclf.stages import Stage, Training, schedule
 from protoclf.torch_datasets import unpacked
 
@@ -107,6 +110,7 @@ class StagedNet(SkorchProtoPNet):
         if first:
             self._forget()
             self.classes_inferred_ = labels
+        self.__dict__.pop("skipped_", None)  # of an earlier fit
         if self.on_bad_image == "skip":
             self.skipped_ = skipped
         self.preprocessing_ = dataset.preprocessing
@@ -319,18 +323,23 @@ class StagedNet(SkorchProtoPNet):
         """Write the table of prototypes, with positions and pixels of the images that fit saw."""
         dataset, positions = in_whole(train)
         sources = dict(self.sources_)
-        sources["image"] = positions[sources["image"]]
-        images, sizes = dataset.images, dataset.sizes(sources["image"])
+        places = positions[sources["image"]]  # in the data set
+        images, sizes = dataset.images, dataset.sizes(places)
         sources["box"] = dataset.preprocessing.to_original_pixels(sources["box"], sizes)
         # paths lead to the pictures; pixels would be lost
-        used = np.unique(sources["image"]).tolist() if images.paths is None else []
+        used = np.unique(places).tolist() if images.paths is None else []
         self.source_images_: Mapping[int, np.ndarray] = {
             int(images.positions[i]): np.asarray(images.open(i)) for i in used
         }
-        sources["image"] = images.positions[sources["image"]]
+        sources["image"] = images.positions[places]
         paths = None
+        self._source_files: dict[int, SourceFile] = {}
         if images.paths is not None:
             paths = dict(zip(images.positions.tolist(), images.paths, strict=True))
+            for i in np.unique(places).tolist():
+                digest = _digest(dataset, i)
+                file = SourceFile(images.paths[i], os.path.abspath(images.paths[i]), digest)
+                self._source_files[int(images.positions[i])] = file
         self.prototypes_ = prototype_table(
             self.module_.owner.cpu().numpy(),
             self.classes_,
@@ -354,6 +363,13 @@ class StagedNet(SkorchProtoPNet):
         self._source_boxes = {}
         used = set(self.prototypes_["source_index"].tolist())
         self.source_images_ = sources_among(self.source_images_, used)
+
+
+def _digest(dataset: ImageDataset, i: int) -> str | None:
+    try:
+        return dataset.digests([i])[0]
+    except ImageError:  # it went during the fit, which warns of that
+        return None
 
 
 def _cuda_devices(device: Any) -> list[torch.device]:

@@ -111,7 +111,7 @@ def _add_prototypes(
         display.crops[j] = view(images[i], box)
 
 
-@dataclass
+@dataclass(repr=False)
 class PrototypesDisplay:
     """Prototypes and the training images that they are parts of, ready to draw.
 
@@ -259,7 +259,7 @@ def plot_nearest_patches(
     return display.plot(figure)
 
 
-@dataclass
+@dataclass(repr=False)
 class NearestPatchesDisplay:
     """Patches that are most similar to prototypes, ready to draw.
 

@@ -137,12 +137,28 @@ def skipped_images(failures: Iterable[Failure], y: np.ndarray, good: np.ndarray)
     good : ndarray of int
         Positions of the images that are left.
     """
-    table = pd.DataFrame(sorted(failures), columns=list(Failure._fields))
+    failures = sorted(failures)
+    table = pd.DataFrame(
+        {
+            "position": [failure.position for failure in failures],
+            "path": names_column(failure.path for failure in failures),
+            "reason": [failure.reason for failure in failures],
+        }
+    )
     gone = sorted({*y.tolist()} - {*y[good].tolist()})
     if gone:
-        error = reading_error(sorted(failures))
+        error = reading_error(failures)
         raise ImageError(f"No image is left of {gone}. {error}", error.failures)
     return table
+
+
+def names_column(names: Iterable[Any]) -> pd.Series:
+    """Return names of files as a column; of objects if one is not UTF-8, as text has to be."""
+    names = list(names)
+    try:
+        return pd.Series(names)
+    except UnicodeEncodeError:
+        return pd.Series(names, dtype=object)
 
 
 def as_index(indices: ArrayLike) -> np.ndarray:

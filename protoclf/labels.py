@@ -14,11 +14,14 @@ from sklearn.utils.validation import _check_sample_weight
 
 def read_labels(y: Any, n: int) -> np.ndarray:
     """Return y as an array of n labels, none of them missing, that have an order."""
+    given = y
     if y is None:
         raise ValueError("The classifier requires y to be passed, but the target y is None.")
-    y = column_or_1d(y, warn=True)
+    y = _as_they_are(column_or_1d(_without_extension(y), warn=True), y)
     if len(y) != n:
         raise ValueError(f"X has {n} images and y {len(y)} labels; they must be as many.")
+    if y.dtype.kind in "mM":
+        raise ValueError(f"y must hold strings, numbers or booleans, not {y.dtype}: use strings.")
     missing = np.flatnonzero(pd.isna(y))
     if len(missing):
         raise ValueError(
@@ -31,13 +34,41 @@ def read_labels(y: Any, n: int) -> np.ndarray:
         raise TypeError(f"y mixes labels of types that have no order: {kinds}. Give them one type.")
     if y.dtype == object and not any(strings):  # numbers or booleans, which numpy has types for
         y = pd.Series(y).infer_objects().to_numpy()
+    elif isinstance(given, list | tuple) and any(strings):
+        y = y.astype(str)
+    _check_text(y)
     check_classification_targets(y)
     return y
 
 
+def _check_text(y: np.ndarray) -> None:
+    for label in np.unique(y) if y.dtype.kind in "UO" else ():
+        try:
+            str(label).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The label {label!r} is no text: perhaps a folder's name that is not in UTF-8. "
+                "Decode it, os.fsencode(label).decode(encoding)."
+            ) from error
+
+
+def _as_they_are(column: np.ndarray, given: Any) -> np.ndarray:
+    """Return what a list holds before numpy made text of it all, of what is missing too."""
+    if column.dtype.kind != "U" or not isinstance(given, list | tuple):
+        return column
+    flat = [v[0] if isinstance(v, list | tuple | np.ndarray) else v for v in given]
+    return pd.Series(flat, dtype=object).to_numpy()
+
+
+def _without_extension(y: Any) -> Any:
+    """Return integers and booleans of pandas that can be missing, and are not, as numpy's."""
+    dtype = getattr(getattr(y, "dtype", None), "numpy_dtype", None)
+    return y if dtype is None or pd.isna(y).any() else y.to_numpy(dtype)
+
+
 def read_groups(groups: Any, n: int) -> np.ndarray:
     """Return the group of each of n images as a number."""
-    groups = column_or_1d(groups)
+    groups = _as_they_are(column_or_1d(groups), groups)
     if len(groups) != n:
         raise ValueError(f"X has {n} images and groups {len(groups)} entries; as many are needed.")
     if pd.isna(groups).any():
@@ -64,8 +95,11 @@ def class_weights(spec: Any, codes: np.ndarray, classes: np.ndarray) -> np.ndarr
     if unknown:
         raise ValueError(f"class_weight names labels that y does not have: {unknown}.")
     weights = np.array([spec.get(label, 1.0) for label in labels], dtype=float)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise ValueError(f"class_weight must hold finite weights >= 0, not all 0; got {spec!r}.")
+    if not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise ValueError(
+            f"class_weight must hold finite weights > 0; got {spec!r}. To do without a class, "
+            "leave its images out."
+        )
     return weights[codes]
 
 

@@ -326,10 +326,11 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)
         return
     former = temporary.with_suffix(".old")
-    os.rename(target, former)
     try:
+        os.rename(target, former)
         os.rename(temporary, target)
-    except BaseException:
-        os.rename(former, target)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
+    finally:  # Ctrl-C may come behind either
+        if os.path.lexists(target):
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            os.rename(former, target)

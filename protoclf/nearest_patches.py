@@ -20,7 +20,7 @@ from protoclf.explanation import BOX
 from protoclf.features import FeatureDataset, feature_batches
 from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
-from protoclf.images import Images
+from protoclf.images import Images, names_column
 from protoclf.labels import read_labels
 from protoclf.localization import activation_boxes, pair_maps
 from protoclf.parameters import NEAREST_RULES, check_rules
@@ -90,7 +90,7 @@ def nearest_patches(
             "class": owners["class"].to_numpy()[prototype],
             "rank": np.tile(np.arange(1, k + 1), m),
             "sample": shown,
-            "path": None if images.paths is None else np.asarray(images.paths, object)[shown],
+            "path": None if images.paths is None else names_column(images.paths[i] for i in shown),
             "label": None if labels is None else labels[shown],
             "similarity": best.similarity.flatten().astype(float),
             "row": best.row.flatten(),

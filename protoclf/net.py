@@ -276,6 +276,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
         name = "iterator_train" if training else "iterator_valid"
         kwargs = {"batch_size": int(self.batch_size), "collate_fn": ImageDataset.collate}
         kwargs |= {"shuffle": training} if rows is None else {"sampler": rows}
+        if not training:  # torch's own is a fit's, perhaps in another thread
+            kwargs["generator"] = torch.Generator()
         kwargs |= self.get_params_for(name)
         by_itself = getattr(dataset, "takes_no_workers", False)
         if by_itself or self.on_bad_image == "skip":  # workers would note failures to themselves

@@ -103,9 +103,19 @@ def _is_flag(value: Any) -> bool:
 
 
 def _are_callbacks(value: Any) -> bool:
-    return (
-        value == "disable" if isinstance(value, str) else value is None or isinstance(value, list)
-    )
+    if isinstance(value, str):
+        return value == "disable"
+    return value is None or (isinstance(value, list) and all(map(_is_callback, value)))
+
+
+def _is_callback(value: Any) -> bool:
+    named = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
+    callback = value[1] if named else value
+    return hasattr(callback, "on_epoch_end")  # of an instance or a class
+
+
+def _is_seed(value: Any) -> bool:
+    return value is None or isinstance(value, np.random.RandomState) or _SEED[0](value)
 
 
 def _is_number_of_folds(value: Any) -> bool:
@@ -115,6 +125,15 @@ def _is_number_of_folds(value: Any) -> bool:
 def _are_penalties(value: list[Any]) -> bool:
     return len(value) > 0 and all(map(_non_negative()[0], value))
 
+
+_SEED = integer(0)
+_OTHER_NAMES = {  # of what is ours by another name, elsewhere
+    **dict.fromkeys(("max_epochs", "n_epochs", "num_epochs", "epochs"), "joint_epochs"),
+    **dict.fromkeys(("n_prototypes", "num_prototypes"), "prototypes_per_class"),
+    **dict.fromkeys(("learning_rate", "learning_rate_init"), "lr"),
+    **dict.fromkeys(("seed", "random_seed"), "random_state"),
+    **{"pretrained": "weights", "img_size": "image_size", "cache_dir": "memory"},
+}
 
 NOT_OURS = ("module", "criterion", "dataset", "max_epochs", "predict_nonlinearity", "classes")
 """Parameters of skorch's nets that ours sets itself."""
@@ -157,6 +176,7 @@ RULES: dict[str, Rule] = {
     "optimizer": (callable, "a class of optimizers, such as torch.optim.Adam"),
     "train_split": _optional((callable, "callable, such as skorch.dataset.ValidSplit(5)")),
     "callbacks": (_are_callbacks, 'None, "disable" or a list of skorch callbacks'),
+    "random_state": (_is_seed, "None, an int >= 0 or a numpy.random.RandomState"),
     "iterator_train": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
     "iterator_valid": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
     "warm_start": (_is_flag, "True or False"),
@@ -229,6 +249,8 @@ def _check_nested(params: Mapping[str, Any]) -> None:
                 "optimizer__lr would not be heeded: lr is the learning rate of add-on layers and "
                 "prototypes, backbone_lr that of the backbone."
             )
+        if name == "iterator_train__batch_size":
+            raise ValueError("iterator_train__batch_size would be a second batch_size: set that.")
         if not nested or component not in ("iterator_train", "iterator_valid", "optimizer"):
             continue
         known = inspect.signature(params[component]).parameters
@@ -349,13 +371,17 @@ def with_parameters_of(base: type) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
+def defaults_of(estimator: type) -> dict[str, Any]:
+    """Return what the parameters of a class and its bases are by default."""
+    inits = [inspect.signature(cls).parameters for cls in estimator.__mro__[-2::-1]]  # but object
+    return {p.name: p.default for init in inits for p in init.values() if p.kind != p.VAR_KEYWORD}
+
+
 def refuse_unknown(
     names: Iterable[str], estimator: type, error: type[Exception] = TypeError
 ) -> None:
     """Raise an error for a name that is no parameter of the estimator, naming the nearest."""
-    inits = [inspect.signature(cls).parameters for cls in estimator.__mro__[:-1]]  # but object
-    known = {p.name for init in inits for p in init.values() if p.kind != p.VAR_KEYWORD}
-    known -= {"args", *NOT_OURS}
+    known = set(defaults_of(estimator)) - {"args", *NOT_OURS}
     for name in names:
         prefix, nested, _ = name.partition("__")
         if name in known or (nested and prefix in _NESTED):
@@ -375,5 +401,6 @@ def refuse_unknown_of_members(names: Iterable[str], ensemble: Any, members: Iter
 
 
 def _nearest(name: str, known: Iterable[str], before: str = "", behind: str = "") -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1)
+    known, other = sorted(known), _OTHER_NAMES.get(name, "")
+    near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {before + near[0] + behind!r}?" if near else ""

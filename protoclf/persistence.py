@@ -6,6 +6,7 @@ checked before memory is taken for it. C classes, m prototypes.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from importlib import metadata
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from protoclf.backbones import build_backbone
 from protoclf.explanation import BOX, EDIT_COLUMNS, prototype_table
 from protoclf.geometry import Preprocessing
+from protoclf.images import names_column
 from protoclf.last_layer import LastLayerResult
 from protoclf.model_files import (
     MODEL,
@@ -34,6 +36,7 @@ from protoclf.model_files import (
     write_tensors,
     written_whole,
 )
+from protoclf.network import ProtoPNet
 from protoclf.network_structure import (
     ShapesOnly,
     is_finite,
@@ -53,6 +56,7 @@ from protoclf.saved_sources import (
     source_thumbnails,
     write_thumbnails,
 )
+from protoclf.source_files import SourceFile
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -120,6 +124,7 @@ def _description(
         },
         "last_layer_result": encode(result),
         "sources": [str(name) for name in clf.prototypes_["source"]],
+        "source_digests": _source_digests(clf),
         "thumbnails": pictures.facts() if isinstance(pictures, Thumbnails) else None,
         "edits": encode(clf.edits_.to_numpy()) if hasattr(clf, "edits_") else None,
         "history": history,
@@ -132,6 +137,11 @@ def _description(
         content["history"] = [row | {"batches": []} for row in history]
         text, left_out = as_json(content), [*left_out, "the batches in history"]
     return text, left_out
+
+
+def _source_digests(clf: ProtoPNetClassifier) -> list[str | None]:
+    files = clf._source_files
+    return [files[i].digest if i in files else None for i in clf.prototypes_["source_index"]]
 
 
 def _history(clf: ProtoPNetClassifier) -> tuple[list[dict[str, Any]], list[str]]:
@@ -167,6 +177,7 @@ def _network_facts(clf: ProtoPNetClassifier) -> dict[str, Any]:
         "resize": clf.preprocessing_.resize,
         "latent_dim": module.prototypes.shape[1] if len(module.add_on) > 1 else None,
         "similarity": module.similarity,
+        "frozen": list(module.frozen),
     }
 
 
@@ -227,11 +238,11 @@ def load_classifier(
     """Read a classifier that was saved: see `ProtoPNetClassifier.load`."""
     if backbone is not None and not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be the nn.Module that was fitted; got {backbone!r}.")
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         saved = SavedModel(Path(folder), backbone)
         clf = _built(cls, saved, device)
         _fill_network(clf, saved)
-    _restore_fit(clf, saved)
+        _restore_fit(clf, saved)
     return clf
 
 
@@ -272,18 +283,30 @@ def _parameters_of_the_network(saved: SavedModel) -> dict[str, Any]:
 
 def _fill_network(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     module = clf.plain_module
+    module.frozen = tuple(saved.network["frozen"])
     state = {name: saved.tensors[name] for name in saved.tensors if name.startswith("network.")}
     try:
         clf.set_state({name.removeprefix("network."): tensor for name, tensor in state.items()})
     except RuntimeError as error:
         raise refusal(saved.tensor_file, f"does not fit the network: {error}") from error
     module.train_only(())
+    if isinstance(clf.backbone, nn.Module) and not saved.fit["backbone_trained"]:
+        clf.backbone = _as_given(clf.backbone, module)  # another fit and clones start from it
     before, now = saved.tensors["probe"], probe(module.eval(), saved.network["image_size"])
     if before.shape != now.shape or (before - now).norm() > _SAME_FEATURES * before.norm() + 1e-6:
         raise refusal(
             saved.tensor_file,
             "holds the weights of a backbone that is not computed in the same way here.",
         )
+
+
+def _as_given(backbone: nn.Module, module: ProtoPNet) -> nn.Module:
+    """Return a copy of the backbone with the weights, and the frozen layers, of the network's."""
+    copied = copy.deepcopy(backbone)
+    copied.load_state_dict(module.backbone.state_dict())
+    for name, parameter in copied.named_parameters():
+        parameter.requires_grad_(name not in module.frozen)
+    return copied
 
 
 def _restore_fit(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
@@ -304,6 +327,8 @@ def _restore_fit(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     clf.strongest_share_ = _array(saved, "prototypes.strongest_share")
     clf.history = History(saved.history)
     clf.source_images_, clf._source_boxes = _source_images(saved), {}
+    files = map(SourceFile, saved.sources, [None] * len(saved.sources), saved.source_digests)
+    clf._source_files = dict(zip(saved.indices, files, strict=True))
     _check_places(clf, saved)
     clf.prototypes_ = _table(clf, saved)
 
@@ -363,4 +388,4 @@ def _table(clf: ProtoPNetClassifier, saved: SavedModel) -> pd.DataFrame:
         *(_array(saved, "network.owner"), saved.classes, sources, None),
         *(clf.coef_, clf.strongest_share_),
     )
-    return table.assign(source=saved.sources)
+    return table.assign(source=names_column(saved.sources))

@@ -165,6 +165,8 @@ def _grey(image: PIL.Image.Image) -> np.ndarray:
         return _as_uint8(values)
     if values.min() < 0 or values.max() > 65535:
         raise Unreadable("32-bit pixels beyond 0..65535; save the image with 8 or 16 bits")
+    if image.mode == "I" and values.max() <= 255 and values.any():
+        raise Unreadable("32-bit pixels that reach 255 at most; save the image with 8 bits")
     return np.rint(values / 257).astype(np.uint8)
 
 

@@ -142,7 +142,7 @@ def _verdicts(clf: ProtoPNetClassifier, image: Any, classes: Any) -> pd.DataFram
     )
 
 
-@dataclass
+@dataclass(repr=False)
 class ExplanationDisplay:
     """The scoring sheet of one image, ready to draw.
 
@@ -301,7 +301,7 @@ def plot_similarity_maps(
     return SimilarityMapsDisplay(table, view(picture), maps, label).plot(axes)
 
 
-@dataclass
+@dataclass(repr=False)
 class SimilarityMapsDisplay:
     """Similarity maps of one image, ready to draw.
 

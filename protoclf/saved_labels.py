@@ -25,8 +25,10 @@ def labels_to_json(labels: np.ndarray) -> dict[str, Any]:
     kind, width = labels.dtype.name, 0
     if labels.dtype.kind == "U":
         kind, width = "str", labels.dtype.itemsize // 4
-    values = labels.tolist()
+    values = [str(v) if isinstance(v, str) else v for v in labels.tolist()]
     strings = all(type(label) is str for label in values)
+    if strings and max(map(len, values)) > _MOST_LABEL:
+        raise ValueError(f"Labels of more than {_MOST_LABEL} characters cannot be saved.")
     if kind not in _NUMBERS and not (strings and kind in ("str", "object")):
         raise ValueError(f"Labels of type {labels.dtype} cannot be saved: {values[:3]}.")
     return {"type": kind, "width": width, "labels": values}

@@ -24,8 +24,15 @@ from protoclf.saved_parameters import checked_parameters
 from protoclf.saved_sources import MOST_SIDE
 
 FORMAT = "protoclf model"
-VERSION = 1
-MIGRATIONS: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {}
+VERSION = 2
+
+
+def _second(content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    content["source_digests"] = [None] * len(content["sources"])
+    content["network"]["frozen"] = []
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {1: _second}
 """For each older version what turns its JSON and tensors, in place, into those of the next."""
 
 PATH_COLUMNS = {
@@ -60,11 +67,13 @@ class SavedModel:
     parameters : dict
     classes : ndarray of shape (C,)
     network : dict
-        backbone, layers, image_size, resize, latent_dim, similarity.
+        backbone, layers, image_size, resize, latent_dim, similarity, frozen.
     fit : dict
         seed, backbone_trained, lambda_l1.
     last_layer_result : dict
     sources : list of m str
+    source_digests : list of m, str or None
+        Of the bytes of their files.
     indices : list of m int
         Their positions in the training images.
     thumbnails : dict or None
@@ -105,6 +114,7 @@ class SavedModel:
         result = Record(self._decoded(record, "last_layer_result"), self.file, "last_layer_result")
         self.last_layer_result = result.take_all(_LAST_LAYER)
         self.sources: list[str] = record.take("sources", _STRINGS)
+        self.source_digests: list[str | None] = record.take("source_digests", _DIGESTS)
         thumbnails = record.take("thumbnails", _OBJECT_OR_NOT)
         self.thumbnails = thumbnails
         if thumbnails is not None:
@@ -154,6 +164,8 @@ class SavedModel:
         if not m:
             raise refusal(self.file, "has no prototypes.")
         self._check_kinds(first)
+        if len(self.source_digests) != m:
+            raise refusal(self.file, f"has {m} sources and {len(self.source_digests)} digests.")
         expected = first | self._expected_network(m, n_classes)
         expected |= {f"prototypes.{n}": (d, (m, *shape)) for n, (d, shape) in _COLUMNS.items()}
         expected |= {"sources.image": ("int64", (m,)), "sources.box": ("float64", (m, 4))}
@@ -183,6 +195,9 @@ class SavedModel:
         with ShapesOnly():
             backbone = build_backbone(self.backbone, None)
             net = ProtoPNet(backbone, channels, spec, latent_dim, normalization("imagenet"))
+        layers = dict(backbone.named_parameters())
+        if not set(self.network["frozen"]) <= set(layers):
+            raise refusal(self.file, "names frozen layers that the backbone does not have.")
         return {f"network.{name}": kind for name, kind in kinds_of(net).items()}
 
     def _expected_activations(self, m: int) -> dict[str, Kind]:
@@ -222,8 +237,10 @@ class SavedModel:
                 raise refusal(self.tensor_file, f"holds NaN or infinity in {name!r}.")
         self.check_range("network.owner", 0, len(self.classes))
         self.check_range("prototypes.source_index", 0, 2**62)
-        self.check_range("sources.image", 0, 2**62)
-        if self._names("activations."):
+        has_activations = bool(self._names("activations."))
+        n = self.tensors["activations.y"].numel() if has_activations else 2**62
+        self.check_range("sources.image", 0, n)
+        if has_activations:
             self.check_range("activations.y", 0, len(self.classes))
         self.check_range("prototypes.strongest_share", 0, 1 + 1e-9)
         box = self.tensors["prototypes.box"]
@@ -303,6 +320,10 @@ _OBJECT_OR_NOT: Rule = (lambda value: value is None or isinstance(value, dict), 
 _FLAG: Rule = (lambda value: type(value) is bool, "true or false")
 _NUMBER: Rule = (lambda value: type(value) in (int, float), "a number")
 _STRINGS: Rule = (lambda value: _is_list_of(str, value), "a list of strings")
+_DIGESTS: Rule = (
+    lambda value: isinstance(value, list) and all(type(d) in (str, type(None)) for d in value),
+    "a list of strings and nulls",
+)
 _EDITS: Rule = (_is_edits, f"null, or a list of rows of {len(EDIT_COLUMNS)}")
 _ROWS: Rule = (_is_rows, "a list of objects, each with a list of batches")
 
@@ -313,6 +334,7 @@ _NETWORK: dict[str, Rule] = {
     "resize": RULES["resize"],
     "latent_dim": RULES["latent_dim"],
     "similarity": RULES["similarity"],
+    "frozen": _STRINGS,
 }
 _FIT: dict[str, Rule] = {
     "seed": _whole(0, 2**31),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from protoclf.model_files import encode, refusal
+from protoclf.parameters import defaults_of
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -32,7 +33,7 @@ def parameters_to_json(clf: ProtoPNetClassifier) -> tuple[dict[str, Any], list[s
 
     A parameter that is left out takes those nested in it along.
     """
-    signature = inspect.signature(type(clf).__init__).parameters
+    defaults = defaults_of(type(clf))
     kept: dict[str, Any] = {}
     left_out: list[str] = []
     for name, value in sorted(clf.get_params(deep=False).items()):
@@ -43,7 +44,7 @@ def parameters_to_json(clf: ProtoPNetClassifier) -> tuple[dict[str, Any], list[s
                 raise TypeError("it belongs to what is left out")
             kept[name] = _encoded(name, value)
         except TypeError:
-            if name not in signature or value is not signature[name].default:
+            if name not in defaults or value is not defaults[name]:
                 left_out.append(name)
     return kept, left_out
 
@@ -71,6 +72,9 @@ def checked_parameters(decoded: dict[Any, Any], file: Path) -> dict[str, Any]:
             raise refusal(file, f"has {name!r} among its parameters.")
         if not _may_be_kept(name):
             raise refusal(file, f"sets the parameter {name!r}, which no file may.")
+        component, nested, own = name.partition("__")
+        if nested and component.startswith("iterator") and not _is_option(own, value):
+            raise refusal(file, f"sets {name!r} to what no file may.")
         if name.endswith("__num_workers") and not _is_few(value):
             raise refusal(file, f"asks for more than {_MOST_WORKERS} processes, {name!r}.")
         if name == "optimizer":
@@ -78,6 +82,15 @@ def checked_parameters(decoded: dict[Any, Any], file: Path) -> dict[str, Any]:
                 raise refusal(file, "names an optimizer that torch.optim does not have.")
             parameters[name] = _OPTIMIZERS[value]
     return parameters
+
+
+def _is_option(name: str, value: Any) -> bool:
+    """Whether a loader can take the value for one of its plain options."""
+    if name in ("pin_memory", "persistent_workers", "drop_last"):
+        return type(value) is bool
+    if name in ("batch_size", "num_workers", "prefetch_factor", "timeout"):
+        return type(value) is int and value >= (name == "batch_size")
+    return False
 
 
 def _is_few(value: Any) -> bool:

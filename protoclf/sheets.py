@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from protoclf.explanation import REST
+from protoclf.explanation import REST, UNREADABLE
+from protoclf.images import names_column
 
 _MATCH = ["prototype_class", "similarity"]
 
@@ -50,7 +51,7 @@ def class_totals(sheet: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(sheet: pd.DataFrame) -> pd.DataFrame:
-    """Return what separates two classes, by prototype.
+    """Return what separates two classes, by prototype; images without an answer are left out.
 
     Parameters
     ----------
@@ -76,6 +77,7 @@ def compare(sheet: pd.DataFrame) -> pd.DataFrame:
     ValueError
         If a sample does not have exactly two classes, or the sheet is truncated.
     """
+    sheet = sheet[sheet["source"] != UNREADABLE]
     if (sheet["source"] == REST).any():
         raise ValueError('compare needs whole sheets: explain(X, classes="top2", top=None).')
     tables = [_compared(rows) for _, rows in sheet.groupby("sample", sort=False)]
@@ -103,7 +105,8 @@ def _compared(rows: pd.DataFrame) -> pd.DataFrame:
     table["difference"] = table["contribution"] - table["rival_contribution"]
     table = table.sort_values("difference", key=lambda d: -d.abs(), kind="stable")
     names = {"class": winner["class"].iloc[0], "rival": rival["class"].iloc[0]}
-    about = pd.DataFrame({"sample": first["sample"], "path": first["path"], **names}, table.index)
+    about = pd.DataFrame({"sample": first["sample"], **names}, table.index)
+    about.insert(1, "path", names_column([first["path"]] * len(table)).set_axis(table.index))
     columns = ["prototype", *_MATCH, "weight", "rival_weight"]
     columns += ["contribution", "rival_contribution", "difference"]
     return pd.concat([about, table[columns]], axis=1)

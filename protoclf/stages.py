@@ -206,6 +206,7 @@ class Projection:
         """Search all training images in one pass, then read the chosen patches."""
         module = net.module_.eval()
         module.train_only(())
+        _forgive_a_miss(net)
         with _history_row(net, data, self.name):
             found = data.projected_by_start if self.distinct is None else None
             if found is None:
@@ -260,6 +261,7 @@ class LastLayer:
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Solve and set W."""
         module = net.module_
+        _forgive_a_miss(net)
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
             views = [
@@ -303,6 +305,7 @@ class LastLayer:
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
         """Return the penalty; where it is to be chosen, no image left out may be a source."""
         if not isinstance(self.lambda_l1, str):
+            net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
             return self.lambda_l1
         largest = float(net.activations_.g.amax().clamp_min(1e-6))
         penalties = [p * largest for p in PENALTIES]
@@ -364,19 +367,30 @@ def _history_row(net: SkorchProtoPNet, data: FitData, stage: str) -> Iterator[_R
     yield row
     net.history[-1:] = net.processes.agreed(net.history[-1:])
     with noticing_ctrl_c() as ctrl_c:
-        try:
-            net.notify("on_epoch_end", **datasets)
-        except KeyboardInterrupt:  # skorch's early stopping speaks so: it ends the stage alone
-            if ctrl_c.is_set():
-                raise
-            row.stopped = True
+        net.on_epoch_end(net, **datasets)
+        for _, callback in net.callbacks_:  # all of them: the log comes last
+            try:
+                callback.on_epoch_end(net, **datasets)
+            except KeyboardInterrupt:  # skorch's early stopping speaks so: it ends the stage alone
+                if ctrl_c.is_set():
+                    raise
+                row.stopped = True
+
+
+def _early_stopping(net: SkorchProtoPNet) -> list[EarlyStopping]:
+    return [callback for _, callback in net.callbacks_ if isinstance(callback, EarlyStopping)]
 
 
 def _forget_misses(net: SkorchProtoPNet) -> None:
     """Let early stopping count anew: the losses of one stage say nothing of the next."""
-    for _, callback in net.callbacks_:
-        if isinstance(callback, EarlyStopping):
-            callback.on_train_begin(net)
+    for callback in _early_stopping(net):
+        callback.on_train_begin(net)
+
+
+def _forgive_a_miss(net: SkorchProtoPNet) -> None:
+    """Let early stopping see the one row of a stage that it cannot end."""
+    for callback in _early_stopping(net):
+        callback.misses_ = -1
 
 
 def _validate(net: SkorchProtoPNet, valid: Dataset | None) -> None:
@@ -389,7 +403,8 @@ def _validate(net: SkorchProtoPNet, valid: Dataset | None) -> None:
 def _record_train_loss(net: SkorchProtoPNet, data: FitData) -> None:
     """Show skorch the training images as one batch, whose distances are known already."""
     module, y, distance = net.module_, data.train_y, data.train_distance
-    outputs = module.last_layer(module.activations(distance)), distance, distance
+    cells = torch.empty(0)  # which no loss reads
+    outputs = module.last_layer(module.activations(distance)), distance, cells
     inputs = {"index": torch.from_numpy(in_whole(data.train_images)[1])}
     if data.train_weight is not None:
         inputs["sample_weight"] = data.train_weight

@@ -155,9 +155,11 @@ def test_a_sheet_of_an_ensemble_has_their_rows_too(whole, damaged, squares, top)
     ensemble = ProtoPNetEnsemble([("a", small(**FROZEN)), ("b", small(**FROZEN))], verbose=0)
     sheet = ensemble.fit(whole, squares[1]).explain(damaged, top=top)
     rows = sheet[sheet["sample"].isin(BAD)]
-    assert rows["sample"].tolist() == sorted(BAD * 2)
-    assert rows["member"].tolist() == ["a", "b"] * 3
+    assert rows["sample"].tolist() == sorted(BAD)
     assert (rows["source"] == UNREADABLE).all()
+    nothing = ["class", "is_predicted", "rank", "logit", "prototype", "member"]
+    assert rows[nothing].isna().all(axis=None)
+    assert sheet["rank"].dtype == "Int64"
     assert set(sheet["sample"]) == set(range(24))
 
 

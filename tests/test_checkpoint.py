@@ -92,6 +92,30 @@ def test_a_process_that_is_killed_goes_on(tmp_path, moment):
     assert_same_model(never_stopped("joint"), resumed, X)
 
 
+def test_a_compiled_network_goes_on_too(tmp_path):
+    X, y = pictures()
+    compiled = {"compile": True, "compile__backend": "eager"}
+    stopped = classifier("joint", checkpoint=tmp_path, callbacks=[Stop(2)], **compiled)
+    with pytest.raises(RuntimeError, match="stopped"):
+        stopped.fit(X, y)
+    resumed = classifier("joint", checkpoint=tmp_path, callbacks=[Stop()], **compiled)
+    assert_same_model(classifier("joint", **compiled).fit(X, y), resumed.fit(X, y), X)
+
+
+def test_ctrl_c_while_it_is_written_is_no_full_disk(tmp_path, monkeypatch):
+    """torch's writer finds its file unfinished when the interrupt passes through."""
+
+    def interrupted(*args):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="The same call goes on from its checkpoint"):
+        classifier("joint", checkpoint=tmp_path).fit(*pictures())
+
+
 def test_early_stopping_and_a_random_seed_go_on_too(tmp_path):
     X, y = pictures()
 

@@ -1,6 +1,8 @@
 """The estimator: what holds for every fitted model, what X and y may be, and what is refused."""
 
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,6 +22,9 @@ from torch import nn
 from torch.utils.data import Subset
 
 from protoclf import ImageError, ProtoPNetClassifier
+from protoclf.metrics import sparsity
+from protoclf.nearest_patches import nearest_patches
+from protoclf.sheets import class_totals, compare
 
 NAMES = np.array(["wren", "auk", "owl"])  # not sorted
 SHAPE = 40, 48  # height and width of the pictures
@@ -277,6 +282,21 @@ def test_labels_come_back_as_they_were_given(names, wrap):
     assert np.array_equal(codes.decision_function(X), clf.decision_function(X))
 
 
+@pytest.mark.parametrize(
+    ("labels", "dtype"), [(CODES, "Int64"), (CODES, "UInt8"), (CODES > 0, "boolean")]
+)
+def test_labels_that_pandas_could_miss_keep_their_type(labels, dtype):
+    clf = classifier(own_module()).fit(X, pd.Series(labels, dtype=dtype))
+    assert clf.classes_.dtype == dtype.lower().replace("boolean", "bool")
+    with pytest.raises(ValueError, match="NaN"):
+        clf.fit(X, pd.Series([None, *labels[1:]], dtype=dtype))
+
+
+def test_a_missing_group_in_a_list_is_refused():
+    with pytest.raises(ValueError, match="some are missing"):
+        classifier().fit(X, Y, groups=["a", float("nan")] * 9)
+
+
 @pytest.mark.parametrize("names", [[True, False], ["b", "a"], [5, 3]])
 def test_two_classes_have_one_decision_value(names):
     few = CODES < 2
@@ -311,6 +331,10 @@ def test_a_column_of_labels_warns_and_is_read():
         ([None, *Y[1:]], ["position 0", "None"]),
         (np.column_stack([CODES, CODES]), ["(18, 2)"]),
         (np.array([*Y[:-1], 3.5], dtype=object), ["mixes", "'float'", "'str_'"]),
+        ([*Y[:-1], float("nan")], ["NaN", "position 17"]),
+        ([1, *Y[1:]], ["mixes", "'int'"]),
+        (CODES.astype("datetime64[D]"), ["strings, numbers or booleans"]),
+        (["\udcbc", *Y[1:]], ["is no text", "not in UTF-8"]),
     ],
 )
 def test_wrong_labels_are_refused_before_training(y, words, backbone_images):
@@ -352,12 +376,9 @@ def test_wrong_sample_weights_are_refused(backbone_images):
     assert not backbone_images
 
 
-def test_a_class_weight_of_zero_leaves_its_images_out_of_the_last_layer():
-    clf = classifier(own_module(), train_backbone=False, lambda_l1=1e-4)
-    plain = clone(clf).fit(X, Y)
-    weighted = clf.set_params(class_weight={"wren": 0}).fit(X, Y)
-    assert plain.coef_[2].max() > 0
-    assert weighted.coef_[2].max() == 0  # nothing is left to say for the wren
+def test_a_class_weight_of_zero_is_refused_as_sample_weights_of_zero_are():
+    with pytest.raises(ValueError, match="class_weight must hold finite weights > 0"):
+        classifier(class_weight={"wren": 0}).fit(X, Y)
 
 
 # ---- X ----------------------------------------------------------------------------------------
@@ -604,7 +625,11 @@ def test_unknown_backbones_and_weights_are_named(backbone_images):
     [
         ("protoypes_per_class", "prototypes_per_class"),
         ("lamda_clst", "lambda_clst"),
-        ("max_epochs", "warmup_epochs"),
+        ("max_epochs", "joint_epochs"),
+        ("n_prototypes", "prototypes_per_class"),
+        ("learning_rate", "lr"),
+        ("seed", "random_state"),
+        ("pretrained", "weights"),
         ("optimiser__weight_decay", "optimizer__weight_decay"),
         ("iterator_trian__num_workers", "iterator_train__num_workers"),
     ],
@@ -927,6 +952,87 @@ def test_nothing_sees_the_validation_part():
     assert one.history[:, "valid_loss"] != two.history[:, "valid_loss"]
     assert (one.prototypes_["source_index"] < 12).all()
     assert one.last_layer_result_.objective == two.last_layer_result_.objective
+
+
+def test_every_row_of_the_history_is_in_the_log(capsys):
+    """Early stopping ends no stage of one row, and its word does not keep the row from view."""
+    stop = EarlyStopping("train_loss", patience=1, threshold=1e9)
+    clf = classifier(own_module(), joint_epochs=5, callbacks=[stop], verbose=1).fit(X, Y)
+    log = capsys.readouterr().out
+    stages = clf.history[:, "stage"]
+    assert stages == ["warm-up", "joint", "joint", "projection", "last layer"]
+    shown = [line.split()[1] for line in log.splitlines() if line.strip()[:1].isdigit()]
+    assert shown == ["warm-up", "joint", "joint", "projection", "last"]
+    assert log.count("Stopping since") == 1
+
+
+@pytest.mark.parametrize("method", ["predict", "explain", "transform", "similarity_maps"])
+def test_questions_leave_the_generator_of_torch_alone(fitted, squares, method):
+    """So that a fit in another thread draws what it would alone."""
+    before = torch.get_rng_state()
+    getattr(fitted, method)(squares[0][:5])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_last_layer_is_handed_out_as_a_copy(fitted, squares):
+    before = fitted.decision_function(squares[0])
+    fitted.coef_[:] = 0
+    np.testing.assert_array_equal(fitted.decision_function(squares[0]), before)
+
+
+def test_what_an_earlier_fit_left_is_gone():
+    clf = classifier(own_module(), lambda_l1="cv", on_bad_image="skip").fit(X, Y)
+    assert len(clf.last_layer_path_)
+    clf.set_params(lambda_l1=1e-3, on_bad_image="raise").partial_fit(X, Y)
+    assert not hasattr(clf, "last_layer_path_")
+    assert not hasattr(clf, "skipped_")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"random_state": "a"}, "random_state must be None, an int >= 0"),
+        ({"random_state": -1}, "random_state must be"),
+        ({"callbacks": ["early"]}, "callbacks must be None"),
+        ({"iterator_train__batch_size": 3}, "would be a second batch_size"),
+    ],
+)
+def test_more_wrong_parameters_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(**wrong).fit(X, Y)
+
+
+def test_names_of_files_need_not_be_utf_8(photos, tmp_path):
+    paths = [os.fsdecode(os.fsencode(tmp_path) + b"/\xbc\xc5%d.png" % i) for i in range(len(X))]
+    for path, new in zip(photos, paths, strict=True):
+        shutil.copy(path, new)
+    clf = classifier(own_module(), on_bad_image="skip")
+    clf.fit([*paths, tmp_path / "gone.png"], [*Y, Y[0]])
+    assert set(clf.prototypes_["source"]) <= set(paths)
+    sheet = clf.explain([*paths[:2], os.fsdecode(b"\xbc.png")])
+    assert list(dict.fromkeys(sheet["path"])) == [*paths[:2], os.fsdecode(b"\xbc.png")]
+    assert len(compare(clf.explain(paths[:1], "top2")))
+    assert set(nearest_patches(clf, paths[:3], 1)["path"]) <= set(paths)
+    assert sparsity(clf, paths[:3])["path"].tolist() == paths[:3]
+    folder = clf.save(tmp_path / "model")
+    loaded = ProtoPNetClassifier.load(folder, backbone=own_module())
+    assert loaded.prototypes_["source"].tolist() == clf.prototypes_["source"].tolist()
+    clf.fit([*paths, os.fsdecode(b"\xbc.png")], [*Y, Y[0]])
+    assert clf.skipped_["path"].tolist() == [os.fsdecode(b"\xbc.png")]
+
+
+def test_an_image_without_an_answer_has_a_row_where_others_have_none(tmp_path):
+    clf = classifier(own_module(), lambda_l1=1e3, on_bad_image="skip").fit(X, Y)
+    paths = [tmp_path / "0.png", tmp_path / "gone.png"]
+    PIL.Image.fromarray(X[0]).save(paths[0])
+    sheet = clf.explain(paths)
+    assert sheet["sample"].tolist() == [1]
+    assert sheet["path"].tolist() == [str(paths[1])]
+    assert sheet["source"].tolist() == ["(unreadable)"]
+    assert sheet.drop(columns=["sample", "path", "source"]).isna().all(axis=None)
+    assert class_totals(sheet).empty
+    with pytest.raises(ValueError, match="needs a sheet with rows"):
+        compare(sheet)
 
 
 def test_early_stopping_ends_a_stage_and_not_the_fit():

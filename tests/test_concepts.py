@@ -174,7 +174,7 @@ def test_what_is_forbidden_does_not_come_back(clf):
     X, y = marked()
     before = clf.decision_function(X)
     ids = on_mark(clf)
-    taught = forbid(clf, ids, X, y, reason="the mark")
+    taught = forbid(clf, ids, X, y, reason={ids[0]: "the mark"})
     assert not on_mark(taught)
     assert taught.n_prototypes_ == clf.n_prototypes_
     np.testing.assert_array_equal(clf.decision_function(X), before)
@@ -191,6 +191,15 @@ def test_what_is_forbidden_does_not_come_back(clf):
     assert not on_mark(again)
     fresh = clone(taught).fit(X, y)
     assert fresh.concepts_ is None
+
+
+@pytest.mark.parametrize("edit", [forbid, encourage])
+def test_weights_and_groups_are_checked_before_the_network_runs(clf, edit, backbone_images):
+    X, y = marked()
+    for wrong in ({"sample_weight": [1, 2]}, {"groups": [0] * (len(X) - 1)}):
+        with pytest.raises(ValueError, match="sample_weight|groups"):
+            edit(clf, [0], X, y, **wrong)
+    assert not backbone_images
 
 
 def test_a_classifier_that_may_not_use_the_mark_does_not_miss_it(clf):

@@ -29,6 +29,7 @@ def damage(tmp_path, picture):
     (tmp_path / "folder.jpg").mkdir()
     PIL.Image.fromarray(np.full((4, 4), 300.0, np.float32)).save(tmp_path / "float.tif")
     PIL.Image.fromarray(np.full((4, 4), 10**6, np.int32)).save(tmp_path / "deep.tif")
+    PIL.Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "dark.tif")
     return {
         "cut-whole.jpg": "truncated",
         "cut-whole.png": "truncated",
@@ -38,6 +39,7 @@ def damage(tmp_path, picture):
         "missing.jpg": "no such file",
         "float.tif": "divide by 255",
         "deep.tif": "65535",
+        "dark.tif": "save the image with 8 bits",
         "whole.jpg/below.jpg": "no such file",
         "nul\0byte.jpg": "null byte",
     }

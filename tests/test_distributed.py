@@ -107,6 +107,17 @@ def test_parts_of_a_batch_are_the_batch(n, count):
             assert max(map(len, own)) - min(map(len, own)) <= 1
 
 
+@pytest.mark.parametrize(("n", "batches"), [(3, 0), (4, 1), (7, 1), (8, 2)])
+def test_a_last_batch_that_is_smaller_can_be_left_out(n, batches):
+    parts = PartOfBatch(n, 4, 0, 2, lambda: 7, drop_last=True)
+    assert len(list(parts)) == len(parts) == batches
+
+
+def test_a_saved_model_is_loaded_by_the_class_for_one_process(tmp_path):
+    with pytest.raises(TypeError, match=r"ProtoPNetClassifier\.load"):
+        DistributedProtoPNetClassifier.load(tmp_path)
+
+
 class _Rank:
     is_main_process = False
 

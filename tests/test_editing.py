@@ -247,3 +247,9 @@ def test_images_and_labels_go_together(three_each, squares):
         prune(three_each, y=squares[1])
     with pytest.raises(ValueError, match="t must be at most k; got t=3 and k=2"):
         prune(three_each, k=2)
+
+
+def test_images_in_place_of_the_activations_are_of_all_classes(three_each, squares):
+    X, y = squares
+    with pytest.raises(ValueError, match=r"X has no image of \['red'\]"):
+        remove(three_each, [0], X=X[y != "red"], y=y[y != "red"])

@@ -574,3 +574,26 @@ def test_fitted_members_must_agree_on_the_classes(fitted, squares):
         ProtoPNetEnsemble.of_fitted([("a", fitted), ("b", other)])
     with pytest.raises(NotFittedError):
         ProtoPNetEnsemble.of_fitted([("a", fitted), ("b", clone(fitted))])
+    numbers, flags = (clone(fitted).fit(X, kind(y == "red")) for kind in (np.int64, np.bool_))
+    with pytest.raises(ValueError, match="same classes: 'a' has"):
+        ProtoPNetEnsemble.of_fitted([("a", numbers), ("b", flags)])
+
+
+def test_members_may_have_any_name(fitted, squares):
+    made = ensemble_of(self=member(), data=member(random_state=1))
+    assert list(made.fit(*squares).named_estimators_) == ["self", "data"]
+    assert list(ProtoPNetEnsemble.of_fitted([("self", fitted)]).named_estimators_) == ["self"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.bool_, np.float32])
+def test_labels_of_any_type_stand_beside_an_image_without_an_answer(squares, dtype, tmp_path):
+    X, y = squares
+    paths = [str(tmp_path / f"{i}.png") for i in range(len(X))]
+    for path, pixels in zip(paths, X, strict=True):
+        PIL.Image.fromarray(pixels).save(path)
+    made = ensemble_of(a=member(on_bad_image="skip"), b=member(on_bad_image="skip", random_state=1))
+    made.fit(paths, (y == "red").astype(dtype))
+    whole, sheet = made.explain(paths[:2]), made.explain([paths[0], "gone.png", paths[1]])
+    assert sheet["class"].dropna().tolist() == whole["class"].tolist()
+    assert sheet["logit"].dropna().tolist() == pytest.approx(whole["logit"].tolist())
+    assert len(made.explain(pd.Index(paths[:2]))) == len(whole)

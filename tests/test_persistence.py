@@ -206,6 +206,96 @@ def test_a_classifier_of_paths_names_them(photos, tmp_path):
     assert sorted(os.listdir(tmp_path / "model")) == ["model.json", "tensors.safetensors"]
 
 
+def test_a_source_that_is_another_file_now_is_not_shown(photos, tmp_path, monkeypatch):
+    """Neither by the classifier nor by what it was saved as, whatever the size of the file."""
+    X, y = photos
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    names = [f"{i}.png" for i in range(len(X))]
+    for path, name in zip(X, names, strict=True):
+        shutil.copy(path, tmp_path / "here" / name)
+        shutil.copy(X[0], tmp_path / "there" / name)
+    monkeypatch.chdir(tmp_path / "here")
+    clf = classifier(joint_epochs=0).fit(names, y)
+    loaded = load(clf.save(tmp_path / "model"))
+    j = next(j for j, name in enumerate(clf.prototypes_["source"]) if name != "0.png")
+    expected = clf.source_image(j)
+    np.testing.assert_array_equal(loaded.source_image(j), expected)
+    monkeypatch.chdir(tmp_path / "there")
+    np.testing.assert_array_equal(clf.source_image(j), expected)  # where it was
+    with pytest.raises(ImageError, match="is another file than the fit saw"):
+        loaded.source_image(j)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImageError, match="is not there"):
+        loaded.source_image(j)
+    PIL.Image.new("RGB", (20, 20)).save(tmp_path / "here" / clf.prototypes_["source"][j])
+    for draw in (
+        lambda: plot_prototypes(clf, prototypes=[j]),
+        lambda: clf.save(tmp_path / "other", thumbnails=16),
+    ):
+        with pytest.raises(ImageError, match=f"which prototype {j} is a part of, is another file"):
+            draw()
+    with pytest.warns(UserWarning, match="the report marks them as not found"):
+        write_report(clf, X[:2], path=tmp_path / "report.html")
+    with pytest.warns(UserWarning, match="is another file than the fit saw"):
+        clf.explain(X[:6], "all", attribution="gradient")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_another_fit_of_a_loaded_one_starts_where_the_first_did(images, tmp_path, trains):
+    backbone = own_module()
+    backbone[0].weight.requires_grad_(False)
+    clf = classifier(backbone, train_backbone=trains).fit(*images)
+    given = own_module(0 if not trains else 7)
+    loaded = load(clf.save(tmp_path / "model"), backbone=given)
+    assert loaded.module_.frozen == clf.module_.frozen == ("0.weight",)
+    before = [p.clone() for p in given.parameters()]
+    pairs = [(clf.partial_fit, loaded.partial_fit)]
+    if not trains:  # the weights that it started from are in the file
+        pairs.append((clone(clf).fit, clone(loaded).fit))
+    for one, other in pairs:
+        logits = [fit(*images).decision_function(images[0]) for fit in (one, other)]
+        np.testing.assert_array_equal(*logits)
+    assert torch.equal(loaded.module_.backbone[0].weight, backbone[0].weight)  # still frozen
+    assert all(torch.equal(a, b) for a, b in zip(before, given.parameters(), strict=True))
+    assert all(p.requires_grad for p in given.parameters())
+
+
+def test_a_model_loaded_in_inference_mode_can_be_trained(saved, images):
+    with torch.inference_mode():
+        loaded = load(saved)
+    loaded.partial_fit(*images)
+
+
+def test_strings_of_numpy_are_strings_and_long_ones_are_refused(images, tmp_path):
+    X, y = images
+    clf = classifier(joint_epochs=0).fit(X, np.array([np.str_(label) for label in y], dtype=object))
+    same(clf, load(clf.save(tmp_path / "model")), X)
+    clf.classes_inferred_ = np.array(["a", "b", "c" * 10_001], dtype=object)
+    with pytest.raises(ValueError, match="more than 10000 characters cannot be saved"):
+        clf.save(tmp_path / "long")
+
+
+def test_images_of_sources_are_among_those_of_the_activations(images, tmp_path):
+    folder = classifier(joint_epochs=0, self_matches="median").fit(*images).save(tmp_path / "model")
+    edit_tensors(folder, lambda t: t["sources.image"].add_(1000))
+    with pytest.raises(ModelFileError, match=r"'sources\.image' out of the range 0 to 12"):
+        load(folder)
+
+
+def test_a_subclass_saves_what_is_as_by_default(images, tmp_path):
+    class Plain(ProtoPNetClassifier):
+        def __init__(self, backbone="small_cnn", **parameters):
+            super().__init__(backbone, **parameters)
+
+    given = classifier(joint_epochs=0).get_params(deep=False)
+    clf = Plain(**{name: given[name] for name in ("backbone", "image_size", "verbose", "device")})
+    clf.set_params(prototypes_per_class=2, joint_epochs=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clf.fit(*images).save(tmp_path / "model")
+
+
 def test_a_backbone_by_name_needs_no_download(images, tmp_path, monkeypatch):
     clf = classifier("squeezenet1_1", weights=None, joint_epochs=0, image_size=48).fit(*images)
     clf.set_params(weights="DEFAULT")  # as if they had been downloaded
@@ -411,7 +501,7 @@ def test_a_source_that_is_gone_has_no_thumbnail(drawn, tmp_path):
     X, y = drawn
     clf = classifier(joint_epochs=0).fit(X, y)
     os.remove(clf.prototypes_["source"][0])
-    with pytest.raises(ImageError, match="no such file"):
+    with pytest.raises(ImageError, match="which prototype 0 is a part of, is not there"):
         clf.save(tmp_path / "model", thumbnails=64)
     assert not [name for name in os.listdir(tmp_path) if not name.endswith(".png")]
 
@@ -519,7 +609,7 @@ JSON = {
     "no version": (lambda c: c.pop("version"), "not the description of a saved"),
     "version 0": (put("version", 0), "not the description"),
     "version true": (put("version", True), "not the description"),
-    "newer": (put("version", 2), "saved by a newer version of protoclf: its format is 2"),
+    "newer": (put("version", 3), "saved by a newer version of protoclf: its format is 3"),
     "another format": (put("format", "x"), "not the description"),
     "a field less": (lambda c: c.pop("sources"), "lacks the field sources"),
     "a field more": (put("pickle", "x"), "fields too many: ..pickle"),
@@ -575,7 +665,11 @@ JSON = {
     "unpickling": (parameter("torch_load_kwargs", {"weights_only": False}), "which no file may"),
     "iterator": (parameter("iterator_valid", "x"), "which no file may"),
     "workers": (parameter("iterator_train__num_workers", 10**6), "more than 256 processes"),
-    "iterator value": (parameter("iterator_valid__x", 1), "iterator_valid has no parameter 'x'"),
+    "iterator value": (parameter("iterator_valid__x", 1), "sets 'iterator_valid__x' to what no"),
+    "iterator code": (parameter("iterator_train__collate_fn", "x"), "__collate_fn' to what no"),
+    "no batch size": (parameter("iterator_valid__batch_size", None), "__batch_size' to what no"),
+    "digests": (put("source_digests", ["x"]), "6 sources and 1 digests"),
+    "frozen": (put("network", "frozen", ["x"]), "names frozen layers that the backbone does not"),
     "optimizer": (parameter("optimizer", "os.system"), "torch.optim does not have"),
     "optimizer list": (parameter("optimizer", []), "torch.optim does not have"),
     "optimizer value": (parameter("optimizer__x", 1), "optimizer has no parameter 'x'"),
@@ -988,6 +1082,25 @@ def test_a_model_is_replaced_whole(clf, images, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_ctrl_c_behind_a_rename_leaves_one_model_whole(clf, tmp_path, monkeypatch, call):
+    folder = clf.save(tmp_path / "model", thumbnails=16)
+    before, calls, rename = contents(tmp_path), [], os.rename
+
+    def interrupted(*args):
+        rename(*args)
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clf.save(folder, overwrite=True)
+    assert os.listdir(tmp_path) == ["model"]
+    load(folder)
+    assert (contents(tmp_path) == before) == (call == 1)
+
+
 @pytest.mark.parametrize(
     ("function", "call"),
     [("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 5), ("rename", 1), ("rename", 2)],
@@ -1040,10 +1153,11 @@ def test_json_has_a_line_for_each_field(master):
 # Versions ---------------------------------------------------------------------------------------
 
 
-def test_a_model_of_the_first_version_still_loads():
+@pytest.mark.parametrize("version", range(1, saved_model.VERSION + 1))
+def test_a_model_of_each_version_loads(version):
     made = runpy.run_path(str(DATA / "make_saved_model.py"))
-    expected = json.loads((DATA / "saved_model_1_expected.json").read_text())
-    folder = DATA / "saved_model_1"
+    expected = json.loads((DATA / f"saved_model_{version}_expected.json").read_text())
+    folder = DATA / f"saved_model_{version}"
     clf = ProtoPNetClassifier.load(folder, backbone=made["tiny_backbone"](), device="cpu")
     X, y = made["drawn_images"]()
     logits = np.array(expected["logits"])
@@ -1068,9 +1182,9 @@ def test_older_versions_are_brought_up_to_date(saved, monkeypatch):
 
     edit_json(saved, lambda c: c["fit"].update(random_seed=c["fit"].pop("seed")))
     edit_tensors(saved, lambda t: t.update(check=t.pop("probe")))
-    monkeypatch.setattr(saved_model, "VERSION", 3)
-    monkeypatch.setattr(saved_model, "MIGRATIONS", {1: rename, 2: lambda *_: None})
+    monkeypatch.setattr(saved_model, "VERSION", 4)
+    monkeypatch.setattr(saved_model, "MIGRATIONS", {2: rename, 3: lambda *_: None})
     load(saved)
     edit_json(saved, lambda c: c["fit"].pop("random_seed"))
-    with pytest.raises(ModelFileError, match="is no model of version 1"):
+    with pytest.raises(ModelFileError, match="is no model of version 2"):
         load(saved)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from protoclf.explanation import BOX
 from protoclf.image_dataset import ImageDataset
+from protoclf.images import names_column
 
 POINT = ["x", "y"]
 
@@ -105,9 +106,10 @@ def located(parts: pd.DataFrame, dataset: ImageDataset) -> pd.DataFrame:
         images = pd.DataFrame({"sample": np.arange(len(dataset))})
         rows = images.merge(parts, on="sample")
     else:
-        images = pd.DataFrame({"sample": np.arange(len(paths)), "path": paths})
+        images = pd.DataFrame({"sample": np.arange(len(paths)), "path": names_column(paths)})
         rows = parts.drop(columns="sample", errors="ignore")
-        rows = images.merge(rows.assign(path=[_text(path) for path in rows["path"]]), on="path")
+        names = names_column(map(_text, rows["path"])).set_axis(rows.index)
+        rows = images.merge(rows.assign(path=names), on="path")
     bare = images[~images["sample"].isin(rows["sample"])]
     if len(bare):
         raise ValueError(

@@ -16,7 +16,7 @@ from protoclf.features import feature_batches
 from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.image_errors import ImageError
-from protoclf.images import Images
+from protoclf.images import Images, names_column
 from protoclf.labels import encode, read_labels
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def latents_of(clf: ProtoPNetClassifier, images: Tensor) -> Tensor:
     return clf.module_.latents(clf.module_.features(images.to(clf.device)))
 
 
-def paths_of(dataset: ImageDataset) -> list[str] | list[None]:
+def paths_of(dataset: ImageDataset) -> pd.Series:
     """Return the path of each image, or None for each where X holds pixels."""
-    return [None] * len(dataset) if dataset.images.paths is None else dataset.images.paths
+    paths = dataset.images.paths
+    return names_column([None] * len(dataset) if paths is None else paths)
