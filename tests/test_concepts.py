@@ -197,7 +197,7 @@ def test_what_is_forbidden_does_not_come_back(clf):
 def test_weights_and_groups_are_checked_before_the_network_runs(clf, edit, backbone_images):
     X, y = marked()
     for wrong in ({"sample_weight": [1, 2]}, {"groups": [0] * (len(X) - 1)}):
-        with pytest.raises(ValueError, match="sample_weight|groups"):
+        with pytest.raises(ValueError, match=r"sample_weight|groups"):
             edit(clf, [0], X, y, **wrong)
     assert not backbone_images
 
