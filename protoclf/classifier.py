@@ -187,7 +187,16 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         The labels of y, sorted.
     n_prototypes_ : int
     prototypes_ : DataFrame
-        One row a prototype: see `prototypes_`.
+        One row a prototype:
+
+        - prototype, class : its number, and the class that owns it
+        - source, source_index : the training image that it is a part of: its path, or its position
+          as text; and its position in X
+        - row, col : the upper left cell of the patch in the latent map
+        - x0, y0, x1, y1 : the box, in pixels of the training image
+        - moved : the squared distance from where training left it to the patch
+        - weight : that for its own class
+        - strongest_share : share of the training images in which it is the most similar of all
     coef_ : ndarray of shape (C, m)
         The last layer W.
     last_layer_result_ : LastLayerResult
@@ -363,7 +372,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         sample_weight: ArrayLike | None = None,
         groups: ArrayLike | None = None,
     ):
-        """Train through all stages.
+        """Train through all stages; a fit that is stopped leaves no earlier one behind.
 
         Parameters
         ----------

@@ -179,7 +179,7 @@ def _as_uint8(values: np.ndarray) -> np.ndarray:
 def reason_for(error: Exception) -> str:
     """Say what is wrong with an image, and what to do where that is not plain."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return f"no such file (relative paths start at {os.getcwd()!r})"
+        return _why_missing(str(error.filename))
     if isinstance(error, Unreadable):
         return str(error)
     if isinstance(error, PIL.UnidentifiedImageError):
@@ -192,13 +192,19 @@ def reason_for(error: Exception) -> str:
     return f"truncated or damaged ({type(error).__name__}: {error})"
 
 
+def _why_missing(path: str) -> str:
+    if "://" in path:
+        return "no such file; X takes paths of files, so download it first"
+    if path.startswith("~"):
+        return "no such file; os.path.expanduser(path) says what ~ stands for"
+    return f"no such file (relative paths start at {os.getcwd()!r})"
+
+
 def float_problem(low: float, high: float) -> str | None:
     """Say what is wrong with float pixels that reach from `low` to `high`."""
     if not (np.isfinite(low) and np.isfinite(high)):
         return "holds NaN or infinite pixels"
     if low >= -_FLOAT_DUST and high <= 1 + _FLOAT_DUST:
         return None
-    return (
-        f"float pixels must be in [0, 1] and reach from {low:g} to {high:g}; if they are "
-        "0..255, divide by 255"
-    )
+    mend = "if they are in [-1, 1], use (X + 1) / 2" if low < 0 else "if 0..255, divide by 255"
+    return f"float pixels must be in [0, 1]; these reach from {low:g} to {high:g}: {mend}"

@@ -179,7 +179,20 @@ def test_wrong_float_pixels_name_the_position():
     error_of(list(X), "position 2", "infinite")
     X[1] = 200
     error_of(X, "position 1", "[0, 1]", "200", "divide by 255")
-    error_of(-np.ones((2, 4, 4)), "position 0", "-1")
+    error_of(-np.ones((2, 4, 4)), "position 0", "-1", "use (X + 1) / 2")
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("https://example.org/a.jpg", "so download it first"),
+        ("~/a.jpg", "expanduser"),
+        ("a.jpg", "relative paths start at"),
+    ],
+)
+def test_a_missing_file_says_what_may_be_wrong_with_its_name(path, word):
+    with pytest.raises(ImageError, match=word):
+        Images([path]).open(0)
 
 
 def test_a_bad_pil_image_is_refused_at_once(tmp_path, picture):

@@ -372,6 +372,15 @@ def test_unit_length_of_zero():
     assert torch.autograd.grad(unit.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize(("length", "scale"), [(2e-6, 1 / 2e-6), (1e-6, 1), (5e-7, 1)])
+def test_vectors_shorter_than_a_millionth_stay_as_they_are(length, scale):
+    x = torch.tensor([0.6, 0.8]).view(1, 2, 1, 1) * length
+    x.requires_grad_()
+    unit = unit_length(x)
+    torch.testing.assert_close(unit, x * scale)
+    assert torch.autograd.grad(unit.sum(), x)[0].abs().max() <= 1e6
+
+
 @pytest.mark.parametrize(
     ("z_shape", "p_shape", "message"),
     [

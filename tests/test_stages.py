@@ -13,6 +13,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from skorch.callbacks import Callback, EarlyStopping
 from skorch.dataset import ValidSplit
+from skorch.history import History
 from torch import nn
 
 from protoclf import ProtoPNetClassifier
@@ -206,6 +207,61 @@ def test_train_loss_of_the_last_row_is_the_joint_loss_of_all_images(recorded, sq
     with torch.no_grad():
         loss = clf.criterion_(clf.module_.eval()(images), codes)
     assert clf.history[-1, "train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_train_loss_of_the_last_row_has_the_weights_of_the_images(squares):
+    X, y = squares
+    weight = np.where(y == "red", 5.0, 0.5)
+    options = {"image_size": 48, "prototypes_per_class": 2, "joint_epochs": 0, "verbose": 0}
+    clf = ProtoPNetClassifier(Spy(), train_backbone=False, random_state=0, **options)
+    clf.fit(X, y, sample_weight=weight)
+    images, codes = clf.get_dataset(X), torch.from_numpy(np.searchsorted(clf.classes_, y))
+    with torch.no_grad():
+        outputs = clf.module_(images.decoded(np.arange(len(X))))
+        loss = clf.criterion_(outputs, codes, torch.from_numpy(weight).float())
+        plain = clf.criterion_(outputs, codes, None)
+    assert clf.history[-1, "train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert loss.item() != pytest.approx(plain.item(), rel=1e-2)
+
+
+class Moments(Callback):
+    """Notes how many steps Adam has taken, before the first step of each stage."""
+
+    def __init__(self):
+        self.steps, self.stages = [], []
+
+    def on_grad_computed(self, net, **kwargs):
+        stage = net.history[-1]["stage"], net.history[-1]["epoch"]
+        if not self.stages or stage[0] != self.stages[-1]:
+            self.stages.append(stage[0])
+            self.steps.append([int(s["step"]) for s in net.optimizer_.state.values()])
+
+
+def test_moments_of_one_stage_are_not_those_of_the_next(squares):
+    seen = Moments()
+    options = {"image_size": 48, "prototypes_per_class": 2, "batch_size": 12, "verbose": 0}
+    ProtoPNetClassifier(
+        Spy(), warmup_epochs=1, joint_epochs=1, callbacks=[seen], random_state=0, **options
+    ).fit(*squares)
+    assert seen.stages == ["warm-up", "joint"]
+    assert seen.steps == [[], []]
+
+
+@pytest.mark.parametrize(("distinct", "warns"), [(7, True), (8, False)])
+def test_few_distinct_patches_warn(distinct, warns):
+    class Net:
+        history = History()
+        sources_ = {  # noqa: RUF012
+            "image": np.minimum(np.arange(10), distinct - 1),
+            **{"row": np.zeros(10, int), "col": np.zeros(10, int)},
+        }
+
+    Net.history.new_epoch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Projection(None)._record_distinct(Net)
+    assert len(caught) == warns
+    assert Net.history[-1, "distinct_patches"] == Net.history[-1, "distinct_images"] == distinct
 
 
 def test_warm_up_changes_add_on_layers_and_prototypes_and_leaves_the_backbone(recorded):

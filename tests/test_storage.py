@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 
 import pytest
 import torch
@@ -12,8 +13,16 @@ from protoclf.storage import allocate
 
 def test_beyond_the_budget_a_tensor_is_a_file_that_nobody_sees(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "MEMORY_BUDGET", 100)
+    files, temporary = [], tempfile.TemporaryFile
+
+    def noted(**options):
+        files.append(str(options["dir"]))
+        return temporary(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", noted)
     small, large = (allocate((n, 5), torch.float32, folder=tmp_path / "m") for n in (5, 6))
-    assert not (tmp_path / "m").exists() or not list((tmp_path / "m").iterdir())
+    assert list((tmp_path / "m").iterdir()) == []  # made for the large one, whose file has no name
+    assert files == [str(tmp_path / "m")]
     for tensor in (small, large):
         tensor[:] = 2
         assert tensor.sum() == 2 * tensor.numel()
