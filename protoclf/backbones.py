@@ -20,6 +20,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from protoclf.messages import first_few
+
 # What comes before the pooling and the classifier, by torchvision's file of the family.
 _CONVOLUTIONAL_PARTS = {
     "alexnet": ("features",),
@@ -260,19 +262,14 @@ def _load_state(
         raise ValueError(f"{source} does not fit the backbone: {_shorten(str(error))}") from error
     if missing or unexpected:
         raise ValueError(
-            f"{source} does not fit the backbone: missing {_some(missing)}, "
-            f"unexpected {_some(unexpected)}."
+            f"{source} does not fit the backbone: missing {first_few(missing, 3)}, "
+            f"unexpected {first_few(unexpected, 3)}."
         )
     return net
 
 
 def _has_prefix(net: nn.Module, prefix: str) -> bool:
     return any(k.startswith(prefix) for k in net.state_dict())
-
-
-def _some(keys: list[str], most: int = 3) -> str:
-    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return (", ".join(keys[:most]) or "none") + rest
 
 
 def _shorten(message: str, lines: int = 4) -> str:

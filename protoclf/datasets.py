@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
 from protoclf.birds import LOOKS, MARKS, PARTS, TWINS, draw_picture
+from protoclf.messages import first_few
 
 __all__ = ["BIRD_CLASSES", "bird_part", "bird_twin", "load_folder", "make_birds"]
 
@@ -226,7 +227,7 @@ def load_folder(
     if empty:
         raise ValueError(
             f"no images ({', '.join(endings)}) in {len(empty)} class folder(s) of '{root}': "
-            f"{', '.join(map(repr, empty[:5]))}{', ...' if len(empty) > 5 else ''}; "
+            f"{first_few(list(map(repr, empty)))}; "
             "add images, remove the folder, or pass their `extensions`"
         )
     return paths, np.array(labels, dtype=np.str_)

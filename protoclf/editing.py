@@ -27,6 +27,7 @@ from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import restart_prototypes
 from protoclf.labels import checked_weights, encode, read_groups, read_labels
+from protoclf.messages import first_few
 from protoclf.nearest_patches import find_concepts
 from protoclf.parameters import CONCEPT_RULES, EDIT_RULES, MERGE_RULES, check_rules
 from protoclf.penalty import Activations
@@ -35,8 +36,6 @@ from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-_SHOWN = 5  # of what an error names
 
 
 def select_prototypes(
@@ -396,8 +395,7 @@ def _known(clf: ProtoPNetClassifier, ids: ArrayLike) -> list[int]:
     given: Iterable[Any] = values.tolist()
     unknown = [j for j in given if type(j) is not int or not 0 <= j < clf.n_prototypes_]
     if unknown:
-        shown = ", ".join(map(repr, unknown[:_SHOWN])) + ", ..." * (len(unknown) > _SHOWN)
-        raise ValueError(f"{must}; got {shown}.")
+        raise ValueError(f"{must}; got {first_few(list(map(repr, unknown)))}.")
     return list(dict.fromkeys(given))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-_SHOWN = 5
+from protoclf.messages import first_few
 
 
 def stamps(paths: Sequence[str]) -> list[tuple[int, int] | None]:
@@ -20,8 +20,7 @@ def changes_since(paths: Sequence[str], before: Sequence[tuple[int, int] | None]
         now = _stamp(path)
         if now != then:
             found.append(f"{path!r} {'is gone' if now is None else 'was changed'}")
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return ", ".join(found[:_SHOWN] + more)
+    return first_few(found) if found else ""
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

@@ -31,6 +31,7 @@ from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.image_errors import ImageError
 from protoclf.images import Images, conflicting_labels, skipped_images
 from protoclf.labels import checked_weights, class_weights, encode, read_groups, read_labels
+from protoclf.messages import first_few
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.parameters import (
     check_apart,
@@ -48,7 +49,6 @@ _one_fit = threading.RLock()
 
 _OF_VALIDATION = ("valid_loss", "valid_loss_best", "valid_acc", "valid_acc_best")
 
-_SHOWN = 5  # images that an error names
 _IN_LESS_MEMORY = (
     "A smaller micro_batch_size, such as 8, takes less memory, and so does batch_size."
 )
@@ -168,12 +168,11 @@ class StagedNet(SkorchProtoPNet):
     def _about(self, error: NotFinite, images: Images) -> str:
         """Say where a fit came upon NaN, and what may help."""
         names = [images.name(i) for i in error.index.tolist()]
-        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         row = self.history[-1] if len(self.history) else {}
         where = f" in row {row['epoch']} of the history, stage {row['stage']!r}" if row else ""
         return (
-            f"{error.what}{where}, for the images {shown}. Try lower learning rates (lr is "
-            f"{self.lr:g}, backbone_lr {self.backbone_lr:g}), gradient clipping "
+            f"{error.what}{where}, for the images {first_few(names)}. Try lower learning rates "
+            f"(lr is {self.lr:g}, backbone_lr {self.backbone_lr:g}), gradient clipping "
             '(skorch.callbacks.GradientNormClipping) or precision="float32"; where it happens '
             "without training, look at the weights of the backbone."
         )

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from protoclf.attribution import input_boxes
 from protoclf.concepts import Concepts
@@ -213,10 +214,9 @@ def find_concepts(
         for place in patch.tolist():
             places.setdefault(tuple(place), j)
     sample, row, col = torch.tensor(list(places)).T
-    boxes = [
-        input_boxes(clf, dataset, i, np.array([j]), 95)[0]
-        for i, j in zip(sample.tolist(), places.values(), strict=True)
-    ]
+    pairs = list(zip(sample.tolist(), places.values(), strict=True))
+    bar: Any = tqdm(pairs, "boxes of patches", delay=2, leave=False, disable=not clf.verbose)
+    boxes = [input_boxes(clf, dataset, i, np.array([j]), 95)[0] for i, j in bar]
     return Concepts(
         dataset.__getitems__(sample.numpy())[0]["images"].clone(),
         torch.from_numpy(np.stack(boxes)),

@@ -46,11 +46,6 @@ from protoclf.penalty import Activations
 from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry
 
-_OF_OLDER_STATES = {  # what pickles of earlier versions lack, as it was then
-    **{"precision": "float32", "tune_allocator": True, "class_weight": None, "memory": None},
-    **{"augmented_views": 0, "checkpoint": None, "on_bad_image": "raise", "batch_norm": "train"},
-    **{"lambda_patch": 0.0, "micro_batch_size": None},
-}
 _MICRO_BATCH = 8  # images, on a CPU
 _WORTH_FOLDING = 64  # images: to find folds takes as long as a few of them
 _MODULES_GIVEN = ("backbone", "augmentation")
@@ -430,9 +425,6 @@ class SkorchProtoPNet(NeuralNetClassifier):
         return sorted(n for n in names if not n.startswith("_") and n not in NOT_OURS)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = _OF_OLDER_STATES | state
-        if "prototypes_" in state:
-            state.setdefault("_source_boxes", {})
         device = state["device"]
         state = state | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
         super().__setstate__(state if device == "auto" else state | {"device": device})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from warnings import warn
@@ -25,6 +24,7 @@ from protoclf.explanation import BOX, EDIT_COLUMNS, prototype_table
 from protoclf.geometry import Preprocessing
 from protoclf.images import names_column
 from protoclf.last_layer import LastLayerResult
+from protoclf.messages import installed_version
 from protoclf.model_files import (
     MODEL,
     MOST_JSON,
@@ -113,7 +113,7 @@ def _description(
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "written_by": {"protoclf": _version(), "torch": str(torch.__version__)},
+        "written_by": {"protoclf": installed_version(), "torch": str(torch.__version__)},
         "parameters": parameters,
         "classes": labels_to_json(clf.classes_),
         "network": _network_facts(clf),
@@ -217,13 +217,6 @@ def _network_state(module: nn.Module) -> dict[str, Tensor]:
         if not is_finite(tensor):
             raise ValueError(f"The network holds NaN or infinity in {name}: it is of no use.")
     return state
-
-
-def _version() -> str:
-    try:
-        return metadata.version("protoclf")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 # Loading ----------------------------------------------------------------------------------------

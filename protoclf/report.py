@@ -13,7 +13,6 @@ import inspect
 import math
 import os
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from warnings import warn
@@ -30,6 +29,7 @@ from protoclf.fitted import check_classifier
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
 from protoclf.labels import read_labels
+from protoclf.messages import installed_version
 from protoclf.parameters import REPORT_RULES, check_rules
 from protoclf.report_cards import Card, Truth, explained_cards, progress
 from protoclf.thumbnails import Thumbnail, thumbnail_of
@@ -232,7 +232,7 @@ def _facts(clf: ProtoPNetClassifier, cards: list[Card]) -> dict[str, str]:
         f"{used} in use",
         "Weights other than 0": f"{np.count_nonzero(coef)} of {coef.size}",
         "Prototypes in a sheet": f"{rows:.1f} on average, for the predicted class",
-        "Made": f"{datetime.date.today().isoformat()}, with protoclf {_version()}",
+        "Made": f"{datetime.date.today().isoformat()}, with protoclf {installed_version()}",
     }
 
 
@@ -276,13 +276,6 @@ def _measured(metrics: pd.DataFrame) -> list[Measured]:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-
-
-def _version() -> str:
-    try:
-        return metadata.version("protoclf")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _changed_parameters(clf: ProtoPNetClassifier) -> dict[str, str]:

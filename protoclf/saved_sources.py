@@ -25,7 +25,7 @@ THUMBNAILS_RULE: Rule = _is_side, f"None, or an int from 1 to {MOST_SIDE}"
 _QUALITY = 90  # of JPEG
 
 
-class Thumbnail(NamedTuple):
+class KeptPicture(NamedTuple):
     """A small picture as a JPEG, and the width and height of the image that it was made of."""
 
     data: bytes
@@ -44,10 +44,10 @@ class Thumbnails(Mapping[int, np.ndarray]):
     ----------
     side : int
         Pixels of their longer sides, at most.
-    pictures : dict of int to Thumbnail
+    pictures : dict of int to KeptPicture
     """
 
-    def __init__(self, side: int, pictures: dict[int, Thumbnail]) -> None:
+    def __init__(self, side: int, pictures: dict[int, KeptPicture]) -> None:
         self.side = side
         self.pictures = pictures
 
@@ -78,13 +78,13 @@ def sources_among(
     return {i: v for i, v in images.items() if i in indices}
 
 
-def thumbnail_of(pixels: np.ndarray, side: int) -> Thumbnail:
+def kept_picture(pixels: np.ndarray, side: int) -> KeptPicture:
     """Return an image (H, W, 3), uint8, with at most `side` pixels on its longer side."""
     image = PIL.Image.fromarray(pixels)
     small = image.resize(_reduced(image.size, side), PIL.Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=_QUALITY, subsampling=0)
-    return Thumbnail(buffer.getvalue(), image.size)
+    return KeptPicture(buffer.getvalue(), image.size)
 
 
 def write_thumbnails(folder: Path, thumbnails: Thumbnails) -> None:
@@ -100,7 +100,7 @@ def read_thumbnails(folder: Path, side: int, sizes: dict[int, tuple[int, int]]) 
         raise refusal(folder / THUMBNAILS, "is a link.")
     most = PIL.Image.MAX_IMAGE_PIXELS
     indices = list(sizes)
-    pictures: dict[int, Thumbnail] = {}
+    pictures: dict[int, KeptPicture] = {}
 
     def read(i: int) -> None:
         index = indices[i]
@@ -114,7 +114,7 @@ def read_thumbnails(folder: Path, side: int, sizes: dict[int, tuple[int, int]]) 
     return Thumbnails(side, {index: pictures[index] for index in indices})
 
 
-def _read(file: Path, side: int, size: tuple[int, int]) -> Thumbnail:
+def _read(file: Path, side: int, size: tuple[int, int]) -> KeptPicture:
     width, height = _reduced(size, side)
     data = read_bytes(file, 4 * width * height + 2**16)
     try:
@@ -126,7 +126,7 @@ def _read(file: Path, side: int, size: tuple[int, int]) -> Thumbnail:
         raise refusal(file, f"is no JPEG that can be read: {error}") from error
     if found != (width, height):
         raise refusal(file, f"is not in RGB, {width} x {height} pixels, as a thumbnail must be.")
-    return Thumbnail(data, size)
+    return KeptPicture(data, size)
 
 
 def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -143,5 +143,5 @@ def source_thumbnails(
     source_image: Callable[[int], np.ndarray], firsts: Mapping[int, int], side: int
 ) -> Thumbnails:
     """Return thumbnails of training images; `firsts` names a prototype of each, by index."""
-    pictures = {i: thumbnail_of(source_image(prototype), side) for i, prototype in firsts.items()}
+    pictures = {i: kept_picture(source_image(prototype), side) for i, prototype in firsts.items()}
     return Thumbnails(side, pictures)

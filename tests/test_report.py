@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from protoclf import ImageError, ProtoPNetClassifier, report, report_cards, thumbnails
@@ -275,14 +276,14 @@ def test_each_image_passes_the_backbone_once(fitted, squares, tmp_path, backbone
     assert sum(backbone_images) == len(squares[0])
 
 
-def test_a_training_image_that_moved_is_marked(fitted, squares, files, tmp_path):
-    clf = copy.deepcopy(fitted)
-    sources = [files[i] for i in clf.prototypes_["source_index"]]
-    moved = str(tmp_path / "moved <i>.png")
-    clf.prototypes_ = clf.prototypes_.assign(
-        source=[moved if source == sources[0] else source for source in sources]
-    )
-    clf.source_images_ = {}  # as after a fit on paths
+def test_a_training_image_that_moved_is_marked(fitted, squares, tmp_path):
+    paths = [str(tmp_path / f"image <i>{i}.png") for i in range(len(squares[0]))]
+    for path, pixels in zip(paths, squares[0], strict=True):
+        PIL.Image.fromarray(pixels).save(path)
+    clf = clone(fitted).set_params(joint_epochs=0).fit(paths, squares[1])
+    sources = clf.prototypes_["source"].tolist()
+    moved = sources[0]
+    os.rename(moved, tmp_path / "moved.png")
     with pytest.warns(UserWarning, match=r"^1 training image.* cannot be read") as caught:
         page = Page(write_report(clf, squares[0][:4], path=tmp_path / "report.html"))
     assert len(caught) == 1

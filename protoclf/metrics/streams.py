@@ -18,6 +18,7 @@ from protoclf.image_dataset import ImageDataset
 from protoclf.image_errors import ImageError
 from protoclf.images import Images, names_column
 from protoclf.labels import encode, read_labels
+from protoclf.messages import first_few
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -43,8 +44,8 @@ def sheet_of(clf: ProtoPNetClassifier, X: Any, **options: Any) -> pd.DataFrame:
     unreadable = sheet.loc[sheet["source"] == UNREADABLE, "sample"].tolist()
     if unreadable:
         raise ImageError(
-            f"{len(unreadable)} image(s) of X cannot be read, at the positions {unreadable[:5]}"
-            f"{' and others' if len(unreadable) > 5 else ''}. Leave them out of X, y and masks."
+            f"{len(unreadable)} image(s) of X cannot be read, at the positions "
+            f"{first_few(list(map(str, unreadable)))}. Leave them out of X, y and masks."
         )
     return sheet
 

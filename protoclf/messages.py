@@ -1,0 +1,20 @@
+"""What messages and files say: lists of names, which may be long, and the version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names, and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more]) or "none"
+
+
+def installed_version() -> str:
+    """Return the version of protoclf that is installed."""
+    try:
+        return metadata.version("protoclf")
+    except metadata.PackageNotFoundError:
+        return "unknown"
