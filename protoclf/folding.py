@@ -123,25 +123,26 @@ def _found(
     if not any(type(layer) is nn.BatchNorm2d for layer in backbone.modules()):
         return ()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            trial = copy.deepcopy(backbone).cpu().double().requires_grad_().train()
-            for norm in trial.modules():
-                if type(norm) is nn.BatchNorm2d:
-                    norm.eval()
-                    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
-                        if tensor is not None:
-                            tensor.data.uniform_(0.5, 1.5)
-            image = torch.randn(1, 3, image_size, image_size, dtype=torch.float64)
-            return tried_out(trial, image)
+        draws = torch.Generator().manual_seed(0)  # torch's own may be a fit's in another thread
+        trial = copy.deepcopy(backbone).cpu().double().requires_grad_().train()
+        for norm in trial.modules():
+            if type(norm) is nn.BatchNorm2d:
+                norm.eval()
+                for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+                    if tensor is not None:
+                        tensor.data.uniform_(0.5, 1.5, generator=draws)
+        side = image_size, image_size
+        image = torch.randn(1, 3, *side, dtype=torch.float64, generator=draws)
+        return tried_out(trial, image)
     except Exception:  # whatever a user's module raises
         return ()
 
 
 def _tried_out(backbone: nn.Module, image: Tensor) -> Folds:
-    folds, expected = _observed(backbone, image, _output_and_gradients)
-    with folded(backbone, folds, [norm for _, norm in folds]):
-        found = _output_and_gradients(backbone, image)
+    with torch.random.fork_rng(devices=[]):  # of the fit that asks
+        folds, expected = _observed(backbone, image, _output_and_gradients)
+        with folded(backbone, folds, [norm for _, norm in folds]):
+            found = _output_and_gradients(backbone, image)
     return folds if _are_same(expected, found) else ()
 
 
