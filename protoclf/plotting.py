@@ -39,6 +39,7 @@ from protoclf.gallery import (
     plot_prototypes,
 )
 from protoclf.images import Images
+from protoclf.logits import probabilities
 from protoclf.plot_data import check_one_of, check_top, class_index, heat_maps, known_ids
 
 if TYPE_CHECKING:
@@ -124,9 +125,9 @@ def plot_explanation(
 
 
 def _verdicts(clf: ProtoPNetClassifier, image: Any, classes: Any) -> pd.DataFrame:
-    """Return class, verdict and probability of each class to draw, in their order."""
-    probability = clf.predict_proba([image])[0]  # (C,)
-    order = np.argsort(-probability, kind="stable").tolist()
+    """Return class, verdict, logit and probability of each class to draw, in their order."""
+    logits = clf._logits([image])  # (1, C); probabilities may all be 0 but one
+    order = np.argsort(-logits[0], kind="stable").tolist()
     verdict = dict(zip(order, ("predicted", "rival"), strict=False))
     every = range(len(order))
     if isinstance(classes, str) and classes in ("predicted", "top2", "all"):
@@ -137,7 +138,8 @@ def _verdicts(clf: ProtoPNetClassifier, image: Any, classes: Any) -> pd.DataFram
         {
             "class": clf.classes_[list(chosen)],
             "verdict": [verdict.get(c, "") for c in chosen],
-            "probability": probability[list(chosen)],
+            "logit": logits[0, list(chosen)],
+            "probability": probabilities(logits)[0, list(chosen)],
         }
     )
 
@@ -152,7 +154,7 @@ class ExplanationDisplay:
         Rows of one sample, as from `ProtoPNetClassifier.explain`.
     verdicts : DataFrame
         One row for each class to draw: class, verdict ("predicted", "rival", the second by
-        probability, or ""), and probability.
+        its logit, or ""), logit and probability.
     image : ndarray of shape (H, W, 3), uint8
     region : (x0, y0, x1, y1)
         The part of the image that the model sees, in its pixels.
@@ -191,10 +193,9 @@ class ExplanationDisplay:
         self, part: SubFigure, axes: np.ndarray, verdict: dict[Any, Any], rows: pd.DataFrame
     ) -> None:
         name = ": ".join(filter(None, (verdict["verdict"], short(verdict["class"], 40))))
-        logit = rows["logit"].iloc[0] if len(rows) else 0.0
         draw_title(
             part,
-            f"{name}\nlogit {logit:.2f}, probability {verdict['probability']:.2f}",
+            f"{name}\nlogit {verdict['logit']:.2f}, probability {verdict['probability']:.2f}",
             fontweight="bold" if verdict["verdict"] == "predicted" else "normal",
         )
         if rows.empty:

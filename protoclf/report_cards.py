@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from protoclf.explanation import BOX, SOURCE_BOX
 from protoclf.images import Images
+from protoclf.logits import probabilities
 from protoclf.thumbnails import Thumbnail, thumbnail_of
 
 if TYPE_CHECKING:
@@ -169,9 +170,10 @@ def _two_sheets(
     if len(groups) == 2 and rows["is_predicted"].iloc[0]:
         probability = {label: group["probability"].iloc[0] for label, group in groups.items()}
     else:  # a class without weights has no rows
-        everything = clf.predict_proba(X)[0]
-        best = np.argsort(-everything, kind="stable")[:2]
-        probability = dict(zip(clf.classes_[best].tolist(), everything[best], strict=True))
+        logits = clf._logits(X)  # (1, C); probabilities may all be 0 but one
+        best = np.argsort(-logits[0], kind="stable")[:2]
+        found = probabilities(logits)[0, best]
+        probability = dict(zip(clf.classes_[best].tolist(), found, strict=True))
     return [
         _sheet(clf, label, float(p), groups.get(label, rows[:0]), picture, prefix)
         for (label, p), prefix in zip(probability.items(), ("", "R"), strict=True)

@@ -100,8 +100,12 @@ def test_a_class_without_contributions_is_drawn_all_the_same(fitted, squares, tm
     weight = mute.module_.last_layer.weight.data
     weight.fill_(-1)
     weight[mute.classes_.tolist().index(predicted)] = 0
+    weight *= 1e3  # so that all other probabilities are 0
     display = plot_explanation(mute, squares[0][0])
-    assert titles(display)[0] == f"predicted: {predicted}"
+    logits = mute.decision_function(squares[0][:1])[0]
+    rival = mute.classes_[np.argsort(-logits)[1]]
+    assert titles(display) == [f"predicted: {predicted}", f"rival: {rival}"]
+    assert len(display.figure_.subfigs[1].axes[0].images)  # which has a sheet
     texts = [t.get_text() for axis in display.figure_.subfigs[0].axes for t in axis.texts]
     assert texts == ["No prototype speaks for or against it."]
     display.figure_.savefig(tmp_path / "sheet.png")
