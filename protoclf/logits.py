@@ -17,6 +17,11 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).softmax(1).numpy()
 
 
+def ranking(logits: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Return classes (C,) by their logits (C,); of equal ones those first that a sheet shows."""
+    return np.lexsort((~shown, -logits))
+
+
 class LogitsMixin:
     """Predictions of a classifier of images whose `_logits` are (n, C), for its `classes_`."""
 

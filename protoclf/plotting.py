@@ -39,7 +39,7 @@ from protoclf.gallery import (
     plot_prototypes,
 )
 from protoclf.images import Images
-from protoclf.logits import probabilities
+from protoclf.logits import probabilities, ranking
 from protoclf.plot_data import check_one_of, check_top, class_index, heat_maps, known_ids
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def plot_explanation(
     heats, _ = heat_maps(clf, [image], [picture.shape[1::-1]], [0] * len(shown), shown)
     display = ExplanationDisplay(
         sheet=sheet,
-        verdicts=_verdicts(clf, image, classes),
+        verdicts=_verdicts(clf, image, classes, sheet),
         image=picture,
         region=tuple(clf.shown_region([picture.shape[1::-1]])[0].tolist()),
         maps={j: heat.pixels for j, heat in zip(shown, heats, strict=True)},
@@ -124,10 +124,12 @@ def plot_explanation(
     return display.plot(figure)
 
 
-def _verdicts(clf: ProtoPNetClassifier, image: Any, classes: Any) -> pd.DataFrame:
+def _verdicts(
+    clf: ProtoPNetClassifier, image: Any, classes: Any, sheet: pd.DataFrame
+) -> pd.DataFrame:
     """Return class, verdict, logit and probability of each class to draw, in their order."""
     logits = clf._logits([image])  # (1, C); probabilities may all be 0 but one
-    order = np.argsort(-logits[0], kind="stable").tolist()
+    order = ranking(logits[0], np.isin(clf.classes_, sheet["class"].unique())).tolist()
     verdict = dict(zip(order, ("predicted", "rival"), strict=False))
     every = range(len(order))
     if isinstance(classes, str) and classes in ("predicted", "top2", "all"):

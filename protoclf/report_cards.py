@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from protoclf.explanation import BOX, SOURCE_BOX
 from protoclf.images import Images
-from protoclf.logits import probabilities
+from protoclf.logits import probabilities, ranking
 from protoclf.thumbnails import Thumbnail, thumbnail_of
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _two_sheets(
         probability = {label: group["probability"].iloc[0] for label, group in groups.items()}
     else:  # a class without weights has no rows
         logits = clf._logits(X)  # (1, C); probabilities may all be 0 but one
-        best = np.argsort(-logits[0], kind="stable")[:2]
+        best = ranking(logits[0], np.isin(clf.classes_, rows["class"].unique()))[:2]
         found = probabilities(logits)[0, best]
         probability = dict(zip(clf.classes_[best].tolist(), found, strict=True))
     return [
