@@ -32,6 +32,7 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+@pytest.mark.slow  # a process each
 @pytest.mark.parametrize(("how", "kept"), [("plain", False), ("tuned", True)])
 def test_the_allocator_keeps_memory_until_told_to_return_it(how, kept):
     command = [sys.executable, "-c", RESIDENT, how]

@@ -205,6 +205,7 @@ def test_a_search_by_accuracy_and_sparsity(paths, squares):
     assert n_prototypes_scorer(make_pipeline("passthrough", best)) == n_prototypes_scorer(best)
 
 
+@pytest.mark.slow  # many fits
 @pytest.mark.parametrize("kind", [RandomizedSearchCV, HalvingGridSearchCV])
 def test_other_searches(paths, squares, kind):
     grid = {"prototypes_per_class": [1, 2], "lambda_l1": [1e-4, 1e-2]}
@@ -310,6 +311,7 @@ def test_stacking(paths, squares):
     assert model.score(paths, squares[1]) > 0.8
 
 
+@pytest.mark.slow  # many fits
 def test_curves_and_permutations(paths, squares):
     sizes, _, scores = learning_curve(
         small(), paths, squares[1], train_sizes=[0.5, 1.0], cv=FOLDS, error_score="raise"

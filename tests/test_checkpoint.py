@@ -81,7 +81,9 @@ def test_a_fit_that_is_stopped_anywhere_ends_in_the_same_model(tmp_path, monkeyp
     assert len(trained) == sum(len(r["batches"]) for r in left)
 
 
-@pytest.mark.parametrize("moment", [slow("start"), "second epoch", "writing", slow("projection")])
+@pytest.mark.parametrize(
+    "moment", [slow("start"), slow("second epoch"), "writing", slow("projection")]
+)
 def test_a_process_that_is_killed_goes_on(tmp_path, moment):
     X, y = pictures()
     command = [sys.executable, str(WORKER), str(tmp_path), moment]

@@ -201,6 +201,7 @@ def test_initialize_leaves_no_table_of_another_network():
     assert_same_model(clf.fit(X, Y), classifier().fit(X, Y))
 
 
+@pytest.mark.slow  # two processes
 def test_a_pickle_is_read_in_a_process_whose_script_imports_nothing(tmp_path):
     """A memory format of torch is pickled as if it were of any module that has a `torch`."""
     file = str(tmp_path / "clf.pickle")

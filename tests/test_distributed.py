@@ -171,6 +171,7 @@ on_tables = OnTables(accelerator=OnCPU(), **as_for_one_process.get_params(deep=F
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the checks repeat rows: prototypes collapse
+@pytest.mark.slow  # as in test_sklearn.py, by a subclass
 @parametrize_with_checks([on_tables], expected_failed_checks=lambda estimator: EXCUSED)
 def test_contract(estimator, check):
     check(estimator)

@@ -21,8 +21,8 @@ def code_blocks(page):
 
 
 def marked(page):
-    slow = page.name in ("clusters.md", "tutorial.md")  # which train for longer
-    return pytest.param(page, id=page.name, marks=[pytest.mark.slow] if slow else [])
+    fast = page.name in ("README.md", "first_steps.md", "saving.md", "images.md")
+    return pytest.param(page, id=page.name, marks=[] if fast else [pytest.mark.slow])
 
 
 @pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")

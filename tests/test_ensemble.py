@@ -502,6 +502,7 @@ on_tables = OnTables([("a", on_table(warmup_epochs=1)), ("b", on_table())], verb
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the checks repeat rows: prototypes collapse
+@pytest.mark.slow  # fits of two members; those of one are in test_sklearn.py
 @parametrize_with_checks([on_tables], expected_failed_checks=lambda estimator: EXCUSED)
 def test_contract(estimator, check):
     check(estimator)
@@ -543,6 +544,7 @@ def test_an_unfitted_ensemble_says_so():
             use(X)
 
 
+@pytest.mark.slow  # many fits
 def test_cross_validation_and_searches_of_nested_parameters(squares, image_paths):
     y = squares[1]
     given = ensemble_of(a=member(own_module(), joint_epochs=0), b=member(joint_epochs=0))

@@ -152,6 +152,7 @@ def test_functions_are_described_by_their_code():
     assert described(torch.optim.Adam) == "torch.optim.adam.Adam"
 
 
+@pytest.mark.slow  # two processes
 def test_a_description_is_the_same_in_another_process():
     code = (
         "from protoclf.fingerprints import described, module_digest\n"

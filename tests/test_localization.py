@@ -105,7 +105,7 @@ def test_box_of_one_bright_cell_lies_around_it():
 def test_boxes_do_not_depend_on_how_maps_are_split_into_blocks(monkeypatch):
     maps = torch.randn(7, 5, 5)
     expected = activation_boxes(maps, 30)
-    monkeypatch.setattr(localization, "_BLOCK", 30 * 30 * 2)
+    monkeypatch.setattr(localization, "BLOCK", 30 * 30 * 2)
     assert torch.equal(activation_boxes(maps, 30), expected)
     assert activation_boxes(maps[:0], 30).shape == (0, 4)
 

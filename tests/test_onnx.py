@@ -41,8 +41,6 @@ SETTINGS = {
     "resnet18": {"backbone": "resnet18", "weights": None, "image_size": 64, "lambda_l1": 0.01},
 }
 
-SLOW = ("patches of cosines", "resnet18")
-
 
 def session_of(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -74,7 +72,7 @@ def assert_equal(clf, session, X):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in SETTINGS],
+    [pytest.param(n, marks=[] if n == "cosine" else [pytest.mark.slow]) for n in SETTINGS],
 )
 def test_all_outputs_equal_those_of_torch(name, squares, tmp_path):
     X, y = squares
@@ -87,6 +85,7 @@ def test_all_outputs_equal_those_of_torch(name, squares, tmp_path):
         assert_equal(clf, session, X[:n])
 
 
+@pytest.mark.slow  # an export each
 def test_two_classes_with_labels_that_are_numbers(squares, tmp_path):
     X, y = squares
     clf = ProtoPNetClassifier("small_cnn", **SMALL).fit(X, y == "red")
@@ -112,6 +111,7 @@ def test_the_description_holds_the_last_layer_and_where_prototypes_come_from(fit
     assert (image.name, image.type, image.shape[1:]) == ("images", "tensor(uint8)", [3, 48, 48])
 
 
+@pytest.mark.slow  # an export each
 def test_an_edited_classifier_is_exported_as_it_is_now(squares, tmp_path):
     X, y = squares
     clf = ProtoPNetClassifier("small_cnn", **SMALL).fit(X, y)
@@ -245,6 +245,7 @@ def test_the_service_writes_the_sheets_that_explain_gives(
         assert np.abs(boxes - expected[BOX].to_numpy()).max() <= pixel
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_service_runs_without_torch(fitted, photos, tmp_path):
     path = export_onnx(fitted, tmp_path / "model.onnx")
     program = (
