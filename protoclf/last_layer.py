@@ -61,6 +61,7 @@ _EXPLICIT = 1500  # weights up to which the Hessian is worth writing out
 _RIDGE = 1e-10  # of the mean diagonal, so that the whole Hessian can be factored
 _DAMPING = 1e-4  # of a block's mean diagonal, so that collinear prototypes stay solvable
 _GATHERED = 8  # copies of the activations that the working set may take, before all is multiplied
+_MOST_GATHERED = 2**28  # numbers in these copies
 _CHUNK = 2**25  # numbers in a temporary
 
 
@@ -327,6 +328,7 @@ def _minimise(problem: _Problem, v: Tensor, tol: float, max_iter: int) -> LastLa
         if size > 0:
             v = problem.round((v + size * model.scatter(step)).clamp_min(0))
         idle = 0 if penalty > problem.lambda_l1 else idle
+        del model  # before there is another: its copies can be large
     return LastLayerResult(
         weight=(problem.sign * v + 0.0).to(problem.out_dtype),  # + 0.0: no negative zeros
         objective=objective,
@@ -403,7 +405,8 @@ class _Model:
         self.omega = problem.omega.to(self.g)
         # a gathered copy saves work while k is small; a large one is worse than all of g
         n_classes, m = self.working.shape
-        self.gathered = self._gather_rows(slice(None)) if n_classes * k <= _GATHERED * m else None
+        few = n_classes * k <= min(_GATHERED * m, _MOST_GATHERED // self.g.shape[1])
+        self.gathered = self._gather_rows(slice(None)) if few else None
         blocks = self._blocks()
         self.hessian = self._hessian(blocks)
         self.blocks = self._damped(blocks)  # (C, k, k)

@@ -13,6 +13,8 @@ import joblib
 import numpy as np
 import torch
 
+from protoclf.messages import first_few
+
 T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]
 Triple = tuple[float, float, float]  # red, green, blue
@@ -288,7 +290,8 @@ def prototype_counts(spec: str | int | Mapping[Any, int], classes: np.ndarray) -
     if missing or unknown:
         raise ValueError(
             "prototypes_per_class as a dict must name every class of y once; "
-            f"missing: {missing}, not in y: {unknown}."
+            f"missing: {first_few(list(map(repr, missing)))}; not in y: "
+            f"{first_few(list(map(repr, unknown)))}."
         )
     return [int(spec[label]) for label in labels]
 
@@ -306,7 +309,7 @@ def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -
         if not have.all():
             help_ = "Each fit needs images of every class, since prototypes are parts of them."
         raise ValueError(
-            f"Some classes have fewer training images than prototypes: {'; '.join(short)}. {help_}"
+            f"Some classes have fewer training images than prototypes: {first_few(short)}. {help_}"
         )
 
 

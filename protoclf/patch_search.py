@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from protoclf.concepts import ForbiddenPatches
 from protoclf.features import Arrays, FitData
@@ -74,8 +75,17 @@ def image_distances(
 
     `latents` are those of this process's rows of the n.
     """
-    distance = torch.cat([net.module_.compare(z)[1] for z, _ in latents])
+    distance = torch.cat([net.module_.compare(z)[1] for z, _ in with_progress(net, latents, n)])
     return net.processes.in_order(distance, n)
+
+
+def with_progress(
+    net: SkorchProtoPNet, latents: Iterable[tuple[Tensor, Tensor]], n: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Show a bar while batches of n images are compared with many prototypes."""
+    show = bool(net.verbose) and net.processes.is_first
+    batches = -(-n // net.batch_size)
+    return tqdm(latents, "distances", batches, delay=2, leave=False, disable=not show)
 
 
 def _take_patches(net: SkorchProtoPNet, data: FitData, sources: Sources) -> Tensor:

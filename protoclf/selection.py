@@ -15,7 +15,7 @@ from protoclf.features import Arrays, FitData
 from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
-from protoclf.patch_search import project
+from protoclf.patch_search import project, with_progress
 from protoclf.prototype_layer import min_distances
 from protoclf.stage_cache import remembered
 
@@ -96,7 +96,8 @@ def _candidates(
         last_layer = candidates.new_zeros(module.last_layer.out_features, len(owner))
         net.replace_prototypes(candidates, classes, last_layer)
         return {**project(net, data, None), "owner": classes}
-    distance = torch.cat([min_distances(z, candidates)[0] for z, _ in data.train_latents()])
+    batches = with_progress(net, data.train_latents(), len(data.train_y))
+    distance = torch.cat([min_distances(z, candidates)[0] for z, _ in batches])
     return {"prototypes": candidates, "owner": classes, "distance": distance}
 
 

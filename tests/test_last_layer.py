@@ -154,10 +154,18 @@ def test_every_form_of_the_model_reaches_the_same_optimum(monkeypatch, explicit,
     )
 
 
-def test_large_working_sets_are_not_gathered(monkeypatch):
+@pytest.mark.parametrize(("name", "most"), [("_GATHERED", 0), ("_MOST_GATHERED", 5 * 200)])
+def test_large_working_sets_are_not_gathered(monkeypatch, name, most):
     monkeypatch.setattr(module, "_EXPLICIT", 0)
-    monkeypatch.setattr(module, "_GATHERED", 0)
+    monkeypatch.setattr(module, name, most)
     monkeypatch.setattr(module, "_CHUNK", 500)
+    gather = module._Model._gather_rows
+
+    def noted(model, classes):
+        assert classes != slice(None) or (name != "_GATHERED" and model.index.numel() <= 5)
+        return gather(model, classes)
+
+    monkeypatch.setattr(module._Model, "_gather_rows", noted)
     g, y, owner = similarities(n=200, m=30, n_classes=5)
     result = solve_last_layer(g, y, owner, 1e-3)
     monkeypatch.undo()
