@@ -229,7 +229,7 @@ class StagedNet(SkorchProtoPNet):
     def weights_of(
         self, codes: np.ndarray, classes: np.ndarray, sample_weight: Any
     ) -> np.ndarray | None:
-        """Return the weights of images (n,), by themselves, if checked, and by their classes."""
+        """Return the weights of images (n,): checked ones of their own, times their classes'."""
         if self.class_weight is None:
             return sample_weight
         of_classes = class_weights(self.class_weight, codes, classes)

@@ -73,7 +73,7 @@ def _peaks(patches: Tensor, cells: tuple[int, int], image_size: int) -> Tensor:
         found.append(top.to(torch.uint8).argmax(1))
     index = torch.cat(found)
     sides = ((index % cols, cols, shape[1], width), (index // cols, rows, shape[0], height))
-    middles = [  # a patch of n cells has its middle (n - 1) / 2 cells behind that of its first cell
+    middles = [  # that of a patch of H1 = of - n + 1 cells is (H1 - 1) / 2 behind its first cell's
         (pixel.to(patches.dtype) + 0.5) * (n * image_size / (of * n_pixels))
         + (of - n) / 2 * image_size / of
         for pixel, n_pixels, n, of in sides
