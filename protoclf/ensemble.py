@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from protoclf.augmentation import augmentation_of
 from protoclf.classifier import ProtoPNetClassifier
 from protoclf.decoding import check_files
-from protoclf.explanation import UNREADABLE, truncated, without_answer
+from protoclf.explanation import truncated, without_answer
 from protoclf.images import Images, conflicting_labels
 from protoclf.labels import encode, read_labels
 from protoclf.logits import LogitsMixin, probabilities
@@ -305,9 +305,8 @@ class ProtoPNetEnsemble(
                 sheet.insert(2, "member", name)
                 sheets.append(sheet)
         sheet = self._ranked(pd.concat(sheets, ignore_index=True), logits)
-        failed = dict.fromkeys(sheet.loc[sheet["source"] == UNREADABLE, "sample"].tolist())
         sheet = sheet if top is None else truncated(sheet, top)
-        return without_answer(sheet, list(failed))
+        return without_answer(sheet, np.flatnonzero(np.isnan(logits[:, 0])).tolist())
 
     def _ranked(self, sheet: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:
         """Give the rows of all members the ensemble's logits (n, C), and its order.

@@ -183,15 +183,13 @@ def without_answer(
     if not samples:
         return sheet
     keys = ["sample", "path"]
+    sheet = _with_missing_values(sheet, sheet.columns.difference(keys))
     rowless = sorted(set(samples) - set(sheet["sample"]))
     if rowless:
         names = [None if paths is None else paths[i] for i in rowless]
         more = pd.DataFrame({"sample": rowless, "path": names_column(names)})
-        columns = sheet.columns
-        sheet = _with_missing_values(sheet, columns.difference(keys))
-        more = more.reindex(columns=columns).astype(sheet.dtypes)
+        more = more.reindex(columns=sheet.columns).astype(sheet.dtypes)
         sheet = pd.concat([sheet, more]).sort_values("sample", kind="stable", ignore_index=True)
-    sheet = _with_missing_values(sheet, sheet.columns.difference(keys))
     first = ~sheet.duplicated("sample")
     bad = sheet["sample"].isin(samples)
     sheet = sheet[first | ~bad].reset_index(drop=True)

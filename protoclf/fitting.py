@@ -28,7 +28,6 @@ from protoclf.file_changes import changes_since, stamps
 from protoclf.fit_key import fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
-from protoclf.image_errors import ImageError
 from protoclf.images import Images, conflicting_labels, skipped_images
 from protoclf.labels import checked_weights, class_weights, encode, read_groups, read_labels
 from protoclf.messages import first_few
@@ -325,20 +324,23 @@ class StagedNet(SkorchProtoPNet):
         places = positions[sources["image"]]  # in the data set
         images, sizes = dataset.images, dataset.sizes(places)
         sources["box"] = dataset.preprocessing.to_original_pixels(sources["box"], sizes)
-        # paths lead to the pictures; pixels would be lost
-        used = np.unique(places).tolist() if images.paths is None else []
-        self.source_images_: Mapping[int, np.ndarray] = {
-            int(images.positions[i]): np.asarray(images.open(i)) for i in used
-        }
         sources["image"] = images.positions[places]
-        paths = None
+        used = np.unique(places).tolist()
+        indices = images.positions[used].tolist()
+        self.source_images_: Mapping[int, np.ndarray] = {}
         self._source_files: dict[int, SourceFile] = {}
-        if images.paths is not None:
+        paths = None
+        if images.paths is None:  # pixels would be lost; paths lead to the pictures
+            pixels = [np.asarray(images.open(i)) for i in used]
+            self.source_images_ = dict(zip(indices, pixels, strict=True))
+        else:
             paths = dict(zip(images.positions.tolist(), images.paths, strict=True))
-            for i in np.unique(places).tolist():
-                digest = _digest(dataset, i)
-                file = SourceFile(images.paths[i], os.path.abspath(images.paths[i]), digest)
-                self._source_files[int(images.positions[i])] = file
+            # one that went during the fit, which warns of that, may have no digest
+            digests = dataset.digests(used, readable_alone=True)
+            self._source_files = {
+                i: SourceFile(paths[i], os.path.abspath(paths[i]), digest or None)
+                for i, digest in zip(indices, digests, strict=True)
+            }
         self.prototypes_ = prototype_table(
             self.module_.owner.cpu().numpy(),
             self.classes_,
@@ -362,13 +364,6 @@ class StagedNet(SkorchProtoPNet):
         self._source_boxes = {}
         used = set(self.prototypes_["source_index"].tolist())
         self.source_images_ = sources_among(self.source_images_, used)
-
-
-def _digest(dataset: ImageDataset, i: int) -> str | None:
-    try:
-        return dataset.digests([i])[0]
-    except ImageError:  # it went during the fit, which warns of that
-        return None
 
 
 def _cuda_devices(device: Any) -> list[torch.device]:

@@ -92,7 +92,7 @@ class ImageDataset(Batches):
         """
         if self.pixels is None:
             if folder is not None:
-                self._note_digests()
+                self.digests(range(len(self)), anew=True, readable_alone=True)
             side = self.preprocessing.image_size
             out = allocate((len(self), 3, side, side), torch.uint8, folder=folder)
             self.pixels, self._sizes = self._decode(np.arange(len(self)), out, progress)
@@ -159,15 +159,6 @@ class ImageDataset(Batches):
             self._sizes[i] = self.images.size(int(i))
         return self._sizes[index]
 
-    def _note_digests(self) -> None:
-        """Let `digests` tell what images hold now, as far as they can be read."""
-
-        def look(i: int) -> None:
-            with suppress(ImageError):
-                self._digests[i] = self.images.digest(i)
-
-        in_threads(look, len(self))
-
     def digest_if_decoded(self, i: int, seen: str) -> str:
         """Return `seen`, the digest of an image, if what is decoded is what it is a digest of.
 
@@ -180,14 +171,21 @@ class ImageDataset(Batches):
             return ""
         return seen if seen == other else ""
 
-    def digests(self, index: ArrayLike, anew: bool = False) -> list[str]:
-        """Return digests of what n images held when first asked, or of what they hold now."""
+    def digests(
+        self, index: ArrayLike, anew: bool = False, readable_alone: bool = False
+    ) -> list[str]:
+        """Return digests of what n images held when first asked, or of what they hold now.
+
+        One that cannot be read raises ImageError, or keeps the digest that is known, perhaps "".
+        """
         places = as_index(index)
+        passed_over = (ImageError,) if readable_alone else ()
 
         def look(k: int) -> None:
             i = int(places[k])
             if anew or not self._digests[i]:
-                self._digests[i] = self.images.digest(i)
+                with suppress(*passed_over):
+                    self._digests[i] = self.images.digest(i)
 
         in_threads(look, len(places))
         return self._digests[places].tolist()

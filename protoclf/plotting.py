@@ -131,17 +131,15 @@ def _verdicts(
     logits = clf._logits([image])  # (1, C); probabilities may all be 0 but one
     order = ranking(logits[0], np.isin(clf.classes_, sheet["class"].unique())).tolist()
     verdict = dict(zip(order, ("predicted", "rival"), strict=False))
-    every = range(len(order))
-    if isinstance(classes, str) and classes in ("predicted", "top2", "all"):
-        chosen = {"predicted": order[:1], "top2": order[:2], "all": every}[classes]
-    else:
-        chosen = [class_index(clf, label) for label in np.atleast_1d(np.asarray(classes)).tolist()]
+    asked = clf._class_indices(classes)
+    if isinstance(asked, str):
+        asked = {"predicted": order[:1], "top2": order[:2], "all": sorted(order)}[asked]
     return pd.DataFrame(
         {
-            "class": clf.classes_[list(chosen)],
-            "verdict": [verdict.get(c, "") for c in chosen],
-            "logit": logits[0, list(chosen)],
-            "probability": probabilities(logits)[0, list(chosen)],
+            "class": clf.classes_[asked],
+            "verdict": [verdict.get(c, "") for c in asked],
+            "logit": logits[0, asked],
+            "probability": probabilities(logits)[0, asked],
         }
     )
 

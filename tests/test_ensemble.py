@@ -588,11 +588,8 @@ def test_members_may_have_any_name(fitted, squares):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.bool_, np.float32])
-def test_labels_of_any_type_stand_beside_an_image_without_an_answer(squares, dtype, tmp_path):
-    X, y = squares
-    paths = [str(tmp_path / f"{i}.png") for i in range(len(X))]
-    for path, pixels in zip(paths, X, strict=True):
-        PIL.Image.fromarray(pixels).save(path)
+def test_labels_of_any_type_stand_beside_an_image_without_an_answer(squares, dtype, image_paths):
+    (_, y), paths = squares, image_paths
     made = ensemble_of(a=member(on_bad_image="skip"), b=member(on_bad_image="skip", random_state=1))
     made.fit(paths, (y == "red").astype(dtype))
     whole, sheet = made.explain(paths[:2]), made.explain([paths[0], "gone.png", paths[1]])
