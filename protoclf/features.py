@@ -228,7 +228,6 @@ class FitData:
         self._valid_features: FeatureDataset | None = None
         self._view_features: list[FeatureDataset] | None = None
         self._kept_latents: tuple[str, list[tuple[Tensor, Tensor]]] = ("", [])
-        self._projected: tuple[str, Arrays] = ("", {})
 
     @property
     def train_y(self) -> Tensor:
@@ -310,21 +309,9 @@ class FitData:
             with torch.no_grad():
                 yield self.net.module_.latents(inputs["features"].to(self.net.device))
 
-    def keep_projected(self, projected: Arrays) -> None:
-        """Keep what `project` would return for the prototypes as they are."""
-        self._projected = state_digest(self.net.head()), projected
-
-    @property
-    def projected_by_start(self) -> Arrays | None:
-        """What the start found for the projection, if the network is as it left it."""
-        state, projected = self._projected
-        same = state and not self.net.backbone_trained_ and state == state_digest(self.net.head())
-        return projected if same else None
-
     def forget_latents(self) -> None:
         """Make room: gradient steps follow."""
         self._kept_latents = ("", [])
-        self._projected = ("", {})
 
     @property
     def view_features(self) -> list[FeatureDataset]:

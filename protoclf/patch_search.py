@@ -35,7 +35,7 @@ def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays
     mapping
         - "image", "row", "col" (m,) : the patch that each prototype is now
         - "moved" (m,) : squared distance to it before
-        - "cells" (m, H, W) : the prototype's similarity to each cell of that image
+        - "box" (m, 4) : where it is active in that image, in pixels of the input
         - "prototypes" (m, D, H1, W1)
         - "distance" (N, m) : of all training images
     """
@@ -56,15 +56,11 @@ def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays
     net.agree()
     distance = image_distances(net, data.train_latents(own), n)
     row, col = np.divmod(sources.cell, cells.shape[2] - module.prototype_size[1] + 1)
-    places = {"image": sources.image, "row": row, "col": col, "moved": sources.distance}
-    return {**places, "cells": cells, "prototypes": module.prototypes, "distance": distance}
-
-
-def with_boxes(net: SkorchProtoPNet, projected: Arrays) -> Arrays:
-    """Replace "cells" by "box" (m, 4): where the activation is high, in pixels of the input."""
-    cells = torch.as_tensor(projected["cells"])
-    box = activation_boxes(cells, net.image_size).double().cpu().numpy()
-    return {name: v for name, v in projected.items() if name != "cells"} | {"box": box}
+    return {
+        **{"image": sources.image, "row": row, "col": col, "moved": sources.distance},
+        "box": activation_boxes(cells, net.image_size).double().cpu().numpy(),
+        **{"prototypes": module.prototypes, "distance": distance},
+    }
 
 
 @torch.no_grad()

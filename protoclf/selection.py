@@ -9,30 +9,31 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from protoclf.features import Arrays, FitData
 from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
-from protoclf.patch_search import project, with_progress
-from protoclf.prototype_layer import min_distances
+from protoclf.patch_search import with_progress
+from protoclf.prototype_layer import patches_of
 from protoclf.stage_cache import remembered
 
 _COMPONENTS = 64
-_SAMPLE = 1024  # patches of a class that its principal components are found from
+_SAMPLE = 1024  # patches that principal components are found from, at least
 _CANDIDATES = 8, 32  # for each prototype: at least, at most
 _MANY = 8192  # candidates of all classes, that more than the least are not to exceed
-_MANY_DISTANCES = 2**24  # from images to candidates, likewise: 64 MiB, which the stage cache keeps
+_MANY_DISTANCES = 2**24  # from images to candidates, likewise
 _FEWEST = 10  # prototypes: for fewer, candidates are as many as for so many, and found once
+_MOST_PRODUCTS = 2**27  # of numbers, of an image with all candidates: a third of a small backbone's
+_AT_ONCE = 512  # candidates that a batch of images is compared with: few enough for the caches
 _L1 = 3e-3  # for activations of at most 1
 _TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def selected_prototypes(
-    net: SkorchProtoPNet, data: FitData, project_all: bool = False
-) -> dict[str, Tensor]:
+def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     """Set the prototypes to those training patches that a sparse last layer makes use of.
 
     Candidates are patches of each class that differ from one another, several times as many as it
@@ -44,43 +45,44 @@ def selected_prototypes(
     ----------
     net : SkorchProtoPNet
     data : FitData
-    project_all : bool, default=False
-        Whether all candidates are projected, for searches that choose among them again and again.
-
-    Returns
-    -------
-    dict of str to Tensor
-        What `project` returns, for the prototypes; empty if candidates were not projected.
     """
     module = net.module_
     counts = module.owner.bincount(minlength=module.last_layer.out_features)  # (C,)
     numbers = counts.clamp_min(_FEWEST).tolist()
-    what = "candidates", numbers, project_all, module.prototypes.shape[1:]
+    what = "candidates", numbers, module.prototypes.shape[1:]
     state = {f"add_on.{name}": tensor for name, tensor in module.add_on.state_dict().items()}
-    kept = remembered(
-        *(net, data, what, state),
-        lambda: _rated(net, data, _candidates(net, data, numbers, project_all)),
-    )
+    kept = remembered(net, data, what, state, lambda: _rated_candidates(net, data, numbers))
     found = {name: torch.as_tensor(value, device=net.device) for name, value in kept.items()}
-    owner, own, contrast = (found.pop(name) for name in ("owner", "weight", "contrast"))  # (M,)
+    owner, weight = found["owner"], found["weight"]  # (M,), (M,)
     if net.prototypes_per_class == "auto":
-        counts = owner[own > 0].bincount(minlength=len(counts)).clamp(min=1).minimum(counts)
-    keep = _best(own, contrast, owner, counts.tolist())
+        counts = owner[weight > 0].bincount(minlength=len(counts)).clamp(min=1).minimum(counts)
+    keep = _best(weight, found["contrast"], owner, counts.tolist())
     last_layer = module.last_layer.weight.new_zeros(len(counts), len(keep))
-    found = {n: v[:, keep] if n == "distance" else v[keep] for n, v in found.items()}
-    net.replace_prototypes(found["prototypes"].clone(), owner[keep], last_layer)
+    net.replace_prototypes(found["prototypes"][keep], owner[keep], last_layer)
     module.reset_last_layer()
-    return found if project_all else {}
 
 
-def _candidates(
-    net: SkorchProtoPNet, data: FitData, numbers: list[int], project_all: bool
-) -> Arrays:
-    """Return patches that represent each class, their classes, and the images' distances to them.
+def _rated_candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -> Arrays:
+    """Return patches that represent each class, and how good they are.
 
-    "prototypes" (M, D, H1, W1), "owner" (M,), "distance" (N, M); with `project_all` all that
-    `project` returns.
+    "prototypes" (M, D, H1, W1), "owner" (M,), "weight" for their class (M,), "contrast" (M,).
     """
+    candidates, owner = _candidates(net, data, numbers)
+    g = net.module_.activations(_rough_distances(net, data, candidates))  # (N, M)
+    y = data.train_y.to(g.device)
+    weight = solve_last_layer(
+        *(g, y, owner, _L1 * float(g.amax().clamp_min(1e-6))),
+        sample_weight=data.train_weight,
+        tol=_TOLERANCE,
+        n_classes=len(numbers),
+    ).weight  # (C, M)
+    own = weight[owner, torch.arange(len(owner), device=owner.device)]
+    rating = {"weight": own, "contrast": _contrast(g, y, owner)}
+    return {"prototypes": candidates, "owner": owner, **rating}
+
+
+def _candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """Return patches (M, D, H1, W1) that represent each class, and their classes (M,)."""
     module, rng = net.module_.eval(), np.random.default_rng(net.seed_)
     draws = torch.Generator().manual_seed(net.seed_)
     each = _candidates_each(sum(numbers), len(data.train_y))
@@ -91,33 +93,39 @@ def _candidates(
         found.append(patches[_representatives(patches, k, min(k, number), draws)])
         owner += [c] * len(found[-1])
     candidates = torch.cat(found).view(-1, *module.prototypes.shape[1:])
-    classes = torch.tensor(owner, device=candidates.device)
-    if project_all:
-        last_layer = candidates.new_zeros(module.last_layer.out_features, len(owner))
-        net.replace_prototypes(candidates, classes, last_layer)
-        return {**project(net, data, None), "owner": classes}
-    batches = with_progress(net, data.train_latents(), len(data.train_y))
-    distance = torch.cat([min_distances(z, candidates)[0] for z, _ in batches])
-    return {"prototypes": candidates, "owner": classes, "distance": distance}
+    return candidates, torch.tensor(owner, device=candidates.device)
 
 
-def _rated(net: SkorchProtoPNet, data: FitData, candidates: Arrays) -> Arrays:
-    """Return the candidates and how good they are: "weight" for their class, "contrast", (M,) each.
+def _rough_distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tensor:
+    """Return about the squared distances (N, M) of all images to the candidates.
 
-    Searches over the number of prototypes have this in common.
+    Where channels and candidates are many, as if patches met candidates in the latters' principal
+    components alone: enough to choose by, and the work for an image has a bound.
     """
-    found = {name: torch.as_tensor(v, device=net.device) for name, v in candidates.items()}
-    owner = found["owner"]  # (M,)
-    y = data.train_y.to(owner.device)
-    g = net.module_.activations(found["distance"])  # (N, M)
-    weight = solve_last_layer(
-        *(g, y, owner, _L1 * float(g.amax().clamp_min(1e-6))),
-        sample_weight=data.train_weight,
-        tol=_TOLERANCE,
-        n_classes=net.module_.last_layer.out_features,
-    ).weight  # (C, M)
-    own = weight[owner, torch.arange(len(owner), device=owner.device)]
-    return {**found, "weight": own, "contrast": _contrast(g, y, owner)}
+    flat = candidates.flatten(1)  # (M, K)
+    centre = flat.mean(0)  # (K,)
+    sizes = zip(data.train_features.features.shape[2:], candidates.shape[2:], strict=True)
+    n_patches = math.prod(cells - own + 1 for cells, own in sizes)  # L
+    axes = _axes_within(_MOST_PRODUCTS // (n_patches * len(flat)), flat)
+    points = F.pad(_along(axes, flat - centre), (0, 1), value=1)  # (M, d + 1)
+    scores = []
+    for z, _ in with_progress(net, data.train_latents(), len(data.train_y)):
+        patches = patches_of(z, candidates) - centre  # (n, L, K)
+        half_squares = patches.square().sum(2, keepdim=True) / 2  # (n, L, 1)
+        patches = torch.cat([_along(axes, patches), -half_squares], 2)  # (n, L, d + 1)
+        some = points.split(_AT_ONCE)
+        scores.append(torch.cat([(patches @ p.T).amax(1) for p in some], 1))  # (n, M)
+    return torch.cat(scores).mul_(-2).add_((flat - centre).square().sum(1)).clamp_min_(0)
+
+
+def _axes_within(most: int, patches: Tensor) -> Tensor | None:
+    """Return about `most` principal axes (K, d) of patches (n, K), or None: K are not many more."""
+    most = max(most, _COMPONENTS)
+    return None if 2 * most >= patches.shape[1] else _principal_axes(patches, most)
+
+
+def _along(axes: Tensor | None, patches: Tensor) -> Tensor:
+    return patches if axes is None else patches @ axes
 
 
 def _candidates_each(m: int, n: int) -> int:
@@ -134,7 +142,7 @@ def _representatives(patches: Tensor, k: int, least: int, draws: torch.Generator
     The clusters are those of one iteration of k-means in the principal components: more of them
     make clusters more alike, and accuracy no better.
     """
-    points = patches @ _principal_axes(patches)  # (n, d)
+    points = patches @ _principal_axes(patches, _COMPONENTS)  # (n, d)
     centres = points[_spread(points, k, draws)]  # (k, d)
     for space in (points, patches):
         label = torch.cdist(points, centres).argmin(1)  # (n,)
@@ -150,15 +158,15 @@ def _representatives(patches: Tensor, k: int, least: int, draws: torch.Generator
     return index
 
 
-def _principal_axes(patches: Tensor) -> Tensor:
-    """Return the first principal axes (K, d) of patches (n, K); where they are few, all axes."""
+def _principal_axes(patches: Tensor, most: int) -> Tensor:
+    """Return the first principal axes (K, d) of patches (n, K); where K is at most `most`, all."""
     n, size = patches.shape
-    if size <= _COMPONENTS:
+    if size <= most:
         return torch.eye(size, dtype=patches.dtype, device=patches.device)
-    sample = patches[:: -(-n // _SAMPLE)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # pca_lowrank draws from the global generator
-        return torch.pca_lowrank(sample, min(_COMPONENTS, len(sample)), niter=2)[2]
+    sample = patches[:: -(-n // max(_SAMPLE, 4 * most))]
+    with torch.random.fork_rng([patches.device] if patches.device.type == "cuda" else []):
+        torch.manual_seed(0)  # pca_lowrank draws from the device's generator
+        return torch.pca_lowrank(sample, min(most, len(sample)), niter=2)[2]
 
 
 def _spread(points: Tensor, k: int, draws: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Protocol
 from warnings import warn
 
@@ -27,14 +28,13 @@ from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c
 from protoclf.net import SkorchProtoPNet
-from protoclf.patch_search import image_distances, project, with_boxes
+from protoclf.patch_search import image_distances, project
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import replace_self_matches
 from protoclf.stage_cache import remembered
 
 _PLACE = ("image", "row", "col", "box", "moved")  # of the sources
-_PROJECTED = "projected."
 
 
 class Stage(Protocol):
@@ -56,8 +56,7 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
     """Return the stages of a fit; those before the first cycle only where it is the first fit."""
     stages: list[Stage] = []
     if first:
-        trained = net.warmup_epochs or net.trains_backbone
-        stages.append(Start(net.prototype_init, is_whole_training=not trained))
+        stages.append(Start(net.prototype_init))
         heads = {"add_on": net.lr, "prototypes": net.lr}
         stages.append(Training("warm-up", net.warmup_epochs, heads))
     joint = {"backbone": net.backbone_lr, "add_on": net.lr, "prototypes": net.lr}
@@ -78,12 +77,9 @@ class Start:
     Attributes
     ----------
     prototype_init : {"selected", "kmeans", "random"}
-    is_whole_training : bool
-        Whether no training follows, but the projection.
     """
 
     prototype_init: str
-    is_whole_training: bool = False
     name: str = "start"
     costly: ClassVar[bool] = True
 
@@ -91,27 +87,17 @@ class Start:
         """Centre cosines, and replace the random prototypes where another start is asked for."""
         what = self, described(net.prototypes_per_class)
         found = remembered(net, data, what, net.head(), lambda: self._begin(net, data))
-        net.set_state(
-            {n: v for n, v in found.items() if not n.startswith(_PROJECTED)}, strict=False
-        )
+        net.set_state(found, strict=False)
         net.agree()
-        projected = {n: v for n, v in found.items() if n.startswith(_PROJECTED)}
-        if projected and net.processes.is_alone:
-            data.keep_projected({n.removeprefix(_PROJECTED): v for n, v in projected.items()})
 
     def _begin(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
-        """Start; return all parts of the network but the backbone, and where they are projected.
-
-        The latter where nothing is trained in between.
-        """
+        """Start; return all parts of the network but the backbone."""
         centre_latents(net, data)
-        projected: Arrays = {}
         if self.prototype_init == "kmeans":
             kmeans_prototypes(net, data)
         elif self.prototype_init == "selected":
-            projected = selected_prototypes(net, data, project_all=self.is_whole_training)
-            projected = with_boxes(net, projected) if projected else {}
-        return net.head() | {f"{_PROJECTED}{name}": v for name, v in projected.items()}
+            selected_prototypes(net, data)
+        return net.head()
 
 
 @dataclass(frozen=True)
@@ -208,19 +194,15 @@ class Projection:
         module.train_only(())
         _forgive_a_miss(net)
         with _history_row(net, data, self.name):
-            found = data.projected_by_start if self.distinct is None else None
-            if found is None:
-                what = self, described(net.concepts_)
-                found = remembered(net, data, what, net.head(), lambda: self._project(net, data))
+            what = self, described(net.concepts_)
+            work = partial(project, net, data, self.distinct)
+            found = remembered(net, data, what, net.head(), work)
             module.prototypes.data.copy_(torch.as_tensor(found["prototypes"]))
             data.train_distance = torch.as_tensor(found["distance"], device=net.device)
             net.sources_ = {name: np.asarray(found[name]) for name in _PLACE}
             self._record_distinct(net)
             _record_train_loss(net, data)
             _validate(net, data.valid_features)
-
-    def _project(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
-        return with_boxes(net, project(net, data, self.distinct))
 
     def _record_distinct(self, net: SkorchProtoPNet) -> None:
         image, row, col = (net.sources_[name] for name in ("image", "row", "col"))

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from protoclf import ProtoPNetClassifier
+from protoclf import ProtoPNetClassifier, selection
 from protoclf.features import FitData
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import centre_latents, kmeans_prototypes
+from protoclf.prototype_layer import min_distances, patches_of
 from protoclf.selection import selected_prototypes
 
 STARTS = [kmeans_prototypes, selected_prototypes]
@@ -80,6 +81,57 @@ def test_kmeans_centres_are_the_means_of_the_patches_nearest_to_them(initialized
         for k, centre in enumerate(centres):
             spread = patches.std(0)
             assert ((patches[nearest == k].mean(0) - centre).abs() < 0.1 * spread).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_few_candidates_are_rated_by_their_distances(initialized, monkeypatch, size):
+    monkeypatch.setattr(selection, "_AT_ONCE", 4)
+    net, data = initialized(prototype_size=size)
+    z = net.module_.latents(data.train_features.features)
+    candidates = torch.randn(9, 5, *size, generator=torch.Generator().manual_seed(0))
+    distance = selection._rough_distances(net, data, candidates)
+    torch.testing.assert_close(distance, min_distances(z, candidates)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (1, 3)])
+@torch.no_grad()
+def test_many_candidates_are_rated_by_distances_in_their_principal_components(
+    initialized, monkeypatch, size
+):
+    monkeypatch.setattr(selection, "_COMPONENTS", 2)
+    monkeypatch.setattr(selection, "_MOST_PRODUCTS", 1)
+    net, data = initialized(prototype_size=size)
+    candidates = torch.randn(9, 5, *size, generator=torch.Generator().manual_seed(0))
+    distance = selection._rough_distances(net, data, candidates)
+    flat = candidates.flatten(1)
+    axes = selection._principal_axes(flat, 2)  # (K, 2)
+    for i, z in enumerate(net.module_.latents(data.train_features.features)):
+        patches = patches_of(z[None], candidates)[0] - flat.mean(0)
+        for j, p in enumerate(flat - flat.mean(0)):
+            product = (patches @ axes) @ (p @ axes)
+            expected = patches.square().sum(1) + p.square().sum() - 2 * product
+            assert distance[i, j] == pytest.approx(float(expected.amin()), rel=1e-4, abs=1e-4)
+
+
+@torch.no_grad()
+def test_components_that_hold_the_candidates_change_no_distance(initialized, monkeypatch):
+    monkeypatch.setattr(selection, "_COMPONENTS", 5)
+    monkeypatch.setattr(selection, "_MOST_PRODUCTS", 1)
+    net, data = initialized()
+    copies = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+    z = [torch.einsum("kc,nchw->nkhw", copies, own) for own, _ in data.train_latents()]
+    monkeypatch.setattr(data, "train_latents", lambda: [(own, None) for own in z])
+    candidates = torch.cat([own.permute(0, 2, 3, 1)[:, 1, 2] for own in z])[..., None, None]
+    rough = selection._rough_distances(net, data, candidates)
+    expected = min_distances(torch.cat(z), candidates)[0]
+    torch.testing.assert_close(rough, expected, rtol=1e-3, atol=1e-5 * float(expected.amax()))
+
+
+@pytest.mark.parametrize(("most", "d"), [(1, 64), (64, 64), (100, 100), (130, None), (999, None)])
+def test_axes_are_as_many_as_the_work_allows(most, d):
+    axes = selection._axes_within(most, torch.randn(300, 250))
+    assert (None if axes is None else axes.shape[1]) == d
 
 
 @pytest.mark.parametrize("start", STARTS)

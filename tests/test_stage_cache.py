@@ -3,7 +3,6 @@
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.model_selection import GridSearchCV
@@ -11,7 +10,7 @@ from skorch.callbacks import Callback
 from skorch.dataset import ValidSplit
 from torch import nn
 
-from protoclf import ProtoPNetClassifier, features, selection, stage_cache, stages
+from protoclf import ProtoPNetClassifier, selection, stage_cache, stages
 from protoclf.backbones import SmallCNN
 from protoclf.feature_cache import recent_features
 
@@ -27,6 +26,8 @@ FROZEN = {
     "validation": {"train_split": ValidSplit(4, stratified=True)},
     "medians": {"self_matches": "median", "cycles": 2},
 }
+
+EVERYTHING = ["start", "candidates", "projection"]
 
 
 @pytest.fixture
@@ -91,12 +92,12 @@ def test_a_fit_is_the_same_without_memory_and_with_it_cold_and_warm(files, tmp_p
 def test_what_only_the_last_layer_sees_computes_nothing_again(files, tmp_path, computed):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "candidates"]
+    assert computed == EVERYTHING
     for changed in ({"lambda_l1": 1e-2}, {"lambda_l1": "cv"}, {"self_matches": "median"}):
         clf = frozen(tmp_path / "m", **changed).fit(X, y)
         assert_same_model(clf, frozen(None, **changed).fit(X, y), X)
-        assert computed[2:] == ["start", "candidates"]  # those of the fit without memory
-        del computed[2:]
+        assert computed[3:] == EVERYTHING  # of the fit without memory
+        del computed[3:]
 
 
 def test_numbers_of_prototypes_share_candidates_and_their_rating(files, tmp_path, monkeypatch):
@@ -146,8 +147,8 @@ OTHER = {
 
 
 SHARES = {  # the candidates, or needs none
-    "prototypes": ["start"],
-    "prototypes of a class": ["start"],
+    "prototypes": ["start", "projection"],
+    "prototypes of a class": ["start", "projection"],
     "init": ["start", "projection"],
 }
 
@@ -156,10 +157,10 @@ SHARES = {  # the candidates, or needs none
 def test_a_start_is_never_used_for_others(files, tmp_path, computed, kind):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "candidates"]
+    assert computed == EVERYTHING
     X, y, weight, parameters = OTHER[kind](X, y)
     clf = frozen(tmp_path / "m", **parameters).fit(X, y, sample_weight=weight)
-    assert computed[2:] == SHARES.get(kind, ["start", "candidates"])
+    assert computed[3:] == SHARES.get(kind, EVERYTHING)
     assert_same_model(clf, frozen(None, **parameters).fit(X, y, sample_weight=weight), X)
 
 
@@ -176,12 +177,12 @@ def test_another_projection_shares_the_start(files, tmp_path, computed):
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
     frozen(tmp_path / "m", distinct="images").fit(X, y)
-    assert computed == ["start", "candidates", "projection"]
+    assert computed == [*EVERYTHING, "projection"]
 
 
 def test_warm_up_lies_between_start_and_projection(files, tmp_path, computed):
     X, y = files
-    for epochs, expected in ((1, 3), (1, 3), (2, 4)):
+    for epochs, expected in ((0, 3), (1, 4), (1, 4), (2, 5)):
         frozen(tmp_path / "m", warmup_epochs=epochs).fit(X, y)
         assert len(computed) == expected
 
@@ -191,7 +192,7 @@ def test_another_picture_under_the_same_name_is_another(files, tmp_path, compute
     frozen(tmp_path / "m").fit(X, y)
     shutil.copy(X[3], X[0])  # of the same class
     clf = frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "candidates"] * 2
+    assert computed == EVERYTHING * 2
     assert_same_model(clf, frozen(None).fit(X, y), X)
 
 
@@ -202,7 +203,7 @@ def test_other_weights_of_the_backbone_are_another(files, tmp_path, computed):
     with torch.no_grad():
         clf.backbone[0][0].weight[0, 0, 0, 0] += 1e-3
     clf.fit(X, y)
-    assert computed == ["start", "candidates"] * 2
+    assert computed == EVERYTHING * 2
 
 
 def test_other_code_is_another(files, tmp_path, computed, monkeypatch):
@@ -210,17 +211,17 @@ def test_other_code_is_another(files, tmp_path, computed, monkeypatch):
     frozen(tmp_path / "m").fit(X, y)
     monkeypatch.setattr(stage_cache, "code_digest", lambda: "another version")
     frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "candidates"] * 2
+    assert computed == EVERYTHING * 2
 
 
 def test_images_that_change_meanwhile_leave_nothing_behind(files, tmp_path, monkeypatch):
     X, y = files
     selected = stages.selected_prototypes
 
-    def changing(net, data, project_all):
+    def changing(net, data):
         data.train_features  # noqa: B018 (computed now)
         shutil.copy(X[3], X[0])
-        return selected(net, data, project_all)
+        return selected(net, data)
 
     monkeypatch.setattr(stages, "selected_prototypes", changing)
     with pytest.warns(UserWarning, match="was changed"):
@@ -236,13 +237,13 @@ def test_damage_costs_time_alone(files, tmp_path, computed, damage):
     X, y = files
     first = frozen(tmp_path / "m").fit(X, y)
     kept = list((tmp_path / "m").rglob("*.npz"))
-    assert len(kept) == 3
+    assert len(kept) == 4
     for file in kept:
         file.write_bytes(damage)
     assert_same_model(frozen(tmp_path / "m").fit(X, y), first, X)
-    assert computed == ["start", "candidates"] * 2
+    assert computed == EVERYTHING * 2
     frozen(tmp_path / "m").fit(X, y)
-    assert computed == ["start", "candidates"] * 2
+    assert computed == EVERYTHING * 2
 
 
 def test_a_trained_backbone_shares_its_start_alone(files, tmp_path, computed):
@@ -251,7 +252,7 @@ def test_a_trained_backbone_shares_its_start_alone(files, tmp_path, computed):
     plain, cold, warm = (
         frozen(m, **trained).fit(X, y) for m in (None, tmp_path / "m", tmp_path / "m")
     )
-    assert computed == ["start", "candidates", "projection"] * 2 + ["projection"]
+    assert computed == EVERYTHING * 2 + ["projection"]
     assert_same_model(cold, plain, X)
     assert_same_model(warm, plain, X)
 
@@ -296,20 +297,7 @@ def test_backbones_that_differ_in_an_attribute_are_told_apart(files, tmp_path, c
         clf = frozen(tmp_path / "m")
         torch.manual_seed(0)
         clf.set_params(backbone=Seen(factor)).fit(X, y)
-        assert len(computed) == 2 * (k + 1)
-
-
-@pytest.mark.parametrize("kind", ["default", "distinct", "auto"])
-def test_the_projection_that_the_start_found_is_the_one_by_search(files, monkeypatch, kind):
-    X, y = files
-    parameters = {**FROZEN[kind], "distinct": None}
-    known = frozen(None, **parameters).fit(X, y)
-    monkeypatch.setattr(features.FitData, "projected_by_start", None)
-    searched = frozen(None, **parameters).fit(X, y)
-    tables = [clf.prototypes_.drop(columns="moved") for clf in (known, searched)]
-    pd.testing.assert_frame_equal(*tables, rtol=1e-4)  # the start compares more prototypes at once
-    assert torch.equal(known.module_.prototypes, searched.module_.prototypes)
-    torch.testing.assert_close(known.activations_.g, searched.activations_.g)
+        assert computed == EVERYTHING * (k + 1)
 
 
 def test_prototypes_that_a_callback_moves_are_projected_anew(files, computed):
@@ -321,7 +309,7 @@ def test_prototypes_that_a_callback_moves_are_projected_anew(files, computed):
                 net.module_.prototypes.mul_(1.01).add_(0.01)
 
     clf = frozen(None, callbacks=[Moving()]).fit(X, y)
-    assert computed == ["start", "candidates", "projection"]
+    assert computed == EVERYTHING
     assert clf.prototypes_["moved"].max() > 0
 
 
