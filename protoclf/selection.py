@@ -21,7 +21,7 @@ from protoclf.prototype_layer import patches_of
 from protoclf.stage_cache import remembered
 
 _COMPONENTS = 64
-_SAMPLE = 1024  # patches that principal components are found from, at least
+_SAMPLE = 1024  # patches of a class that its principal components are found from
 _CANDIDATES = 8, 32  # for each prototype: at least, at most
 _MANY = 8192  # candidates of all classes, that more than the least are not to exceed
 _MANY_DISTANCES = 2**24  # from images to candidates, likewise
@@ -142,7 +142,8 @@ def _representatives(patches: Tensor, k: int, least: int, draws: torch.Generator
     The clusters are those of one iteration of k-means in the principal components: more of them
     make clusters more alike, and accuracy no better.
     """
-    points = patches @ _principal_axes(patches, _COMPONENTS)  # (n, d)
+    sample = patches[:: -(-len(patches) // _SAMPLE)]
+    points = patches @ _principal_axes(sample, _COMPONENTS)  # (n, d)
     centres = points[_spread(points, k, draws)]  # (k, d)
     for space in (points, patches):
         label = torch.cdist(points, centres).argmin(1)  # (n,)
@@ -163,10 +164,9 @@ def _principal_axes(patches: Tensor, most: int) -> Tensor:
     n, size = patches.shape
     if size <= most:
         return torch.eye(size, dtype=patches.dtype, device=patches.device)
-    sample = patches[:: -(-n // max(_SAMPLE, 4 * most))]
     with torch.random.fork_rng([patches.device] if patches.device.type == "cuda" else []):
         torch.manual_seed(0)  # pca_lowrank draws from the device's generator
-        return torch.pca_lowrank(sample, min(most, len(sample)), niter=2)[2]
+        return torch.pca_lowrank(patches, min(most, n), niter=2)[2]
 
 
 def _spread(points: Tensor, k: int, draws: torch.Generator) -> Tensor:
