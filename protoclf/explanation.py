@@ -85,7 +85,7 @@ def _chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
     if classes == "predicted":
         return logits.argmax(1, keepdim=True)
     if classes == "top2":
-        return logits.topk(min(2, n_classes), dim=1).indices
+        return logits.argsort(dim=1, descending=True, stable=True)[:, :2]
     indices = list(range(n_classes)) if classes == "all" else classes
     return torch.tensor(indices, device=logits.device).expand(n, -1)
 

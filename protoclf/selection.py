@@ -27,7 +27,8 @@ _MANY = 8192  # candidates of all classes, that more than the least are not to e
 _MANY_DISTANCES = 2**24  # from images to candidates, likewise
 _FEWEST = 10  # prototypes: for fewer, candidates are as many as for so many, and found once
 _MOST_PRODUCTS = 2**27  # of numbers, of an image with all candidates: a third of a small backbone's
-_AT_ONCE = 512  # candidates that a batch of images is compared with: few enough for the caches
+_BLOCK = 2**22  # numbers in patches of images that are compared at once: 16 MiB
+_AT_ONCE = 512  # candidates that such a block is compared with: few enough for the caches
 _L1 = 3e-3  # for activations of at most 1
 _TOLERANCE = 1e-4
 
@@ -109,12 +110,13 @@ def _rough_distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) ->
     axes = _axes_within(_MOST_PRODUCTS // (n_patches * len(flat)), flat)
     points = F.pad(_along(axes, flat - centre), (0, 1), value=1)  # (M, d + 1)
     scores = []
-    for z, _ in with_progress(net, data.train_latents(), len(data.train_y)):
-        patches = patches_of(z, candidates) - centre  # (n, L, K)
-        half_squares = patches.square().sum(2, keepdim=True) / 2  # (n, L, 1)
-        patches = torch.cat([_along(axes, patches), -half_squares], 2)  # (n, L, d + 1)
-        some = points.split(_AT_ONCE)
-        scores.append(torch.cat([(patches @ p.T).amax(1) for p in some], 1))  # (n, M)
+    for batch, _ in with_progress(net, data.train_latents(), len(data.train_y)):
+        for z in batch.split(max(1, _BLOCK // (n_patches * flat.shape[1]))):
+            patches = patches_of(z, candidates) - centre  # (n, L, K)
+            half_squares = patches.square().sum(2, keepdim=True) / 2  # (n, L, 1)
+            patches = torch.cat([_along(axes, patches), -half_squares], 2)  # (n, L, d + 1)
+            some = points.split(_AT_ONCE)
+            scores.append(torch.cat([(patches @ p.T).amax(1) for p in some], 1))  # (n, M)
     return torch.cat(scores).mul_(-2).add_((flat - centre).square().sum(1)).clamp_min_(0)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from protoclf import ProtoPNetClassifier
-from protoclf.explanation import BOX, REST, SHEET_COLUMNS
+from protoclf.explanation import BOX, REST, SHEET_COLUMNS, _chosen_classes
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 
@@ -264,3 +264,12 @@ def test_prototype_table_is_that_of_loops(fitted, fitted_on_paths, squares):
             assert row["weight"] == clf.coef_[int(module.owner[j]), j]
             assert row["strongest_share"] == pytest.approx(strongest.count(j) / 24)
             assert row["moved"] >= 0
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 10, 40])
+def test_of_equal_logits_the_top_two_are_those_that_prediction_names_first(n_classes):
+    logits = torch.zeros(2, n_classes)
+    logits[1, 1] = 1
+    chosen = _chosen_classes(logits, "top2")
+    assert chosen.tolist() == [[0, 1], [1, 0]]
+    assert _chosen_classes(logits, "predicted").tolist() == [[0], [1]]

@@ -84,9 +84,11 @@ def test_kmeans_centres_are_the_means_of_the_patches_nearest_to_them(initialized
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("block", [1, 300])
 @torch.no_grad()
-def test_few_candidates_are_rated_by_their_distances(initialized, monkeypatch, size):
+def test_few_candidates_are_rated_by_their_distances(initialized, monkeypatch, size, block):
     monkeypatch.setattr(selection, "_AT_ONCE", 4)
+    monkeypatch.setattr(selection, "_BLOCK", block)
     net, data = initialized(prototype_size=size)
     z = net.module_.latents(data.train_features.features)
     candidates = torch.randn(9, 5, *size, generator=torch.Generator().manual_seed(0))
