@@ -58,12 +58,15 @@ class Checkpoint:
     Raises
     ------
     CheckpointError
-        If the folder holds a checkpoint that is damaged, or of other parameters or other data.
+        If the folder is a file, or holds a checkpoint that is damaged, or of other parameters or
+        other data.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], key: dict[str, str], writes: bool = True
     ) -> None:
+        if Path(folder).is_file():
+            raise CheckpointError(f"checkpoint must be a folder; {str(folder)!r} is a file.")
         self.file = Path(folder) / FILE
         self.key = key
         self.writes = writes
@@ -155,8 +158,9 @@ class Checkpoint:
 
     def _refusal(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"The checkpoint {str(self.file)!r} {what}. Delete it to begin anew, or give "
-            "`checkpoint` another folder."
+            f"The checkpoint {str(self.file)!r} {what}. Give `checkpoint` another folder, or "
+            "delete it to begin anew: unless a fit that runs now wrote it, such as one of a "
+            "search, whose fits cannot share a folder."
         )
 
 

@@ -428,6 +428,13 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     # Using it -----------------------------------------------------------------------------------
 
     @property
+    def classes_(self) -> np.ndarray:  # type: ignore[override]  # ensembles set theirs
+        """Class labels, sorted, (C,)."""
+        if "classes_inferred_" not in vars(self):
+            self._fitted()  # says so
+        return self.classes_inferred_
+
+    @property
     def n_prototypes_(self) -> int:
         """Number m of prototypes."""
         return len(self._fitted().module_.prototypes)
@@ -435,6 +442,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     @property
     def coef_(self) -> np.ndarray:
         """A copy of the last layer W, (C, m)."""
+        if "module_" not in vars(self):
+            self._fitted()  # says so
         return self.module_.last_layer.weight.detach().cpu().numpy().copy()
 
     def predict(self, X: Any) -> np.ndarray:
@@ -669,10 +678,15 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
 
         Raises
         ------
+        IndexError
+            If there is no such prototype.
         ImageError
             If its file is gone, or another than the fit saw.
         """
-        index = int(self._fitted().prototypes_.iloc[prototype]["source_index"])
+        sources = self._fitted().prototypes_["source_index"]
+        if not 0 <= prototype < len(sources):
+            raise IndexError(f"prototype must be from 0 to {len(sources) - 1}; got {prototype!r}.")
+        index = int(sources.iloc[prototype])
         if index in self.source_images_:
             return self.source_images_[index]
         return self._source_files[index].opened(prototype)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from sklearn.base import BaseEstimator
 
 from protoclf.canvas import lettering, new_figure, short
+from protoclf.fitted import check_classifier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +45,8 @@ def plot_history(clf_or_history: Any, axes: Axes | None = None) -> HistoryDispla
         If there is no history, or no row of it has a loss.
     """
     history = getattr(clf_or_history, "history_", clf_or_history)
+    if isinstance(history, BaseEstimator):
+        check_classifier(history)
     if not isinstance(history, Sequence) or not history:
         given = type(clf_or_history).__name__
         raise ValueError(

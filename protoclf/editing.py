@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from protoclf.concepts import ForbiddenPatches
 from protoclf.explanation import EDIT_COLUMNS
 from protoclf.features import FitData
-from protoclf.fitted import check_classifier
+from protoclf.fitted import check_editable
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import restart_prototypes
@@ -74,7 +74,7 @@ def select_prototypes(
     ValueError
         If an id is unknown, a class would be left without prototypes, or activations are missing.
     """
-    check_classifier(clf)
+    check_editable(clf)
     _check_reason(reason)
     kept = np.array(sorted(_known(clf, ids)), dtype=int)
     table = clf.prototypes_
@@ -111,6 +111,7 @@ def remove(
     X, y
         As in `select_prototypes`.
     """
+    check_editable(clf)
     kept = sorted(set(range(clf.n_prototypes_)) - set(_known(clf, ids)))
     return select_prototypes(clf, kept, action="remove", reason=reason, X=X, y=y)
 
@@ -150,7 +151,7 @@ def prune(
     Of each class the best prototype stays, even where the rule would take it. A class of fewer
     than t images needs all of them among the nearest.
     """
-    check_classifier(clf)
+    check_editable(clf)
     check_rules({"k": k, "t": t, "min_weight": min_weight}, EDIT_RULES)
     if t > k:
         raise ValueError(f"t must be at most k; got t={t} and k={k}.")
@@ -184,7 +185,7 @@ def merge_duplicates(
     X, y
         As in `select_prototypes`.
     """
-    check_classifier(clf)
+    check_editable(clf)
     check_rules({"max_distance": max_distance}, MERGE_RULES)
     with torch.no_grad():
         p = clf.module_.scaled_prototypes().flatten(1).double().cpu()
@@ -323,7 +324,7 @@ def _taught(
     fit_params: dict[str, Any],
 ) -> ProtoPNetClassifier:
     """Find patches that prototypes show, and train with them as forbidden or encouraged."""
-    check_classifier(clf)
+    check_editable(clf)
     _check_reason(reason)
     check_rules(given, CONCEPT_RULES)
     chosen = sorted(_known(clf, ids))

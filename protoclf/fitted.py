@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 
 
@@ -13,5 +14,13 @@ def check_classifier(clf: Any) -> None:
     if not hasattr(clf, "module_"):
         raise TypeError(
             f"This takes a ProtoPNetClassifier; got {type(clf).__name__}. Take the last step of "
-            "a pipeline, pipeline[-1], and the members of an ensemble, ensemble.estimators_."
+            "a pipeline, pipeline[-1], best_estimator_ of a search, and the members of an "
+            "ensemble, ensemble.estimators_."
         )
+
+
+def check_editable(clf: Any) -> None:
+    """Raise an error unless a copy of `clf` may be changed: what is frozen shows its attributes."""
+    check_classifier(clf)
+    if isinstance(clf, FrozenEstimator):
+        raise TypeError("A FrozenEstimator stays as it is; edit the one in it, frozen.estimator.")

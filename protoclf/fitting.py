@@ -40,7 +40,7 @@ from protoclf.parameters import (
 )
 from protoclf.saved_sources import sources_among
 from protoclf.source_files import SourceFile
-from protoclf.stages import Stage, Training, schedule
+from protoclf.stages import Stage, Training, drop_unused_prototypes, schedule
 from protoclf.torch_datasets import unpacked
 
 _one_fit = threading.RLock()
@@ -267,6 +267,8 @@ class StagedNet(SkorchProtoPNet):
             data.forget_features()
             for stage in stages[-2:]:
                 stage.run(self, data)
+        if self.prototypes_per_class == "auto":  # now that no callback goes back any more
+            drop_unused_prototypes(self)
         self._keep_sources(train)
         if checkpoint is not None:
             checkpoint.remove()

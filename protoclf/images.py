@@ -195,7 +195,7 @@ def _to_array(X: Any) -> np.ndarray:
             f"columns, {list(X.columns)}. Select the one that holds the paths."
         )
     if hasattr(X, "to_numpy"):
-        return X.to_numpy()
+        return np.asarray(X)  # to_numpy of pyarrow does not copy, unless told to
     if hasattr(X, "__array__"):
         return np.asarray(X)
     raise ImageError(
@@ -224,6 +224,12 @@ def _from_array(X: np.ndarray) -> tuple[Any, list[str] | None]:
 def _from_list(items: list[Any]) -> tuple[Any, list[str] | None]:
     if not items:
         raise _too_few("sample", (0,))
+    if all(isinstance(x, tuple) and len(x) == 2 and np.ndim(x[1]) == 0 for x in items):
+        raise ImageError(
+            "Expected images; X holds pairs, as searches and cross-validations make them of a "
+            "torch Dataset. Give them images and labels: [path for path, _ in folder.samples] and "
+            "folder.targets of a torchvision folder."
+        )
     kinds = [_kind(item) for item in items]
     if kinds[0] == "numbers" and all(kind == "numbers" for kind in kinds):
         return _from_array(_nested(items))

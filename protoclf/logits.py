@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import accuracy_score
 
 from protoclf.labels import read_labels
+from protoclf.torch_datasets import unpacked
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -40,11 +41,13 @@ class LogitsMixin:
             labels[missing] = None
         return labels
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the accuracy; of images that cannot be read it leaves those out that are skipped.
 
-        It warns where it does, and raises ValueError where none is left.
+        It warns where it does, and raises ValueError where none is left. Without y, X is a torch
+        Dataset that holds the labels too.
         """
+        X, y = unpacked(X, y)
         answers = self.predict(X)
         known = np.array([answer is not None for answer in answers])
         y, weight = read_labels(y, len(answers)), sample_weight

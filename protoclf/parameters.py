@@ -74,7 +74,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_percentile(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) < 100
+    return isinstance(value, Real) and (value == 0 or 1 <= float(value) < 100)
 
 
 def _is_class_weight(value: Any) -> bool:
@@ -194,7 +194,7 @@ PATH_RULES: dict[str, Rule] = {
 EXPLAIN_RULES: dict[str, Rule] = {
     "top": _optional(integer(1)),
     "attribution": _one_of("upsampled", "gradient"),
-    "percentile": (_is_percentile, "a number >= 0 and < 100"),
+    "percentile": (_is_percentile, "0, or a number >= 1 and < 100 (95, not 0.95)"),
 }
 
 

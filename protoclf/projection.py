@@ -207,6 +207,12 @@ def _distinct_patches(distance: np.ndarray, cell: np.ndarray) -> tuple[np.ndarra
     patch = np.arange(n)[:, None, None] * (cell.max() + 1) + cell  # (n, K, k)
     patch = np.take_along_axis(patch.transpose(1, 0, 2).reshape(n_slots, n * k), best, axis=1)
     patches, column = np.unique(patch, return_inverse=True)
+    if len(patches) < n_slots:
+        raise ValueError(
+            f'distinct="patches" takes as many patches as prototypes of each class; a class has '
+            f"{n_slots} prototypes, and its images {len(patches)} patches. Give more images, or "
+            "set distinct=None."
+        )
     cost = np.full((n_slots, len(patches)), np.inf)
     rows = np.arange(n_slots)[:, None]
     column = column.reshape(patch.shape)

@@ -67,6 +67,8 @@ class MetricScorer:
     def __call__(self, estimator: Any, X: Any, y: Any) -> float:
         """Return the score of a fitted ProtoPNetClassifier, or of a Pipeline that ends in one."""
         clf = _classifier(estimator)
+        if clf is not estimator and len(estimator) > 1:
+            X = estimator[:-1].transform(X)  # what the classifier is shown
         return score(clf, X, y, self.name, self.n_perturbed, self.random_state)
 
 

@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from protoclf.features import Arrays, FitData
@@ -17,7 +16,7 @@ from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import with_progress
-from protoclf.prototype_layer import patches_of
+from protoclf.prototype_layer import min_distances, patches_of
 from protoclf.stage_cache import remembered
 
 _COMPONENTS = 64
@@ -26,7 +25,7 @@ _CANDIDATES = 8, 32  # for each prototype: at least, at most
 _MANY = 8192  # candidates of all classes, that more than the least are not to exceed
 _MANY_DISTANCES = 2**24  # from images to candidates, likewise
 _FEWEST = 10  # prototypes: for fewer, candidates are as many as for so many, and found once
-_MOST_PRODUCTS = 2**27  # of numbers, of an image with all candidates: a third of a small backbone's
+_MOST_PRODUCTS = 2**28  # of numbers, of an image with all candidates: as a small backbone's
 _BLOCK = 2**22  # numbers in patches of images that are compared at once: 16 MiB
 _AT_ONCE = 512  # candidates that such a block is compared with: few enough for the caches
 _L1 = 3e-3  # for activations of at most 1
@@ -69,7 +68,7 @@ def _rated_candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -
     "prototypes" (M, D, H1, W1), "owner" (M,), "weight" for their class (M,), "contrast" (M,).
     """
     candidates, owner = _candidates(net, data, numbers)
-    g = net.module_.activations(_rough_distances(net, data, candidates))  # (N, M)
+    g = net.module_.activations(_distances(net, data, candidates))  # (N, M)
     y = data.train_y.to(g.device)
     weight = solve_last_layer(
         *(g, y, owner, _L1 * float(g.amax().clamp_min(1e-6))),
@@ -78,7 +77,7 @@ def _rated_candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -
         n_classes=len(numbers),
     ).weight  # (C, M)
     own = weight[owner, torch.arange(len(owner), device=owner.device)]
-    rating = {"weight": own, "contrast": _contrast(g, y, owner)}
+    rating = {"weight": own, "contrast": _contrast(g, y, owner, data.train_weight)}
     return {"prototypes": candidates, "owner": owner, **rating}
 
 
@@ -97,37 +96,49 @@ def _candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -> tupl
     return candidates, torch.tensor(owner, device=candidates.device)
 
 
-def _rough_distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tensor:
-    """Return about the squared distances (N, M) of all images to the candidates.
+def _distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tensor:
+    """Return squared distances (N, M) of all images to the candidates, maybe rough ones.
 
-    Where channels and candidates are many, as if patches met candidates in the latters' principal
-    components alone: enough to choose by, and the work for an image has a bound.
+    Where classes and channels are many, as if patches met candidates in the latters' principal
+    components alone: enough to choose by, for a small part of the work.
     """
     flat = candidates.flatten(1)  # (M, K)
-    centre = flat.mean(0)  # (K,)
     sizes = zip(data.train_features.features.shape[2:], candidates.shape[2:], strict=True)
     n_patches = math.prod(cells - own + 1 for cells, own in sizes)  # L
-    axes = _axes_within(_MOST_PRODUCTS // (n_patches * len(flat)), flat)
-    points = F.pad(_along(axes, flat - centre), (0, 1), value=1)  # (M, d + 1)
+    axes = _axes_that_save_work(flat, n_patches, len(data.train_y))
+    batches = with_progress(net, data.train_latents(), len(data.train_y))
+    if axes is None:
+        return torch.cat([min_distances(z, candidates)[0] for z, _ in batches])
+    centre = flat.mean(0)  # (K,)
+    points, squares = (flat - centre) @ axes, (flat - centre).square().sum(1)  # (M, d), (M,)
+    size = max(1, _BLOCK // (n_patches * flat.shape[1]))
     scores = []
-    for batch, _ in with_progress(net, data.train_latents(), len(data.train_y)):
-        for z in batch.split(max(1, _BLOCK // (n_patches * flat.shape[1]))):
-            patches = patches_of(z, candidates) - centre  # (n, L, K)
-            half_squares = patches.square().sum(2, keepdim=True) / 2  # (n, L, 1)
-            patches = torch.cat([_along(axes, patches), -half_squares], 2)  # (n, L, d + 1)
-            some = points.split(_AT_ONCE)
-            scores.append(torch.cat([(patches @ p.T).amax(1) for p in some], 1))  # (n, M)
-    return torch.cat(scores).mul_(-2).add_((flat - centre).square().sum(1)).clamp_min_(0)
+    for batch, _ in batches:
+        for z in batch.split(size):
+            rows = patches_of(z, candidates).flatten(0, 1) - centre  # (n L, K)
+            half_squares = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_() / 2
+            rows = rows @ axes  # (n L, d)
+            best = [
+                torch.addmm(half_squares, rows, p.T, beta=-1).view(len(z), n_patches, -1).amax(1)
+                for p in points.split(_AT_ONCE)
+            ]
+            scores.append(torch.cat(best, 1))  # (n, M)
+    return torch.cat(scores).mul_(-2).add_(squares).clamp_min_(0)
 
 
-def _axes_within(most: int, patches: Tensor) -> Tensor | None:
-    """Return about `most` principal axes (K, d) of patches (n, K), or None: K are not many more."""
-    most = max(most, _COMPONENTS)
-    return None if 2 * most >= patches.shape[1] else _principal_axes(patches, most)
+def _axes_that_save_work(candidates: Tensor, n_patches: int, n_images: int) -> Tensor | None:
+    """Return principal axes (K, d) of candidates (M, K), or None where they save less than half.
 
-
-def _along(axes: Tensor | None, patches: Tensor) -> Tensor:
-    return patches if axes is None else patches @ axes
+    Without axes to meet all candidates takes a patch M K products. Along d axes it takes d (K + M),
+    `_MOST_PRODUCTS` for all patches of an image, and to find the axes some for each candidate.
+    """
+    m, size = candidates.shape
+    d = max(_MOST_PRODUCTS // (n_patches * (m + size)), _COMPONENTS)
+    found = (6 * m * size + 8 * (m + size) * d) * d
+    along = n_images * n_patches * (m + size) * d
+    if 2 * (found + along) >= n_images * n_patches * m * size:
+        return None
+    return _principal_axes(candidates, d)
 
 
 def _candidates_each(m: int, n: int) -> int:
@@ -144,7 +155,9 @@ def _representatives(patches: Tensor, k: int, least: int, draws: torch.Generator
     The clusters are those of one iteration of k-means in the principal components: more of them
     make clusters more alike, and accuracy no better.
     """
-    sample = patches[:: -(-len(patches) // _SAMPLE)]
+    n = len(patches)
+    some = torch.randperm(n, generator=draws)[:_SAMPLE] if n > _SAMPLE else torch.arange(n)
+    sample = patches[some.to(patches.device)]  # every k-th may always be of one column of the map
     points = patches @ _principal_axes(sample, _COMPONENTS)  # (n, d)
     centres = points[_spread(points, k, draws)]  # (k, d)
     for space in (points, patches):
@@ -193,10 +206,12 @@ def _spread(points: Tensor, k: int, draws: torch.Generator) -> Tensor:
     return torch.cat(chosen)
 
 
-def _contrast(g: Tensor, y: Tensor, owner: Tensor) -> Tensor:
+def _contrast(g: Tensor, y: Tensor, owner: Tensor, sample_weight: Tensor | None) -> Tensor:
     """Mean activation (M,) on images of the own class minus that on all images."""
-    mine = (y[:, None] == owner).to(g.dtype)  # (N, M)
-    return (g * mine).sum(0) / mine.sum(0) - g.mean(0)
+    weight = torch.ones(len(g)) if sample_weight is None else sample_weight  # (N,)
+    weight = weight.to(g)[:, None]
+    mine = (y[:, None] == owner) * weight  # (N, M)
+    return (g * mine).sum(0) / mine.sum(0) - (g * weight).sum(0) / weight.sum()
 
 
 def _best(weight: Tensor, contrast: Tensor, owner: Tensor, counts: list[int]) -> Tensor:

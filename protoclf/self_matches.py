@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def replace_self_matches(g: Tensor, y: Tensor, owner: Tensor, source: Tensor) -> Tensor:
+def replace_self_matches(
+    g: Tensor, y: Tensor, owner: Tensor, source: Tensor, groups: Tensor | None = None
+) -> Tensor:
     """Replace each prototype's activation on its own source image by the median of its class.
 
     Parameters
@@ -22,16 +24,19 @@ def replace_self_matches(g: Tensor, y: Tensor, owner: Tensor, source: Tensor) ->
     owner : Tensor of shape (m,), int64
     source : Tensor of shape (m,), int64
         The source image of each prototype.
+    groups : Tensor of shape (N,), int64, optional
+        Of images that are much alike: those of the source's are replaced too.
 
     Returns
     -------
     Tensor of shape (N, m)
         The median is over the other images of the class; where there are none, g stays.
     """
-    result, prototype = g.clone(), torch.arange(len(owner), device=g.device)
-    result[source, prototype] = torch.nan
+    if groups is None:
+        groups = torch.arange(len(g), device=g.device)
+    result = g.masked_fill(groups[:, None] == groups[source], torch.nan)
     for c in owner.unique():
         mine = owner == c
         median = result[y == c][:, mine].nanmedian(0).values  # (k,)
-        result[source[mine], prototype[mine]] = median
+        result[:, mine] = torch.where(result[:, mine].isnan(), median, result[:, mine])
     return torch.where(result.isnan(), g, result)

@@ -64,9 +64,7 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
         if net.train_backbone:
             before = net.joint_epochs * cycle
             stages.append(Training("joint", net.joint_epochs, joint, net.lr_schedule, before))
-        drop_unused = net.prototypes_per_class == "auto" and cycle == net.cycles - 1
-        last_layer = LastLayer(net.lambda_l1, net.self_matches, drop_unused)
-        stages += [Projection(net.distinct), last_layer]
+        stages += [Projection(net.distinct), LastLayer(net.lambda_l1, net.self_matches)]
     return stages
 
 
@@ -230,13 +228,10 @@ class LastLayer:
         "cv" chooses the penalty of the lowest cross-entropy on images left out.
     self_matches : {"median", "keep"}
         What becomes of a prototype's activation on its own source image.
-    drop_unused : bool
-        Whether prototypes go that have no weight for any class: no logit changes.
     """
 
     lambda_l1: float | str
     self_matches: str = "keep"
-    drop_unused: bool = False
     name: str = "last layer"
     costly: ClassVar[bool] = True
 
@@ -258,8 +253,6 @@ class LastLayer:
             net.lambda_l1_ = self._penalty(net, data)
             self.solve(net)
             net.agree()
-            if self.drop_unused:
-                self._drop_unused(net, data)
             net.activations_ = net.activations_.cpu()
             net.history.record("objective", net.last_layer_result_.objective)
             net.history.record("residual", net.last_layer_result_.residual)
@@ -275,23 +268,29 @@ class LastLayer:
         net.last_layer_result_ = replace(result, weight=weight.clone())
         net.strongest_share_ = _strongest_share(net.activations_.g)
 
-    def _shown(self, net: SkorchProtoPNet, median: bool = False) -> Activations:
+    def _shown(
+        self, net: SkorchProtoPNet, median: bool = False, groups: np.ndarray | None = None
+    ) -> Activations:
         """Return what the solver is shown: in float64, where rounding W costs no optimality."""
         a = net.activations_
         g = a.g
         if median or self.self_matches == "median":
             source = torch.from_numpy(net.sources_["image"]).to(g.device)
-            g = replace_self_matches(g, a.y, a.owner, source)
+            groups_ = None if groups is None else torch.from_numpy(groups).to(g.device)
+            g = replace_self_matches(g, a.y, a.owner, source, groups_)
         return a.with_images(g if g.device.type == "mps" else g.double())
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
-        """Return the penalty; where it is to be chosen, no image left out may be a source."""
+        """Return the penalty; where it is to be chosen, no image left out may be a source.
+
+        Nor of the group of one.
+        """
         if not isinstance(self.lambda_l1, str):
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
             return self.lambda_l1
         largest = float(net.activations_.g.amax().clamp_min(1e-6))
         penalties = [p * largest for p in PENALTIES]
-        shown = self._shown(net, median=True)
+        shown = self._shown(net, median=True, groups=data.groups)
         path = penalty_path(shown, penalties, 4, net.seed_, data.groups)
         if path["cross_entropy"].isna().all():
             raise ValueError(
@@ -301,20 +300,21 @@ class LastLayer:
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
 
-    def _drop_unused(self, net: SkorchProtoPNet, data: FitData) -> None:
-        """Keep the prototypes with weight, and one of each class."""
-        module = net.module_
-        used = (module.last_layer.weight != 0).any(0)  # (m,)
-        for c in range(len(module.last_layer.weight)):
-            own = (module.owner == c).nonzero()[:, 0]
-            used[own[:1]] |= not used[own].any()
-        data.train_distance = data.train_distance[:, used]
-        net.activations_ = net.activations_.of_prototypes(used)
-        net.last_layer_result_ = replace(
-            net.last_layer_result_, weight=net.last_layer_result_.weight[:, used]
-        )
-        net.strongest_share_ = _strongest_share(net.activations_.g)
-        keep_prototypes(net, used)
+
+@torch.no_grad()
+def drop_unused_prototypes(net: SkorchProtoPNet) -> None:
+    """Keep the prototypes that have a weight for any class, and one of each: no logit changes."""
+    module = net.module_
+    used = (module.last_layer.weight != 0).any(0)  # (m,)
+    for c in range(len(module.last_layer.weight)):
+        own = (module.owner == c).nonzero()[:, 0]
+        used[own[:1]] |= not used[own].any()
+    net.activations_ = net.activations_.of_prototypes(used.cpu())
+    net.last_layer_result_ = replace(
+        net.last_layer_result_, weight=net.last_layer_result_.weight[:, used]
+    )
+    net.strongest_share_ = _strongest_share(net.activations_.g)
+    keep_prototypes(net, used)
 
 
 @torch.no_grad()

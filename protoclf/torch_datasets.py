@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from protoclf.image_errors import ImageError
 
@@ -18,7 +18,8 @@ def unpacked(X: Any, y: Any) -> tuple[Any, Any]:
     ----------
     X : images, or a map-style Dataset
         Images in it are what X may be a list of, or tensors (3, H, W); they are all held in memory,
-        other than those of a torchvision folder without transform, which are read by their paths.
+        other than those of a torchvision folder without transform, or of a part of one, which are
+        read by their paths.
     y : array-like or None
         Labels in place of those of the Dataset.
 
@@ -33,8 +34,12 @@ def unpacked(X: Any, y: Any) -> tuple[Any, Any]:
         raise ImageError(
             "X must be a map-style Dataset, whose length is known; got an iterable one."
         )
-    if hasattr(X, "samples") and getattr(X, "transforms", None) is None:
-        pairs = [tuple(sample) for sample in X.samples]
+    folder: Any = X
+    rows = list(range(len(X)))
+    while isinstance(folder, Subset):
+        folder, rows = folder.dataset, [folder.indices[i] for i in rows]
+    if hasattr(folder, "samples") and getattr(folder, "transforms", None) is None:
+        pairs = [tuple(folder.samples[i]) for i in rows]
     else:
         pairs = [X[i] for i in range(len(X))]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):

@@ -127,8 +127,9 @@ def test_a_higher_percentile_gives_smaller_boxes(fitted, squares):
     ("wrong", "message"),
     [
         ({"attribution": "gradcam"}, "attribution must be one of 'upsampled', 'gradient'"),
-        ({"percentile": 100}, "percentile must be a number >= 0 and < 100; got 100"),
-        ({"percentile": "95"}, "percentile must be a number"),
+        ({"percentile": 100}, "percentile must be 0, or a number >= 1 and < 100 .*; got 100"),
+        ({"percentile": 0.95}, r"\(95, not 0.95\); got 0.95"),
+        ({"percentile": "95"}, "percentile must be 0, or a number"),
     ],
 )
 def test_wrong_arguments_are_refused(fitted, squares, wrong, message):

@@ -252,7 +252,7 @@ def test_what_is_no_checkpoint_is_refused(begun, damage):
         torch.save(state, file)
     else:
         torch.save(state | {"seed": Unpickled()}, file)
-    with pytest.raises(CheckpointError, match="Delete it to begin anew"):
+    with pytest.raises(CheckpointError, match="delete it to begin anew"):
         classifier("joint", checkpoint=begun, callbacks=[Stop()]).fit(X, y)
     assert Unpickled.ran == []
 
@@ -334,3 +334,10 @@ def test_a_file_of_a_model_names_no_checkpoint(tmp_path):
     with pytest.warns(UserWarning, match="checkpoint"):
         clf.save(tmp_path / "model")
     assert ProtoPNetClassifier.load(tmp_path / "model").checkpoint is None
+
+
+def test_a_file_is_no_folder_for_checkpoints(tmp_path):
+    X, y = pictures()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"checkpoint must be a folder; '.*file' is a file"):
+        classifier("joint", checkpoint=tmp_path / "file").fit(X, y)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from enum import Enum
 from pathlib import Path
 
 import joblib
@@ -1189,3 +1190,27 @@ def test_wrong_requests_to_explain_are_refused(model):
     for top in (0, -1, 2.5, "all"):
         with pytest.raises(ValueError, match=f"top must be an int >= 1, or None; got {top!r}"):
             model.explain(NEW_X, top=top)
+
+
+@pytest.mark.parametrize("name", ["classes_", "coef_", "n_prototypes_", "prototypes_"])
+def test_what_a_fit_finds_is_not_there_before_it(name):
+    clf = classifier()
+    assert not hasattr(clf, name)
+    with pytest.raises(AttributeError, match=f"(not fitted yet|has no attribute '{name}')"):
+        getattr(clf, name)
+
+
+@pytest.mark.parametrize("prototype", [-1, 99])
+def test_images_of_prototypes_that_are_not_there_are_refused(model, prototype):
+    with pytest.raises(IndexError, match=rf"prototype must be from 0 to \d+; got {prototype}"):
+        model.source_image(prototype)
+
+
+def test_labels_without_an_order_are_refused():
+    kinds = np.array([Kind.A, Kind.B, Kind.C], dtype=object)
+    with pytest.raises(TypeError, match="y holds labels of type Kind, which have no order"):
+        classifier().fit(X, kinds[CODES])
+
+
+class Kind(Enum):
+    A, B, C = 1, 2, 3

@@ -7,6 +7,8 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import make_pipeline
 
 from protoclf.editing import EDIT_COLUMNS, keep, merge_duplicates, prune, remove, select_prototypes
 from protoclf.last_layer import solve_last_layer
@@ -253,3 +255,14 @@ def test_images_in_place_of_the_activations_are_of_all_classes(three_each, squar
     X, y = squares
     with pytest.raises(ValueError, match=r"X has no image of \['red'\]"):
         remove(three_each, [0], X=X[y != "red"], y=y[y != "red"])
+
+
+@pytest.mark.parametrize("edit", [remove, keep, prune, merge_duplicates])
+def test_what_holds_a_classifier_is_not_edited(fitted, squares, edit):
+    rest = ([0],) if edit in (remove, keep) else ()
+    before = fitted.prototypes_.copy()
+    with pytest.raises(TypeError, match=r"pipeline\[-1\], best_estimator_ of a search"):
+        edit(make_pipeline("passthrough", fitted), *rest)
+    with pytest.raises(TypeError, match=r"frozen\.estimator"):
+        edit(FrozenEstimator(fitted), *rest)
+    assert fitted.prototypes_.equals(before)

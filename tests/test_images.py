@@ -251,3 +251,10 @@ def test_size_and_digest_name_a_file_that_is_gone(tmp_path):
     for question in (images.size, images.digest):
         with pytest.raises(ImageError, match=r"position 0, .*gone\.png.*no such file"):
             question(0)
+
+
+def test_arrays_of_pyarrow_hold_paths_too(paths):
+    pyarrow = pytest.importorskip("pyarrow")
+    names = [str(path) for path in paths]
+    assert Images(pyarrow.array(names)).paths == names
+    assert Images(pyarrow.chunked_array([names[:2], names[2:]])).paths == names

@@ -84,30 +84,31 @@ def test_kmeans_centres_are_the_means_of_the_patches_nearest_to_them(initialized
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("block", [1, 300])
+@pytest.mark.parametrize("similarity", ["log", "cosine"])
 @torch.no_grad()
-def test_few_candidates_are_rated_by_their_distances(initialized, monkeypatch, size, block):
-    monkeypatch.setattr(selection, "_AT_ONCE", 4)
-    monkeypatch.setattr(selection, "_BLOCK", block)
-    net, data = initialized(prototype_size=size)
+def test_few_candidates_are_rated_by_their_distances(initialized, size, similarity):
+    net, data = initialized(prototype_size=size, similarity=similarity)
     z = net.module_.latents(data.train_features.features)
-    candidates = torch.randn(9, 5, *size, generator=torch.Generator().manual_seed(0))
-    distance = selection._rough_distances(net, data, candidates)
-    torch.testing.assert_close(distance, min_distances(z, candidates)[0], rtol=1e-4, atol=1e-4)
+    candidates = torch.cat([z[:3, :, : size[0], : size[1]], torch.randn(4, 5, *size)])
+    distance = selection._distances(net, data, candidates)
+    assert torch.equal(distance, torch.cat([min_distances(a, candidates)[0] for a in z.split(7)]))
+    assert (distance[:3, :3].diag() == 0).all()
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])
+@pytest.mark.parametrize("block", [1, 300])
 @torch.no_grad()
 def test_many_candidates_are_rated_by_distances_in_their_principal_components(
-    initialized, monkeypatch, size
+    initialized, monkeypatch, size, block
 ):
-    monkeypatch.setattr(selection, "_COMPONENTS", 2)
-    monkeypatch.setattr(selection, "_MOST_PRODUCTS", 1)
+    monkeypatch.setattr(selection, "_AT_ONCE", 4)
+    monkeypatch.setattr(selection, "_BLOCK", block)
     net, data = initialized(prototype_size=size)
     candidates = torch.randn(9, 5, *size, generator=torch.Generator().manual_seed(0))
-    distance = selection._rough_distances(net, data, candidates)
     flat = candidates.flatten(1)
     axes = selection._principal_axes(flat, 2)  # (K, 2)
+    monkeypatch.setattr(selection, "_axes_that_save_work", lambda *sizes: axes)
+    distance = selection._distances(net, data, candidates)
     for i, z in enumerate(net.module_.latents(data.train_features.features)):
         patches = patches_of(z[None], candidates)[0] - flat.mean(0)
         for j, p in enumerate(flat - flat.mean(0)):
@@ -118,22 +119,38 @@ def test_many_candidates_are_rated_by_distances_in_their_principal_components(
 
 @torch.no_grad()
 def test_components_that_hold_the_candidates_change_no_distance(initialized, monkeypatch):
-    monkeypatch.setattr(selection, "_COMPONENTS", 5)
-    monkeypatch.setattr(selection, "_MOST_PRODUCTS", 1)
     net, data = initialized()
     copies = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
     z = [torch.einsum("kc,nchw->nkhw", copies, own) for own, _ in data.train_latents()]
     monkeypatch.setattr(data, "train_latents", lambda: [(own, None) for own in z])
     candidates = torch.cat([own.permute(0, 2, 3, 1)[:, 1, 2] for own in z])[..., None, None]
-    rough = selection._rough_distances(net, data, candidates)
+    axes = selection._principal_axes(candidates.flatten(1), 5)
+    monkeypatch.setattr(selection, "_axes_that_save_work", lambda *sizes: axes)
+    rough = selection._distances(net, data, candidates)
     expected = min_distances(torch.cat(z), candidates)[0]
     torch.testing.assert_close(rough, expected, rtol=1e-3, atol=1e-5 * float(expected.amax()))
 
 
-@pytest.mark.parametrize(("most", "d"), [(1, 64), (64, 64), (100, 100), (130, None), (999, None)])
-def test_axes_are_as_many_as_the_work_allows(most, d):
-    axes = selection._axes_within(most, torch.randn(300, 250))
-    assert (None if axes is None else axes.shape[1]) == d
+@pytest.mark.parametrize(
+    ("m", "size", "n_patches", "n_images", "d"),
+    [
+        (3200, 1280, 49, 600, None),  # ten classes: all channels
+        (16_000, 1280, 49, 6000, 317),
+        (16_000, 1280, 49, 10, None),  # to find axes would take longer
+        (1600, 11_520, 25, 300, None),  # ... and to go along them, where candidates are few
+        (3200, 11_520, 25, 6000, 729),
+        (100_000, 2048, 196, 6000, 64),
+    ],
+)
+def test_axes_are_found_where_they_save_half_of_the_work(
+    monkeypatch, m, size, n_patches, n_images, d
+):
+    monkeypatch.setattr(selection, "_principal_axes", lambda patches, most: most)
+    candidates = torch.empty(m, size, device="meta")
+    assert selection._axes_that_save_work(candidates, n_patches, n_images) == d
+    if d is not None:
+        with_axes = (n_images * n_patches + 6 * m) * d * (m + size)
+        assert with_axes < n_images * n_patches * m * size
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from torch.utils.data import Dataset
 
 from protoclf import ProtoPNetClassifier, metrics
@@ -349,6 +350,18 @@ def test_scorers_are_the_rows_of_the_table_and_more_is_better(birds, report):
     assert MetricScorer("global size")(clf, X, y) == n_prototypes_scorer(clf)
     pipeline = make_pipeline("passthrough", clf)
     assert MetricScorer("sparsity")(pipeline, X, y) == MetricScorer("sparsity")(clf, X, y)
+
+
+def test_scorers_show_a_classifier_what_its_pipeline_shows_it(fitted, squares):
+    X, y = squares
+    turned = make_pipeline(FunctionTransformer(np.rot90, kw_args={"axes": (1, 2)}), fitted)
+    for name in ("sparsity", "accuracy"):
+        score, seen = MetricScorer(name), np.rot90(X, axes=(1, 2))
+        assert score(turned, X, y) == score(fitted, seen, y)
+    assert score(turned, X, y) == turned.score(X, y)
+    table = pd.DataFrame({"size": range(len(X)), "position": range(len(X))})
+    columns = FunctionTransformer(lambda frame: X[frame["position"]])
+    assert score(make_pipeline(columns, fitted), table, y) == score(fitted, X, y)
 
 
 def test_a_search_for_short_sheets(fitted, squares):

@@ -10,6 +10,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 from sklearn.exceptions import NotFittedError
+from sklearn.pipeline import make_pipeline
 
 from protoclf import ImageError, ProtoPNetClassifier, canvas
 from protoclf.editing import remove
@@ -501,3 +502,8 @@ def test_an_explanation_is_drawn_with_the_boxes_that_were_asked_for(fitted, squa
     display = plot_explanation(fitted, squares[0][0], top=2, **how)
     expected = fitted.explain(squares[0][:1], "top2", 2, **how)
     pd.testing.assert_frame_equal(display.sheet, expected)
+
+
+def test_a_history_is_looked_for_in_a_classifier_alone(fitted):
+    with pytest.raises(TypeError, match="last step of a pipeline"):
+        plot_history(make_pipeline("passthrough", fitted))

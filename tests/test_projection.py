@@ -170,3 +170,10 @@ def test_patches_are_read_at_their_sources_batch_by_batch(size):
             assert torch.equal(batch[i], z[sources.image[j]])
         seen += index.tolist()
     assert sorted(seen) == list(range(len(p)))
+
+
+def test_fewer_patches_than_distinct_prototypes_are_refused():
+    z, p, y, owner = make()
+    images = torch.tensor([int((y == c).nonzero()[0]) for c in range(3)])
+    with pytest.raises(ValueError, match=r'distinct="patches" takes .* Give more images'):
+        search(z[images, :, :1, :1], p, y[images], owner, "patches")

@@ -5,7 +5,14 @@ import pytest
 import torch
 from sklearn.cluster import kmeans_plusplus
 
-from protoclf.selection import _candidates_each, _principal_axes, _representatives, _spread
+from protoclf import selection
+from protoclf.selection import (
+    _candidates_each,
+    _contrast,
+    _principal_axes,
+    _representatives,
+    _spread,
+)
 
 
 def clusters(n=200, k=8, d=5, seed=0):
@@ -57,6 +64,32 @@ def test_representatives_are_the_middle_points_of_their_clusters():
 )
 def test_more_prototypes_or_images_have_fewer_candidates_each(m, n, each):
     assert _candidates_each(m, n) == each
+
+
+def test_components_come_from_all_columns_of_the_map(monkeypatch):
+    seen = []
+
+    def noting(patches, most):
+        seen.append(patches)
+        return torch.eye(1)
+
+    monkeypatch.setattr(selection, "_SAMPLE", 64)
+    monkeypatch.setattr(selection, "_principal_axes", noting)
+    column = torch.arange(8.0).repeat(64)[:, None]  # of maps of 8 x 8 cells
+    _representatives(column, 4, 2, torch.Generator().manual_seed(0))
+    (sample,) = seen
+    assert len(sample) == 64
+    assert len(sample.unique()) == 8
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 3, 1, 1]])
+def test_contrasts_count_an_image_as_often_as_its_weight_says(weight):
+    g = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    y, owner = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1])
+    again = [0, 1, 2, 3] if weight is None else [0, 1, 1, 1, 2, 3]
+    means = torch.stack([g[again][y[again] == c].mean(0)[j] for j, c in enumerate(owner)])
+    given = None if weight is None else torch.tensor(weight)
+    torch.testing.assert_close(_contrast(g, y, owner, given), means - g[again].mean(0))
 
 
 @pytest.mark.parametrize("least", [1, 3])

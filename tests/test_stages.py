@@ -580,3 +580,24 @@ def test_a_callback_that_goes_back_to_earlier_weights_leaves_a_projected_net(squ
     assert stages[-4:] == ["projection", "last layer"] * 2
     np.testing.assert_array_equal(clf.coef_, clf.last_layer_result_.weight.float().numpy())
     assert_prototypes_are_patches(clf, squares[0])
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_chosen_numbers_of_prototypes_go_with_going_back_to_the_best_epoch(squares, best):
+    """What has no weight goes once no callback goes back any more."""
+
+    class Best(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            net.history.record("valid_score", -abs(len(net.history) - best))
+
+    stop = EarlyStopping("valid_score", lower_is_better=False, patience=9, load_best=True)
+    settings = {"prototypes_per_class": "auto", "lambda_l1": 1e-2, "joint_epochs": 3}
+    settings |= {"prototype_init": "selected"}
+    clf = make(**settings, callbacks=[Best(), stop]).fit(*squares)
+    stages = [row["stage"] for row in clf.history]
+    assert stages[-4:] == ["projection", "last layer"] * 2
+    used = (clf.coef_ != 0).any(0)
+    assert used.sum() >= len(used) - 3  # but for one of each class
+    assert len(used) < 60
+    assert clf.activations_.g.shape[1] == len(used) == len(clf.prototypes_)
+    assert_prototypes_are_patches(clf, squares[0])

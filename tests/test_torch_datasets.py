@@ -5,7 +5,8 @@ import pandas as pd
 import PIL.Image
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from sklearn.model_selection import cross_val_score
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, random_split
 from torchvision.datasets import ImageFolder
 
 from protoclf import ImageError, ProtoPNetClassifier, ProtoPNetEnsemble
@@ -55,6 +56,35 @@ def test_a_folder_of_torchvision_is_read_by_its_paths(squares, tmp_path):
     assert set(clf.prototypes_["source"]) <= {path for path, _ in folder.samples}
     half = ImageFolder(tmp_path, transform=lambda image: image.resize((30, 20)))
     assert small().fit(half).source_image(0).shape == (20, 30, 3)
+
+
+def test_parts_of_a_folder_are_read_by_their_paths_too(squares, tmp_path):
+    for i, (pixels, label) in enumerate(zip(*squares, strict=True)):
+        (tmp_path / label).mkdir(exist_ok=True)
+        PIL.Image.fromarray(pixels).save(tmp_path / label / f"{i:02}.png")
+    folder = ImageFolder(tmp_path)
+    paths, codes = map(list, zip(*folder.samples, strict=True))
+    part, rest = random_split(folder, [18, 6], torch.Generator().manual_seed(0))
+    clf = small().fit(part)
+    assert set(clf.prototypes_["source"]) <= {paths[i] for i in part.indices}
+    nested = Subset(rest, [4, 1])
+    chosen = [rest.indices[4], rest.indices[1]]
+    assert clf.explain(nested)["path"].unique().tolist() == [paths[i] for i in chosen]
+    assert clf.score(rest) == clf.score(
+        [paths[i] for i in rest.indices], [codes[i] for i in rest.indices]
+    )
+    ensemble = ProtoPNetEnsemble([("a", clf)], verbose=0).fit(part)
+    assert ensemble.score(rest) == clf.score(rest)
+    with pytest.raises(ValueError, match="requires y"):
+        clf.score(paths)
+
+
+def test_searches_say_what_to_give_them(squares):
+    X, y = squares
+    codes = torch.from_numpy(np.unique(y, return_inverse=True)[1])
+    dataset = TensorDataset(torch.from_numpy(X).permute(0, 3, 1, 2), codes)
+    with pytest.raises(ImageError, match=r"X holds pairs.*folder\.samples"):
+        cross_val_score(small(), dataset, codes.numpy(), cv=2, error_score="raise")
 
 
 class Photos(Dataset):
