@@ -61,3 +61,9 @@ def test_readme_names_its_two_commands_for_ci():
     assert len(commands) == 2
     assert "examples/quickstart.py" in commands[0]
     assert "pytest" in commands[1]
+
+
+def test_the_first_page_of_the_docs_leads_to_all_others():
+    pages = {path.name for path in PAGES[1:]} - {"index.md"}
+    linked = set(re.findall(r"\]\((\w+\.md)", (ROOT / "docs" / "index.md").read_text()))
+    assert linked == pages
