@@ -135,10 +135,10 @@ def test_components_that_hold_the_candidates_change_no_distance(initialized, mon
     ("m", "size", "n_patches", "n_images", "d"),
     [
         (3200, 1280, 49, 600, None),  # ten classes: all channels
-        (16_000, 1280, 49, 6000, 317),
+        (16_000, 1280, 49, 6000, 158),
         (16_000, 1280, 49, 10, None),  # to find axes would take longer
         (1600, 11_520, 25, 300, None),  # ... and to go along them, where candidates are few
-        (3200, 11_520, 25, 6000, 729),
+        (3200, 11_520, 25, 6000, 364),
         (100_000, 2048, 196, 6000, 64),
     ],
 )
