@@ -57,7 +57,10 @@ def test_purity_is_the_share_of_the_own_class(fitted, squares):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"k": 0}, "k must be an int >= 1; got 0"), ({"percentile": 100}, "percentile must be 0, or a")],
+    [
+        ({"k": 0}, "k must be an int >= 1; got 0"),
+        ({"percentile": 100}, "percentile must be 0, or a"),
+    ],
 )
 def test_wrong_arguments_are_refused(fitted, squares, wrong, message):
     with pytest.raises(ValueError, match=message):
