@@ -36,26 +36,23 @@ def read_labels(y: Any, n: int) -> np.ndarray:
         y = pd.Series(y).infer_objects().to_numpy()
     elif isinstance(given, list | tuple) and any(strings):
         y = y.astype(str)
-    _check_order(y)
-    _check_text(y)
+    _check_labels(y)
     check_classification_targets(y)
     return y
 
 
-def _check_order(y: np.ndarray) -> None:
-    if y.dtype == object:
-        try:
-            np.unique(y)
-        except TypeError as error:
-            kind = type(y[0]).__name__
-            raise TypeError(
-                f"y holds labels of type {kind}, which have no order: {error}. Use "
-                "strings or numbers."
-            ) from error
-
-
-def _check_text(y: np.ndarray) -> None:
-    for label in np.unique(y) if y.dtype.kind in "UO" else ():
+def _check_labels(y: np.ndarray) -> None:
+    """Raise an error for objects that have no order, and for text that cannot be written."""
+    if y.dtype.kind not in "UO":
+        return
+    try:
+        labels = np.unique(y)
+    except TypeError as error:
+        kind = type(y[0]).__name__
+        raise TypeError(
+            f"y holds labels of type {kind}, which have no order: {error}. Use strings or numbers."
+        ) from error
+    for label in labels:
         try:
             str(label).encode()
         except UnicodeEncodeError as error:

@@ -276,8 +276,8 @@ class LastLayer:
         g = a.g
         if median or self.self_matches == "median":
             source = torch.from_numpy(net.sources_["image"]).to(g.device)
-            groups_ = None if groups is None else torch.from_numpy(groups).to(g.device)
-            g = replace_self_matches(g, a.y, a.owner, source, groups_)
+            alike = None if groups is None else torch.from_numpy(groups).to(g.device)
+            g = replace_self_matches(g, a.y, a.owner, source, alike)
         return a.with_images(g if g.device.type == "mps" else g.double())
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:

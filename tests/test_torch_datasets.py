@@ -47,22 +47,23 @@ def test_tensors(squares, expected):
     assert half.prototypes_["source_index"].max() < 12
 
 
-def test_a_folder_of_torchvision_is_read_by_its_paths(squares, tmp_path):
+@pytest.fixture
+def folder(squares, tmp_path):
+    """The squares as torchvision reads them from a folder of class folders."""
     for i, (pixels, label) in enumerate(zip(*squares, strict=True)):
         (tmp_path / label).mkdir(exist_ok=True)
         PIL.Image.fromarray(pixels).save(tmp_path / label / f"{i:02}.png")
-    folder = ImageFolder(tmp_path)
+    return ImageFolder(tmp_path)
+
+
+def test_a_folder_of_torchvision_is_read_by_its_paths(folder):
     clf = small().fit(folder)
     assert set(clf.prototypes_["source"]) <= {path for path, _ in folder.samples}
-    half = ImageFolder(tmp_path, transform=lambda image: image.resize((30, 20)))
+    half = ImageFolder(folder.root, transform=lambda image: image.resize((30, 20)))
     assert small().fit(half).source_image(0).shape == (20, 30, 3)
 
 
-def test_parts_of_a_folder_are_read_by_their_paths_too(squares, tmp_path):
-    for i, (pixels, label) in enumerate(zip(*squares, strict=True)):
-        (tmp_path / label).mkdir(exist_ok=True)
-        PIL.Image.fromarray(pixels).save(tmp_path / label / f"{i:02}.png")
-    folder = ImageFolder(tmp_path)
+def test_parts_of_a_folder_are_read_by_their_paths_too(folder):
     paths, codes = map(list, zip(*folder.samples, strict=True))
     part, rest = random_split(folder, [18, 6], torch.Generator().manual_seed(0))
     clf = small().fit(part)
