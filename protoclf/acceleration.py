@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _LARGEST_BLOCKS = 2**30, 2**25  # bytes; older versions of glibc take no more than the second
+_KEPT_ANYWAY = 2**29  # bytes, which a process may keep: to have the kernel clear them costs time
 _FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # flags of x86 processors
 
 
@@ -34,9 +36,30 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give what `keep_freed_memory` kept back to the kernel."""
-    if keep_freed_memory.cache_info().currsize and keep_freed_memory():
+    """Give what `keep_freed_memory` kept back to the kernel, where it is half a GiB or more.
+
+    A search over a frozen backbone fits many times with little memory, the same each time.
+    """
+    if not (keep_freed_memory.cache_info().currsize and keep_freed_memory()):
+        return
+    if _freed_bytes() >= _KEPT_ANYWAY:
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of malloc.h."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
+    _fields_ = [(name, ctypes.c_size_t) for name in (*_names, "fordblks", "keepcost")]
+
+
+def _freed_bytes() -> float:
+    """Return how much of the C library's memory is free; too much where some went back already."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:  # before glibc 2.33
+        return math.inf
+    mallinfo2.restype = _MallInfo
+    return mallinfo2().fordblks
 
 
 def has_fast_bfloat16(device: torch.device | str) -> bool:

@@ -22,7 +22,6 @@ from protoclf.decoding import in_threads
 from protoclf.fingerprints import module_digest, state_digest
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import Batches, ImageDataset, in_whole
-from protoclf.image_errors import ImageError
 from protoclf.network import ProtoPNet
 from protoclf.recent import Recent
 
@@ -81,8 +80,9 @@ class CachedImages(Batches):
     """Batches of an image data set, with features in place of the images that have them cached.
 
     The inputs of a batch are {"images": (k, 3, S, S), "missing": (k,), "keys": k str, "cached":
-    n - k tensors (C, h, w)} and the others of the data set: `missing` says which images of the
-    batch have no features yet, `keys` where those are to be kept; an empty one if not at all.
+    n - k tensors (C, h, w), "known": (n,)} and the others of the data set: `missing` says which
+    images of the batch have no features yet, `keys` where those are to be kept; an empty one if
+    not at all. "known" are those that are what their digests, as the data set has them, say.
     """
 
     def __init__(self, dataset: ImageDataset | Subset, cache: FeatureCache) -> None:
@@ -95,31 +95,24 @@ class CachedImages(Batches):
     def __getitems__(self, indices: list[int]) -> tuple[dict[str, Any], Tensor]:
         """Return a whole batch; only images without features are decoded."""
         whole, index = in_whole(self.dataset, indices)
-        keys: list[str] = [""] * len(index)
+        keys = whole.digests(index, readable_alone=True)  # unreadable: cannot be decoded either
         found: list[Tensor | None] = [None] * len(index)
 
         def look_up(i: int) -> None:
-            try:
-                keys[i] = whole.images.digest(int(index[i]))
-            except ImageError:
-                return  # it cannot be decoded either, which says what is to be done
-            found[i] = self.cache.read(keys[i])
+            found[i] = self.cache.read(keys[i]) if keys[i] else None
 
         in_threads(look_up, len(index))
         missing = np.array([i for i, features in enumerate(found) if features is None], np.int64)
         others, y = whole.without_images(index)
-        images, failed = whole.decoded(index[missing]), whole.failed(index[missing])
-
-        def check(k: int) -> None:
-            i = int(missing[k])
-            keys[i] = "" if failed[k] else whole.digest_if_decoded(int(index[i]), keys[i])
-
-        in_threads(check, len(missing))
+        images = whole.decoded(index[missing])
+        for i in missing[~whole.unchanged(index[missing])]:
+            keys[i] = ""
         inputs: dict[str, Any] = {
             "images": images,
             "missing": torch.from_numpy(missing),
             "keys": [keys[i] for i in missing],
             "cached": [features for features in found if features is not None],
+            "known": torch.tensor([bool(key) for key in keys]),
         }
         return inputs | others, y
 

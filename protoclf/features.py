@@ -18,12 +18,11 @@ from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_o
 from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
 from protoclf.fingerprints import state_digest
 from protoclf.image_dataset import Batch, Batches, ImageDataset, in_whole
-from protoclf.image_errors import ImageError
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.network import ProtoPNet
 from protoclf.storage import allocate
 
-_KEPT = ("features", "index", "sample_weight")
+_KEPT = ("features", "index", "sample_weight", "known")
 
 _VIEWS_BEHIND_TRAINED = 2  # which knows the images as they are
 
@@ -47,17 +46,25 @@ class FeatureDataset(Batches):
     sample_weight : Tensor of shape (N,) or None
     index : Tensor of shape (N,), int64
         Which images of X these are.
+    known : bool, default=False
+        Whether these are known to be of the images that the digests of their data set tell of.
     """
 
     takes_no_workers = True
 
     def __init__(
-        self, features: Tensor, y: Tensor, sample_weight: Tensor | None, index: Tensor
+        self,
+        features: Tensor,
+        y: Tensor,
+        sample_weight: Tensor | None,
+        index: Tensor,
+        known: bool = False,
     ) -> None:
         self.features = features
         self.y = y
         self.sample_weight = sample_weight
         self.index = index
+        self.known = known
 
     def __len__(self) -> int:
         return len(self.features)
@@ -101,7 +108,7 @@ def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset
     images = dataset.dataset if isinstance(dataset, AugmentedDataset) else dataset
     whole, index = in_whole(images)
     others, y = whole.without_images(index)
-    processes, n, rows, start = net.processes, len(index), None, 0
+    processes, n, rows, start, known = net.processes, len(index), None, 0, True
     own = processes.own_rows(n, net.batch_size)
     show = bool(net.verbose) and processes.is_first
     for inputs, _ in feature_batches(net, dataset, progress=show, rows=own):
@@ -111,10 +118,11 @@ def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset
             rows = allocate(shape, batch.dtype, net.device, net.memory_folder)
         rows[start : start + len(batch)] = batch
         start += len(batch)
+        known &= "known" in inputs and bool(inputs["known"].all())
     assert rows is not None, "a data set has at least one image"
     _check_finite(rows, torch.from_numpy(index[own]))
     features = processes.in_order(rows, n).permute(0, 3, 1, 2)
-    return FeatureDataset(features, y, others.get("sample_weight"), others["index"])
+    return FeatureDataset(features, y, others.get("sample_weight"), others["index"], known)
 
 
 def _check_finite(rows: Tensor, index: Tensor) -> None:
@@ -246,14 +254,6 @@ class FitData:
         """What the training images held when this was first asked."""
         whole, index = in_whole(self.train_images)
         return whole.digests(index)
-
-    def images_unchanged(self) -> bool:
-        """Return whether the training images still hold what `image_digests` says."""
-        then, (whole, index) = self.image_digests, in_whole(self.train_images)
-        try:
-            return whole.digests(index, anew=True) == then
-        except ImageError:
-            return False
 
     @cached_property
     def backbone_fingerprint(self) -> str:

@@ -100,10 +100,10 @@ class _Describer:
         self._known: dict[Any, str] = {}  # functions and classes; of open ones the name
 
     def of(self, value: Any, depth: int = 0) -> str:
-        if isinstance(value, os.PathLike):
-            return repr(os.fspath(value))
         if isinstance(value, _PLAIN):
             return repr(value)
+        if isinstance(value, os.PathLike):
+            return repr(os.fspath(value))
         if isinstance(value, nn.Module):
             return f"{value!r} {state_digest(value.state_dict())}"
         if isinstance(value, Tensor):

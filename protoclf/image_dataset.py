@@ -92,7 +92,7 @@ class ImageDataset(Batches):
         """
         if self.pixels is None:
             if folder is not None:
-                self.digests(range(len(self)), anew=True, readable_alone=True)
+                self.digests(range(len(self)), readable_alone=True)
             side = self.preprocessing.image_size
             out = allocate((len(self), 3, side, side), torch.uint8, folder=folder)
             self.pixels, self._sizes = self._decode(np.arange(len(self)), out, progress)
@@ -159,36 +159,34 @@ class ImageDataset(Batches):
             self._sizes[i] = self.images.size(int(i))
         return self._sizes[index]
 
-    def digest_if_decoded(self, i: int, seen: str) -> str:
-        """Return `seen`, the digest of an image, if what is decoded is what it is a digest of.
+    def digests(self, index: ArrayLike, readable_alone: bool = False) -> list[str]:
+        """Return digests of what n images held when first asked.
 
-        Otherwise an empty one: the file was replaced meanwhile. Of an image that was kept, `seen`
-        is from after it was decoded; of another, from before.
-        """
-        try:
-            other = self.images.digest(i) if self.pixels is None else self._digests[i]
-        except ImageError:
-            return ""
-        return seen if seen == other else ""
-
-    def digests(
-        self, index: ArrayLike, anew: bool = False, readable_alone: bool = False
-    ) -> list[str]:
-        """Return digests of what n images held when first asked, or of what they hold now.
-
-        One that cannot be read raises ImageError, or keeps the digest that is known, perhaps "".
+        One that cannot be read raises ImageError, or has the digest "".
         """
         places = as_index(index)
+        unknown = [i for i in places.tolist() if not self._digests[i]]
         passed_over = (ImageError,) if readable_alone else ()
 
         def look(k: int) -> None:
-            i = int(places[k])
-            if anew or not self._digests[i]:
-                with suppress(*passed_over):
-                    self._digests[i] = self.images.digest(i)
+            with suppress(*passed_over):
+                self._digests[unknown[k]] = self.images.digest(unknown[k])
 
-        in_threads(look, len(places))
+        in_threads(look, len(unknown))
         return self._digests[places].tolist()
+
+    def unchanged(self, index: np.ndarray) -> np.ndarray:
+        """Return whether n images can be read, and hold what their digests say, (n,) bool."""
+        same = ~self.failed(index)
+
+        def look(k: int) -> None:
+            try:
+                same[k] &= self.images.digest(int(index[k])) == self._digests[index[k]]
+            except ImageError:
+                same[k] = False
+
+        in_threads(look, len(index))
+        return same
 
     def check(self, progress: bool | None = None) -> None:
         """Check every file as `check_files` does, but for those with contents that passed before.

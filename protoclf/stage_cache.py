@@ -60,7 +60,7 @@ def remembered(
     if found is None:
         found = work()
         size = sum(value.nbytes for value in found.values())
-        if size <= LARGEST and data.images_unchanged():
+        if size <= LARGEST and data.train_features.known:
             store.put_several(key, {name: _array(value) for name, value in found.items()})
     return found
 

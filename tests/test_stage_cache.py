@@ -1,6 +1,7 @@
 """Starts and projections that fits share: the same to the bit, and never those of another fit."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,20 +217,43 @@ def test_other_code_is_another(files, tmp_path, computed, monkeypatch):
 
 def test_images_that_change_meanwhile_leave_nothing_behind(files, tmp_path, monkeypatch):
     X, y = files
-    selected = stages.selected_prototypes
+    centre_latents = stages.centre_latents
 
     def changing(net, data):
-        data.train_features  # noqa: B018 (computed now)
+        shutil.copy(X[3], X[0])  # features come next
+        return centre_latents(net, data)
+
+    monkeypatch.setattr(stages, "centre_latents", changing)
+    with pytest.warns(UserWarning, match="was changed"):
+        frozen(tmp_path / "m").fit(X, y)
+    assert not list((tmp_path / "m").rglob("*.npz"))
+    monkeypatch.undo()
+    assert_same_model(frozen(tmp_path / "m").fit(X, y), frozen(None).fit(X, y), X)
+
+
+def test_images_that_change_once_features_are_there_count_as_they_were(
+    files, tmp_path, monkeypatch, computed
+):
+    X, y = files
+    before = frozen(None).fit(X, y)
+    selected = stages.selected_prototypes
+    original = Path(X[0]).read_bytes()
+
+    def changing(net, data):
         shutil.copy(X[3], X[0])
         return selected(net, data)
 
     monkeypatch.setattr(stages, "selected_prototypes", changing)
     with pytest.warns(UserWarning, match="was changed"):
-        frozen(tmp_path / "m").fit(X, y)
-    (centre,) = (tmp_path / "m").rglob("*.npz")  # found before the change
-    assert list(np.load(centre)) == ["mean"]
-    monkeypatch.undo()
+        assert_same_model(frozen(tmp_path / "m").fit(X, y), before, X[1:])
+    monkeypatch.setattr(stages, "selected_prototypes", selected)
+    computed.clear()
     assert_same_model(frozen(tmp_path / "m").fit(X, y), frozen(None).fit(X, y), X)
+    assert computed == EVERYTHING * 2  # nothing of before, and once more without memory
+    computed.clear()
+    Path(X[0]).write_bytes(original)
+    assert_same_model(frozen(tmp_path / "m").fit(X, y), before, X)
+    assert computed == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"garbage" * 100])
