@@ -7,6 +7,7 @@ import ctypes
 import functools
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -78,6 +79,13 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     flags = next((line for line in lines if line.startswith("flags")), "")
     return frozenset(flags.partition(":")[2].split())
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Have torch compute in the precision of what it is given, whatever is set around it."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def float32_matmul_precision() -> str:

@@ -19,7 +19,7 @@ from sklearn.utils import check_random_state
 from skorch.callbacks import LRScheduler
 from torch.utils.data import Dataset
 
-from protoclf.acceleration import return_freed_memory
+from protoclf.acceleration import return_freed_memory, without_autocast
 from protoclf.augmentation import augmentation_of
 from protoclf.checkpoint import Checkpoint
 from protoclf.explanation import prototype_table
@@ -119,7 +119,12 @@ class StagedNet(SkorchProtoPNet):
         self.seed_ = self.processes.agreed(seed if begun is None else begun)
         whole: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
         try:
-            with _one_fit, torch.random.fork_rng(devices=_cuda_devices(self.device)):
+            device = torch.device(self.device)
+            with (
+                _one_fit,
+                torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+                without_autocast(device),  # `precision` is what says
+            ):
                 torch.manual_seed(self.seed_)
                 if first:
                     self.initialize()
@@ -366,8 +371,3 @@ class StagedNet(SkorchProtoPNet):
         self._source_boxes = {}
         used = set(self.prototypes_["source_index"].tolist())
         self.source_images_ = sources_among(self.source_images_, used)
-
-
-def _cuda_devices(device: Any) -> list[torch.device]:
-    device = torch.device(device)
-    return [device] if device.type == "cuda" else []

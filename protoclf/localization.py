@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoclf.acceleration import without_autocast
 from protoclf.network import ProtoPNet
 
 BLOCK = 2**22  # pixels of upsampled maps at a time
@@ -78,7 +79,8 @@ def upsample(maps: Tensor, height: int, width: int) -> Tensor:
     """Upsample maps (k, H, W) bicubically, as the paper does, to (k, height, width)."""
     down = _bicubic(maps.shape[1], height, maps)  # (height, H)
     right = _bicubic(maps.shape[2], width, maps)  # (width, W)
-    return down @ maps @ right.T
+    with without_autocast(maps.device):
+        return down @ maps @ right.T
 
 
 def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from protoclf.acceleration import without_autocast
 from protoclf.folding import Folds, folded, folded_copy
 from protoclf.prototype_layer import distance_maps, min_distances, similarity, unit_length
 
@@ -61,7 +62,8 @@ class ProtoPNet(nn.Module):
     Attributes
     ----------
     half_precision : bool, default=False
-        Whether the backbone computes in bfloat16, by autocast. What follows it never does.
+        Whether the backbone computes in bfloat16, by autocast. What follows it never does, under
+        autocast neither.
     channels_last : bool, default=False
         How images lie in memory on their way to the backbone.
     settled : tuple of str, default=()
@@ -160,7 +162,11 @@ class ProtoPNet(nn.Module):
         return other
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16) if self.half_precision else nullcontext()
+        if self.half_precision:
+            return torch.autocast(device.type, torch.bfloat16)
+        if torch.is_grad_enabled():  # an accelerator's, or a user's own
+            return nullcontext()
+        return without_autocast(device)  # features that are kept are what `precision` says
 
     def _folded(self) -> AbstractContextManager[None]:
         if self.training and torch.is_grad_enabled():  # by one thread: others see a fold too
@@ -189,12 +195,14 @@ class ProtoPNet(nn.Module):
 
     def latents(self, features: Tensor) -> Tensor:
         """Return the latent map z (N, D, H, W)."""
-        return self.scaled(self.add_on(features.float()))
+        with without_autocast(features.device):
+            return self.scaled(self.add_on(features.float()))
 
     def compare(self, z: Tensor) -> Outputs:
         """Return the outputs for latent maps z (N, D, H, W)."""
-        distance, cell = min_distances(z, self.scaled_prototypes())  # (N, m), (N, m)
-        return self.last_layer(self.activations(distance)), distance, cell
+        with without_autocast(z.device):
+            distance, cell = min_distances(z, self.scaled_prototypes())  # (N, m), (N, m)
+            return self.last_layer(self.activations(distance)), distance, cell
 
     def activations(self, distance: Tensor) -> Tensor:
         """Return similarities g of squared distances, in any shape."""

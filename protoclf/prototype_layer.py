@@ -13,13 +13,12 @@ differences.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclf.acceleration import float32_matmul_precision
+from protoclf.acceleration import float32_matmul_precision, without_autocast
 
 _BLOCK_CPU = 2**20  # numbers in a block: 4 MiB of float32, little enough to stay in the caches
 _BLOCK_GPU = 2**25  # 128 MiB: few launches matter more than caches
@@ -80,7 +79,7 @@ def own_class_distances(z: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, 
     L = _n_patches(z, prototypes)
     if not 1 <= k <= L:
         raise ValueError(f"k must be 1 to {L}, the patches of a map; got {k}")
-    with torch.no_grad(), _no_autocast(z):
+    with torch.no_grad(), without_autocast(z.device):
         z, prototypes = _as_float(z, prototypes)
         size = _images_per_block(z, prototypes, L * prototypes.shape[1])
         blocks = zip(z.split(size), prototypes.split(size), strict=True)
@@ -108,7 +107,7 @@ def distance_maps(z: Tensor, prototypes: Tensor) -> Tensor:
     """
     _check_shapes(z, prototypes)
     z, prototypes = _as_float(z, prototypes)
-    with _no_autocast(z):
+    with without_autocast(z.device):
         distances = _n_patches(z, prototypes) * len(prototypes)  # of an image
         blocks = z.split(_images_per_block(z, prototypes, distances))
         maps = torch.cat([_all_distances(patches_of(a, prototypes), prototypes) for a in blocks])
@@ -188,7 +187,7 @@ def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     cell = torch.empty_like(distance, dtype=torch.int64)  # (N, m)
     p, shape = prototypes.flatten(1), _map_shape(z, prototypes)  # (m, K)
     buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes), p.shape[1]))
-    with _no_autocast(z):
+    with without_autocast(z.device):
         centre = p.mean(0)  # (K,)
         centred = p - centre  # (m, K)
         squares = torch.linalg.vector_norm(centred, dim=1).square_()  # (m,)
@@ -403,12 +402,6 @@ def _as_float(*tensors: Tensor) -> list[Tensor]:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return [tensor.to(dtype) for tensor in tensors]
-
-
-def _no_autocast(z: Tensor) -> AbstractContextManager:
-    if not torch.amp.is_autocast_available(z.device.type):
-        return nullcontext()
-    return torch.autocast(z.device.type, enabled=False)
 
 
 def _check_shapes(z: Tensor, prototypes: Tensor) -> None:

@@ -150,3 +150,18 @@ def test_half_precision_makes_no_distance_negative_and_no_logarithm_infinite(dty
         distance = min_distances(z.float(), p.float())[0]
     assert (distance >= 0).all()
     assert similarity(distance, "log").isfinite().all()
+
+
+@pytest.mark.parametrize("given", [{}, {"latent_dim": 8, "similarity": "log"}], ids=str)
+def test_under_autocast_all_is_as_without(squares, tmp_path, given):
+    X, y = squares
+    plain = small(**given).fit(X, y)
+    caching = small(memory=tmp_path, train_backbone=False, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = small(**given).fit(X, y)
+        caching.fit(X, y)
+        np.testing.assert_array_equal(within.decision_function(X), plain.decision_function(X))
+        assert within.explain(X[:3]).equals(plain.explain(X[:3]))
+    assert within.prototypes_.equals(plain.prototypes_)
+    stored = (tmp_path / "protoclf-cache" / "features").rglob("*.npy")
+    assert {np.load(file).dtype.name for file in stored} == {"float32"}
