@@ -169,8 +169,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         NaN, or "(unreadable)" as `source` in a sheet. `score` and `last_layer_path` do without it.
     tune_allocator : bool, default=True
         On a CPU, and with glibc, let the process keep the memory that it frees, which makes
-        convolutions several times as fast. It is given back at the end of `fit`; `predict`
-        leaves the process at the peak of what a batch takes.
+        convolutions several times as fast. At the end of `fit` it is given back, if it is half a
+        GiB or more; `predict` leaves the process at the peak of what a batch takes.
     device : str or torch.device, default="auto"
         "auto" is the GPU where there is one.
     random_state : int, RandomState instance or None, default=None
