@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
+from protoclf.acceleration import without_autocast
 from protoclf.explanation import BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.net import SkorchProtoPNet
@@ -45,10 +46,10 @@ def gradient_maps(module: ProtoPNet, image: Tensor, prototypes: Tensor) -> Tenso
     draws = torch.Generator().manual_seed(0)
     noise = torch.randn(_COPIES, *image.shape, generator=draws).to(image.device)
     pixels = (image + 255 * _NOISE * noise).requires_grad_()
-    with torch.no_grad():
+    with without_autocast(image.device), torch.no_grad():
         clean = module.similarity_maps(module.latents(module.features(image[None])), prototypes)
         cell = clean[0].flatten(1).argmax(1)  # (k,)
-    with torch.enable_grad():
+    with without_autocast(image.device), torch.enable_grad():
         z = module.latents(module.features(pixels))
         maps = module.similarity_maps(z, prototypes).flatten(2)  # (copies, k, cells)
         scores = maps.sum(0).gather(1, cell[:, None])[:, 0]  # (k,)

@@ -188,7 +188,7 @@ def merge_duplicates(
     check_editable(clf)
     check_rules({"max_distance": max_distance}, MERGE_RULES)
     with torch.no_grad():
-        p = clf.module_.scaled_prototypes().flatten(1).double().cpu()
+        p = clf.module_.scaled_prototypes().flatten(1).cpu().double()
     distance, owner = torch.cdist(p, p).square().numpy(), clf.module_.owner.cpu().numpy()
     stays: list[int] = []
     reasons: dict[int, str] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from protoclf.acceleration import on_cpu_by_default
 from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_of
 from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
 from protoclf.fingerprints import state_digest
@@ -99,6 +100,8 @@ class FeatureViews(Batches):
         """Return a whole batch, as each of them does; its images in the order of the views."""
         view, index = np.divmod(np.asarray(indices), len(self.views[0]))
         parts = [v.__getitems__(index[view == i]) for i, v in enumerate(self.views)]
+        for own, _ in parts:  # for another view the device may have had no room
+            own["features"] = own["features"].to(self.views[0].features.device)
         inputs = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
         return inputs, torch.cat([y for _, y in parts])
 
@@ -157,6 +160,8 @@ def feature_batches(
                 inputs["features"] = _completed(net, store, inputs, len(y), folded)
             elif "images" in inputs:
                 inputs["features"] = folded().features(inputs["images"].to(net.device))
+            else:  # in a file where the device had no room
+                inputs["features"] = inputs["features"].to(net.device)
         yield {n: v for n, v in inputs.items() if n in _KEPT}, y
 
 
@@ -183,8 +188,11 @@ def _completed(
 def _with_progress(
     net: SkorchProtoPNet, dataset: Dataset, progress: bool, rows: Sequence[int] | None
 ) -> Iterable[Batch]:
-    batches = net.get_iterator(dataset, training=False, rows=rows)
-    bar = tqdm(batches, "features", delay=2, leave=False, disable=not progress)
+    loader = net.get_iterator(dataset, training=False, rows=rows)
+    total = len(loader) if hasattr(loader, "__len__") else None
+    with on_cpu_by_default():  # it draws a number
+        batches = iter(loader)  # starts workers: one forked by a thread of a pool fails at its end
+    bar = tqdm(batches, "features", total, delay=2, leave=False, disable=not progress)
     return _read_ahead(bar) if _reads_files(dataset) else bar
 
 

@@ -19,7 +19,7 @@ from sklearn.utils import check_random_state
 from skorch.callbacks import LRScheduler
 from torch.utils.data import Dataset
 
-from protoclf.acceleration import return_freed_memory, without_autocast
+from protoclf.acceleration import on_cpu_by_default, return_freed_memory, without_autocast
 from protoclf.augmentation import augmentation_of
 from protoclf.checkpoint import Checkpoint
 from protoclf.explanation import prototype_table
@@ -69,7 +69,8 @@ class StagedNet(SkorchProtoPNet):
         before = None if first else self._copied_state()
         self._fitting = True
         try:
-            return self._fit_all(X, y, sample_weight, groups, first)
+            with on_cpu_by_default():
+                return self._fit_all(X, y, sample_weight, groups, first)
         except BaseException as error:
             if before is not None:
                 self.__dict__ = before
@@ -128,10 +129,10 @@ class StagedNet(SkorchProtoPNet):
                 torch.manual_seed(self.seed_)
                 if first:
                     self.initialize()
-                else:
+                self.prepare_processor()
+                if not first:
                     self.heed_parameters()
                 self._check_callbacks()
-                self.prepare_processor()
                 self.module_.keep_statistics(self.batch_norm == "keep")
                 self.notify("on_train_begin", **whole)
                 with self.plain_module.taking(self.images_at_once()):

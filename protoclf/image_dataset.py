@@ -82,6 +82,7 @@ class ImageDataset(Batches):
         self._rows = np.arange(len(images))  # of the images in `pixels`
         self._sizes = np.zeros((len(images), 2), dtype=np.int64)  # 0 where not known yet
         self._digests = np.full(len(images), "", dtype=object)
+        self._decoded_digests = self._digests  # of the images in `pixels`, from before
 
     def keep(self, progress: bool | None = None, folder: Path | None = None) -> ImageDataset:
         """Decode all images now and keep them (3 S^2 bytes each); otherwise batch by batch.
@@ -93,6 +94,7 @@ class ImageDataset(Batches):
         if self.pixels is None:
             if folder is not None:
                 self.digests(range(len(self)), readable_alone=True)
+                self._decoded_digests = self._digests.copy()
             side = self.preprocessing.image_size
             out = allocate((len(self), 3, side, side), torch.uint8, folder=folder)
             self.pixels, self._sizes = self._decode(np.arange(len(self)), out, progress)
@@ -120,6 +122,7 @@ class ImageDataset(Batches):
         part = ImageDataset(*(self.images.take(index), self.preprocessing, y, sample_weight))
         part._sizes, part._digests = self._sizes[index], self._digests[index]
         part.pixels, part._rows = self.pixels, self._rows[index]
+        part._decoded_digests = self._decoded_digests
         return part
 
     def __len__(self) -> int:
@@ -176,12 +179,18 @@ class ImageDataset(Batches):
         return self._digests[places].tolist()
 
     def unchanged(self, index: np.ndarray) -> np.ndarray:
-        """Return whether n images can be read, and hold what their digests say, (n,) bool."""
+        """Return whether n images can be read, and hold what their digests say, (n,) bool.
+
+        Those that were decoded and kept: what they held before.
+        """
         same = ~self.failed(index)
+        before = self._digests[index]
+        if self.pixels is not None:
+            before = self._decoded_digests[self._rows[index]]
 
         def look(k: int) -> None:
             try:
-                same[k] &= self.images.digest(int(index[k])) == self._digests[index[k]]
+                same[k] &= self.images.digest(int(index[k])) == before[k]
             except ImageError:
                 same[k] = False
 

@@ -95,7 +95,7 @@ def restart_prototypes(
         taken = torch.cat([stay, forbidden.patches[forbidden.owner == c].flatten(1)])
         nearest = torch.cdist(patches, taken).square().amin(1)  # (n,)
         for j in ((module.owner == c) & moved).nonzero()[:, 0].tolist():
-            share = nearest.double().cpu().clamp_min(1e-12)  # of equal patches, any
+            share = nearest.cpu().double().clamp_min(1e-12)  # of equal patches, any
             drawn = patches[int(torch.multinomial(share, 1, generator=generator))]
             module.prototypes[j] = drawn.view_as(module.prototypes[j])
             nearest = torch.minimum(nearest, (patches - drawn).square().sum(1))

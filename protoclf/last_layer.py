@@ -50,6 +50,8 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from protoclf.acceleration import widest_float
+
 _SMALL = 2_000_000  # activations up to which single precision would save nothing
 _ONE_THREAD = 200_000  # activations up to which a second thread does not pay
 _GROWTH = 4  # weights per class that may enter in one iteration, or as many as there are
@@ -235,8 +237,8 @@ class _Problem:
         y = _check_indices("y", y, n, "one per row of activations").to(device)
         owner = _check_indices("prototype_class", prototype_class, m, "one per column").to(device)
         n_classes = _check_n_classes(n_classes, y, owner)
-        omega = _check_sample_weight(weight, n).to(device)
-        exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        omega = _check_sample_weight(weight, n)
+        exact = widest_float(device)
         model = torch.float32 if n * m > _SMALL else exact
         classes = torch.arange(n_classes, device=device)[:, None]  # (C, 1)
         return cls(
@@ -244,7 +246,7 @@ class _Problem:
             g_model=given.to(model).T.contiguous(),
             onehot=classes == y,
             sign=torch.where(classes == owner, 1.0, -1.0).to(exact),
-            omega=omega.to(exact),
+            omega=omega.to(exact).to(device),
             lambda_l1=float(lambda_l1),
             out_dtype=torch.float64 if given.dtype == torch.float64 else torch.float32,
         )

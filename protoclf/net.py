@@ -149,7 +149,10 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def prepare_processor(self) -> None:
         """Set the network up for the processor that it runs on now, as the parameters allow."""
-        device = torch.device(self.device)
+        device, now = torch.device(self.device), self.module_.owner.device
+        if now.type != device.type or device.index not in (None, now.index):  # set since the fit
+            self.module_.to(device)
+            self.criterion_.to(device)
         if self.tune_allocator and device.type == "cpu":
             keep_freed_memory()
         trained = self.backbone_trained_ or self.trains_backbone
@@ -277,7 +280,9 @@ class SkorchProtoPNet(NeuralNetClassifier):
         by_itself = getattr(dataset, "takes_no_workers", False)
         if by_itself or self.on_bad_image == "skip":  # workers would note failures to themselves
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_WORKERS}
-        if not by_itself and torch.device(self.device).type == "cuda":
+        if by_itself:  # its batches may be on the device already
+            kwargs.pop("pin_memory", None)
+        elif torch.device(self.device).type == "cuda":
             kwargs.setdefault("pin_memory", True)
         return getattr(self, name)(dataset, **kwargs)
 

@@ -163,7 +163,7 @@ class ProtoPNet(nn.Module):
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         if self.half_precision:
-            return torch.autocast(device.type, torch.bfloat16)
+            return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
         if torch.is_grad_enabled():  # an accelerator's, or a user's own
             return nullcontext()
         return without_autocast(device)  # features that are kept are what `precision` says

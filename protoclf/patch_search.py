@@ -58,7 +58,7 @@ def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays
     row, col = np.divmod(sources.cell, cells.shape[2] - module.prototype_size[1] + 1)
     return {
         **{"image": sources.image, "row": row, "col": col, "moved": sources.distance},
-        "box": activation_boxes(cells, net.image_size).double().cpu().numpy(),
+        "box": activation_boxes(cells, net.image_size).cpu().double().numpy(),
         **{"prototypes": module.prototypes, "distance": distance},
     }
 

@@ -307,7 +307,7 @@ def _restore_fit(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     clf.preprocessing_ = Preprocessing(saved.network["image_size"], saved.network["resize"])
     clf.seed_, clf.backbone_trained_ = saved.fit["seed"], saved.fit["backbone_trained"]
     clf.lambda_l1_ = float(saved.fit["lambda_l1"])
-    weight = saved.tensors["last_layer_result.weight"].to(clf.device, copy=True)
+    weight = saved.tensors["last_layer_result.weight"].clone()
     clf.last_layer_result_ = LastLayerResult(weight=weight, **saved.last_layer_result)
     if "last_layer_path.weight" in saved.tensors:
         clf.last_layer_path_ = _last_layer_path(saved)

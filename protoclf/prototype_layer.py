@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclf.acceleration import float32_matmul_precision, without_autocast
+from protoclf.acceleration import float32_matmul_precision, widest_float, without_autocast
 
 _BLOCK_CPU = 2**20  # numbers in a block: 4 MiB of float32, little enough to stay in the caches
 _BLOCK_GPU = 2**25  # 128 MiB: few launches matter more than caches
@@ -353,7 +353,7 @@ def _k_nearest(patches: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _all_distances(patches: Tensor, prototypes: Tensor) -> Tensor:
     """Distances (n, m, L) from the prototypes to the patches (n, L, K)."""
-    wide = torch.float32 if patches.device.type == "mps" else torch.float64  # which it lacks
+    wide = widest_float(patches.device)
     x, p = patches.to(wide), prototypes.flatten(1).to(wide)  # (n, L, K), (m, K)
     squares = p.square().sum(1)[:, None] + x.square().sum(2)[:, None]  # (n, m, L)
     return (squares - 2 * p @ x.transpose(1, 2)).clamp_(min=0).to(patches.dtype)

@@ -200,9 +200,9 @@ def _spread(points: Tensor, k: int, draws: torch.Generator) -> Tensor:
         index = torch.searchsorted(sums, draw * sums[-1]).clamp_max(n - 1)  # (trials,)
         distance = squares[index, None] + squares - 2 * points[index] @ points.T  # (trials, n)
         distance = torch.minimum(distance.clamp_min_(0), nearest)
-        best = distance.sum(1).argmin()
-        nearest = distance[best]
-        chosen.append(index[best : best + 1])
+        best = distance.sum(1).argmin(0, keepdim=True)  # (1,); a number would wait for the device
+        nearest = distance.index_select(0, best)[0]
+        chosen.append(index.index_select(0, best))
     return torch.cat(chosen)
 
 

@@ -21,7 +21,7 @@ from skorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protoclf.acceleration import return_freed_memory
+from protoclf.acceleration import return_freed_memory, widest_float
 from protoclf.features import Arrays, FitData
 from protoclf.fingerprints import described
 from protoclf.image_dataset import in_whole
@@ -265,20 +265,23 @@ class LastLayer:
         (result,) = self._shown(net).solve([net.lambda_l1_])
         weight = net.module_.last_layer.weight
         weight.copy_(result.weight)
-        net.last_layer_result_ = replace(result, weight=weight.clone())
+        net.last_layer_result_ = replace(result, weight=weight.cpu().clone())
         net.strongest_share_ = _strongest_share(net.activations_.g)
 
     def _shown(
         self, net: SkorchProtoPNet, median: bool = False, groups: np.ndarray | None = None
     ) -> Activations:
-        """Return what the solver is shown: in float64, where rounding W costs no optimality."""
+        """Return what the solver is shown: in float64, where rounding W costs no optimality.
+
+        If the device has it.
+        """
         a = net.activations_
         g = a.g
         if median or self.self_matches == "median":
             source = torch.from_numpy(net.sources_["image"]).to(g.device)
             alike = None if groups is None else torch.from_numpy(groups).to(g.device)
             g = replace_self_matches(g, a.y, a.owner, source, alike)
-        return a.with_images(g if g.device.type == "mps" else g.double())
+        return a.with_images(g.to(widest_float(g.device)))
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
         """Return the penalty; where it is to be chosen, no image left out may be a source.
@@ -311,7 +314,7 @@ def drop_unused_prototypes(net: SkorchProtoPNet) -> None:
         used[own[:1]] |= not used[own].any()
     net.activations_ = net.activations_.of_prototypes(used.cpu())
     net.last_layer_result_ = replace(
-        net.last_layer_result_, weight=net.last_layer_result_.weight[:, used]
+        net.last_layer_result_, weight=net.last_layer_result_.weight[:, used.cpu()]
     )
     net.strongest_share_ = _strongest_share(net.activations_.g)
     keep_prototypes(net, used)

@@ -50,7 +50,8 @@ def allocate(
 def _budget(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return MEMORY_BUDGET
-    return max(MEMORY_BUDGET, torch.cuda.mem_get_info(device)[0] // _SHARE_OF_GPU)
+    index = torch.cuda.current_device() if device.index is None else device.index  # torch 2.4
+    return max(MEMORY_BUDGET, torch.cuda.mem_get_info(index)[0] // _SHARE_OF_GPU)
 
 
 def _reserve(file: int, size: int, folder: Path | None) -> None:

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,6 +116,26 @@ def test_a_fit_in_bfloat16_keeps_its_invariants(fitted, squares):
     own = clf.transform(X)[clf.prototypes_["source_index"], np.arange(clf.n_prototypes_)]
     np.testing.assert_allclose(own, 1, atol=1e-6)
     assert clf.module_.prototypes.dtype == torch.float32
+
+
+@pytest.mark.parametrize("around", [nullcontext(), torch.autocast("cpu", torch.bfloat16)])
+def test_training_in_bfloat16_computes_with_the_weights_of_each_step(squares, around):
+    X, y = squares
+    clf = ProtoPNetClassifier(
+        "small_cnn",
+        image_size=32,
+        prototypes_per_class=2,
+        joint_epochs=5,
+        backbone_lr=1e-2,
+        batch_size=8,
+        augmentation=None,
+        precision="bfloat16",
+        random_state=0,
+        verbose=0,
+    )
+    with around:
+        losses = clf.fit(X, y).history[:5, "train_loss"]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize(

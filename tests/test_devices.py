@@ -317,14 +317,17 @@ WORKERS = {"num_workers": 2, "persistent_workers": True}
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("bad", ["raise", "skip"])
 @pytest.mark.parametrize("kept", [True, False])
-def test_loaders_pin_what_a_gpu_takes_and_have_workers_where_they_help(device, bad, kept):
+@pytest.mark.parametrize("pinned", [None, True])
+def test_loaders_pin_what_a_gpu_takes_and_have_workers_where_they_help(device, bad, kept, pinned):
     given = {f"iterator_train__{name}": value for name, value in WORKERS.items()}
+    if pinned is not None:
+        given["iterator_train__pin_memory"] = pinned
     clf = ProtoPNetClassifier(device=device, on_bad_image=bad, iterator_train=Recorded, **given)
     images = ImageDataset(Images(np.zeros((4, 8, 8, 3), np.uint8)), Preprocessing(8))
     kinds = torch.zeros(4, dtype=torch.int64)
     dataset = FeatureDataset(torch.zeros(4, 2, 1, 1), kinds, None, kinds) if kept else images
     asked = clf.get_iterator(dataset, training=True).asked
-    assert asked.get("pin_memory", False) is (device == "cuda" and not kept)
+    assert asked.get("pin_memory", False) is (not kept and (pinned or device == "cuda"))
     workers = WORKERS if bad == "raise" and not kept else {}
     assert {k: v for k, v in asked.items() if k in WORKERS} == workers
     assert asked.keys() <= {*WORKERS, "pin_memory", "batch_size", "shuffle", "collate_fn"}

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from fit_together import FITS, backbone, parameters, photos
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -186,3 +187,18 @@ def test_options_that_would_not_be_heeded_are_refused():
         classifier(device="cpu").fit(X, y)
     with pytest.raises(TypeError, match="joint_epochs"):
         classifier(joint_epoch=3)
+
+
+@pytest.fixture
+def mixed():
+    AcceleratorState._reset_state()
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state()
+
+
+def test_mixed_precision_computes_with_the_weights_of_each_step(mixed):
+    X, y, _ = photos()
+    settings = {"backbone": "small_cnn", "joint_epochs": 5, "backbone_lr": 1e-2}
+    settings |= {"train_backbone": True, "augmentation": None, "batch_size": 8}
+    losses = classifier(mixed, **settings).fit(X, y).history[:5, "train_loss"]
+    assert losses[-1] < 0.5 * losses[0]

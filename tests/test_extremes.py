@@ -161,7 +161,22 @@ def test_under_autocast_all_is_as_without(squares, tmp_path, given):
         within = small(**given).fit(X, y)
         caching.fit(X, y)
         np.testing.assert_array_equal(within.decision_function(X), plain.decision_function(X))
-        assert within.explain(X[:3]).equals(plain.explain(X[:3]))
+        for attribution in ("upsampled", "gradient"):
+            sheet = within.explain(X[:3], attribution=attribution)
+            assert sheet.equals(plain.explain(X[:3], attribution=attribution))
     assert within.prototypes_.equals(plain.prototypes_)
     stored = (tmp_path / "protoclf-cache" / "features").rglob("*.npy")
     assert {np.load(file).dtype.name for file in stored} == {"float32"}
+
+
+def test_another_default_device_changes_nothing(squares):
+    X, y = squares
+    expected = small().fit(X, y)
+    torch.set_default_device("meta")
+    try:
+        clf = small().fit(X, y).partial_fit(X, y)
+        np.testing.assert_array_equal(
+            clf.decision_function(X), expected.partial_fit(X, y).decision_function(X)
+        )
+    finally:
+        torch.set_default_device(None)

@@ -1,11 +1,12 @@
 """Features in place of images: the same batches, wherever they are kept."""
 
 import copy
+import threading
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from protoclf import ProtoPNetClassifier, features, storage
 from protoclf.features import FeatureDataset, FitData, extract_features
@@ -216,3 +217,27 @@ def test_kept_latents_are_computed_anew_when_add_on_layers_or_features_change(fi
     torch.testing.assert_close(
         torch.cat([z for z, _ in data.train_latents()]), latents_of_all(net, data)
     )
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_loaders_start_in_the_thread_that_asks(squares, tmp_path, memory):
+    """Their workers too: forked by a thread of a pool, one fails when that thread is joined."""
+    threads = []
+
+    class Noting(DataLoader):
+        def __iter__(self):
+            threads.append(threading.current_thread())
+            return super().__iter__()
+
+    clf = ProtoPNetClassifier(
+        "small_cnn",
+        image_size=32,
+        prototypes_per_class=1,
+        train_backbone=False,
+        memory=tmp_path if memory else None,
+        iterator_valid=Noting,
+        verbose=0,
+    )
+    clf.fit(*squares).predict(squares[0])
+    assert threads
+    assert set(threads) == {threading.main_thread()}

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +87,25 @@ def test_a_loader_reports_a_bad_file(paths):
         next(iter(loader))
     again = ImageError(str(caught.value))  # how torch brings an error from a worker back
     assert str(again) == str(caught.value)
+
+
+def test_what_could_not_be_read_before_it_was_decoded_is_never_known(paths, tmp_path):
+    dataset = dataset_of(paths, on_bad_image="skip")
+    name, hidden = Path(paths[0]), tmp_path / "hidden"
+    digests = dataset.digests
+
+    def appearing(*args, **kwargs):
+        name.rename(hidden)
+        found = digests(*args, **kwargs)
+        hidden.rename(name)
+        return found
+
+    dataset.digests = appearing
+    dataset.keep(folder=tmp_path)
+    assert not dataset.failed([0, 1]).any()
+    assert all(digests([0, 1]))  # whatever these files hold by now
+    assert dataset.unchanged(np.array([0, 1])).tolist() == [False, True]
+    assert dataset.of(np.array([1, 0]), [0, 0], None).unchanged(np.array([0, 1])).tolist() == [
+        True,
+        False,
+    ]

@@ -110,7 +110,7 @@ def evidence(clf: ProtoPNetClassifier, z: Tensor, c: int) -> Tensor:
     if not len(used):
         return z.new_zeros(z.shape[2:])
     cells = covered_cells(module.similarity_maps(z, used)[0], module.prototype_size)  # (k, H, W)
-    return torch.einsum("k,khw->hw", module.last_layer.weight[c, used], cells)
+    return (module.last_layer.weight[c, used][:, None, None] * cells).sum(0)
 
 
 def _areas(
@@ -129,7 +129,7 @@ def _areas(
         [clf.module_(x)[0].softmax(1)[:, c] for x in deleted.split(clf.batch_size)]
         + [clf.module_(x)[0].softmax(1)[:, c] for x in inserted.split(clf.batch_size)]
     )
-    areas = torch.trapezoid(probability.double().unflatten(0, (2, -1)), dim=1) / n_steps
+    areas = torch.trapezoid(probability.cpu().double().unflatten(0, (2, -1)), dim=1) / n_steps
     return float(areas[0]), float(areas[1])
 
 

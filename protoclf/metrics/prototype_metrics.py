@@ -58,7 +58,7 @@ def sparsity(clf: ProtoPNetClassifier, X: Any, *, share: float = 0.9) -> pd.Data
     for _, z in latent_batches(clf, dataset):
         logits, distance, _ = module.compare(z)
         c = logits.argmax(1)  # (n,)
-        parts = (module.activations(distance) * module.last_layer.weight[c]).abs().double()
+        parts = (module.activations(distance) * module.last_layer.weight[c]).abs().cpu().double()
         descending = parts.sort(1, descending=True).values.cumsum(1)  # (n, m)
         wanted = (share - _ROUNDING) * descending[:, -1:]
         size = (descending < wanted).sum(1) + (descending[:, -1] > 0)
@@ -124,7 +124,7 @@ def distinctness(clf: ProtoPNetClassifier, *, max_distance: float = 1e-6) -> pd.
     """
     check_rules({"max_distance": max_distance}, {"max_distance": NON_NEGATIVE})
     check_classifier(clf)
-    p = clf.module_.scaled_prototypes().flatten(1).double().cpu()
+    p = clf.module_.scaled_prototypes().flatten(1).cpu().double()
     owner = clf.module_.owner.cpu().numpy()
     nearest = np.full(len(p), -1)
     distance, distinct = np.full(len(p), np.nan), np.ones(len(p))
