@@ -9,32 +9,48 @@ from protoclf import ProtoPNetClassifier, editing, storage
 from protoclf.metrics import distinctness, sparsity, spatial_misalignment
 from protoclf.nearest_patches import nearest_patches
 
-FITS = {
-    "default": {},
-    "random start, log": {"prototype_init": "random", "similarity": "log", "latent_dim": 8},
-    "k-means, 2 x 2": {"prototype_init": "kmeans", "prototype_size": (2, 2)},
-    "auto, cv, median": {
-        "prototypes_per_class": "auto",
-        "lambda_l1": "cv",
-        "self_matches": "median",
-        "train_backbone": False,
-    },
-    "pieces, views": {
-        "backbone": nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1)),
-        "micro_batch_size": 4,
-        "augmented_views": 1,
-        "warmup_epochs": 1,
-    },
-    "distinct, cycles": {"distinct": "patches", "cycles": 2, "class_weight": "balanced"},
-}
+slow = pytest.mark.slow
 
+FITS = [
+    pytest.param({}, id="default"),
+    pytest.param(
+        {
+            "backbone": nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1)),
+            "micro_batch_size": 4,
+            "augmented_views": 1,
+            "warmup_epochs": 1,
+        },
+        id="pieces, views",
+    ),
+    pytest.param(
+        {"prototype_init": "random", "similarity": "log", "latent_dim": 8},
+        id="random start, log",
+        marks=slow,
+    ),
+    pytest.param(
+        {"prototype_init": "kmeans", "prototype_size": (2, 2)}, id="k-means, 2 x 2", marks=slow
+    ),
+    pytest.param(
+        {
+            "prototypes_per_class": "auto",
+            "lambda_l1": "cv",
+            "self_matches": "median",
+            "train_backbone": False,
+        },
+        id="auto, cv, median",
+        marks=slow,
+    ),
+    pytest.param(
+        {"distinct": "patches", "cycles": 2, "class_weight": "balanced"},
+        id="distinct, cycles",
+        marks=slow,
+    ),
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*num_batches_tracked:UserWarning")
 
 
-@pytest.fixture(
-    params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["float64", "float32 alone"]
-)
+@pytest.fixture(params=[True, pytest.param(False, marks=slow)], ids=["float64", "float32 alone"])
 def device(request):
     with device_with_values(float64=request.param) as name:
         yield name
@@ -62,7 +78,7 @@ def assert_adds_up(clf, X):
 
 
 @pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")
-@pytest.mark.parametrize("given", FITS.values(), ids=FITS)
+@pytest.mark.parametrize("given", FITS)
 def test_a_fit_leaves_no_tensor_behind(squares, device, given):
     X, y = squares
     clf = classifier(device, **given).fit(X, y)
@@ -116,7 +132,8 @@ def test_edits_and_metrics(squares, device):
     assert_adds_up(clf, X)
 
 
-@pytest.mark.parametrize("room", [0, 1])  # features that the device has room for: of views, too
+# of the images, of a view, of the images again for `forbid`: how many have room on the device
+@pytest.mark.parametrize("room", [1, pytest.param(0, marks=slow)])
 def test_features_that_the_device_has_no_room_for(squares, device, monkeypatch, room):
     X, y = squares
     rooms = iter([2**30] * room)
