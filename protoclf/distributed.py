@@ -41,11 +41,10 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
     accelerator : accelerate.Accelerator
         Knows the processes, and the device of each. Of its options mixed precision is in use;
         accumulation of gradients, FSDP and DeepSpeed are refused.
-    batch_size : int, default=32
-        Images of one step on all processes together, so that settings need no change with their
-        number.
     **parameters
-        Those of `ProtoPNetClassifier`; `device` is the accelerator's.
+        Those of `ProtoPNetClassifier`; `device` is the accelerator's, and `batch_size` counts the
+        images of one step on all processes together, so that settings need no change with their
+        number.
 
     Raises
     ------
