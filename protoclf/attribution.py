@@ -46,7 +46,7 @@ def gradient_maps(module: ProtoPNet, image: Tensor, prototypes: Tensor) -> Tenso
     draws = torch.Generator().manual_seed(0)
     noise = torch.randn(_COPIES, *image.shape, generator=draws).to(image.device)
     pixels = (image + 255 * _NOISE * noise).requires_grad_()
-    with without_autocast(image.device), torch.no_grad():
+    with torch.no_grad():
         clean = module.similarity_maps(module.latents(module.features(image[None])), prototypes)
         cell = clean[0].flatten(1).argmax(1)  # (k,)
     with without_autocast(image.device), torch.enable_grad():

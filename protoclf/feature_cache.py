@@ -80,9 +80,9 @@ class CachedImages(Batches):
     """Batches of an image data set, with features in place of the images that have them cached.
 
     The inputs of a batch are {"images": (k, 3, S, S), "missing": (k,), "keys": k str, "cached":
-    n - k tensors (C, h, w), "known": (n,)} and the others of the data set: `missing` says which
-    images of the batch have no features yet, `keys` where those are to be kept; an empty one if
-    not at all. "known" are those that are what their digests, as the data set has them, say.
+    n - k tensors (C, h, w)} and the others of the data set: `missing` says which images of the
+    batch have no features yet, `keys` where those are to be kept; an empty one if not at all, for
+    one that is not known to be what its digest says.
     """
 
     def __init__(self, dataset: ImageDataset | Subset, cache: FeatureCache) -> None:
@@ -112,7 +112,6 @@ class CachedImages(Batches):
             "missing": torch.from_numpy(missing),
             "keys": [keys[i] for i in missing],
             "cached": [features for features in found if features is not None],
-            "known": torch.tensor([bool(key) for key in keys]),
         }
         return inputs | others, y
 

@@ -23,7 +23,7 @@ from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.network import ProtoPNet
 from protoclf.storage import allocate
 
-_KEPT = ("features", "index", "sample_weight", "known")
+_KEPT = ("features", "index", "sample_weight", "keys")
 
 _VIEWS_BEHIND_TRAINED = 2  # which knows the images as they are
 
@@ -121,7 +121,7 @@ def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset
             rows = allocate(shape, batch.dtype, net.device, net.memory_folder)
         rows[start : start + len(batch)] = batch
         start += len(batch)
-        known &= "known" in inputs and bool(inputs["known"].all())
+        known &= all(inputs.get("keys", [""]))  # of those that were not found by their digests
     assert rows is not None, "a data set has at least one image"
     _check_finite(rows, torch.from_numpy(index[own]))
     features = processes.in_order(rows, n).permute(0, 3, 1, 2)

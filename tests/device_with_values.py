@@ -112,7 +112,7 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _check_devices(name: str, args: tuple, here: list[torch.Tensor]) -> None:
-    """Raise what a GPU would; numbers, as tensors without dimensions, and indices may come along"""
+    """Raise what a GPU would; numbers without dimensions and indices may come from the CPU."""
     if name.startswith(_WRITING_BY_INDEX):
         same = isinstance(args[0], OnDevice) and (isinstance(args[2], OnDevice) or not args[2].ndim)
     elif name.startswith("aten.index.Tensor"):

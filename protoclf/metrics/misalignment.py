@@ -196,12 +196,12 @@ def _compared(
     columns = {
         "class": clf.classes_[before.logits.argmax(1).cpu().numpy()],
         "prototype": pd.array(j.cpu().numpy(), dtype="Int64"),
-        "similarity": g.cpu().double(),
-        "location_change": location.cpu().double(),
-        "activation_change": torch.where(g > 0, lost, torch.nan).cpu().double(),
-        "rank_change": (above[1] - above[0]).cpu().double(),
-        "prediction_changed": (before.logits.argmax(1) != after.logits.argmax(1)).cpu().double(),
+        "similarity": g,
+        "location_change": location,
+        "activation_change": torch.where(g > 0, lost, torch.nan),
+        "rank_change": above[1] - above[0],
+        "prediction_changed": before.logits.argmax(1) != after.logits.argmax(1),
     }
     return pd.DataFrame(
-        {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in columns.items()}
+        {n: v.cpu().double().numpy() if isinstance(v, Tensor) else v for n, v in columns.items()}
     )
