@@ -7,7 +7,6 @@ import ctypes
 import functools
 import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -79,37 +78,6 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     flags = next((line for line in lines if line.startswith("flags")), "")
     return frozenset(flags.partition(":")[2].split())
-
-
-def widest_float(device: torch.device) -> torch.dtype:
-    """Return the most precise numbers that a device computes with: float64, but for Apple's."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def on_cpu_by_default() -> AbstractContextManager[object]:
-    """Have torch make tensors on the CPU, where no device is named, whatever its default is."""
-    elsewhere = torch.get_default_device().type != "cpu"
-    return torch.device("cpu") if elsewhere else nullcontext()
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Have torch compute in the precision of what it is given, whatever is set around it.
-
-    Weights that an autocast inside of it casts are cast anew each time: torch would keep them until
-    the outermost one ends, through all steps of a fit.
-    """
-    kind = device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False, cache_enabled=False)
-
-
-def float32_matmul_precision() -> str:
-    """Return torch's setting; "medium", the least, where there is one for each kind of device."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch.backends...fp32_precision was set
-        return "medium"
 
 
 def takes_channels_last(backbone: nn.Module, image_size: int) -> bool:

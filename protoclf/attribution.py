@@ -16,11 +16,11 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclf.acceleration import without_autocast
 from protoclf.explanation import BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import ProtoPNet
+from protoclf.torch_settings import without_autocast
 
 _COPIES = 8
 _NOISE = 0.1  # standard deviation, of the range of pixels

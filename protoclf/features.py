@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from protoclf.acceleration import on_cpu_by_default
 from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_of
 from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
 from protoclf.fingerprints import state_digest
@@ -22,6 +21,7 @@ from protoclf.image_dataset import Batch, Batches, ImageDataset, in_whole
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.network import ProtoPNet
 from protoclf.storage import allocate
+from protoclf.torch_settings import on_cpu_by_default, random_numbers_from
 
 _KEPT = ("features", "index", "sample_weight", "keys")
 
@@ -335,8 +335,7 @@ class FitData:
         augmented, device = self.augmented_train_images, torch.device(self.net.device)
         if not count or augmented is self.train_images:
             return []
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.net.seed_)  # the same again after an interruption
+        with random_numbers_from(self.net.seed_, device):  # the same again after an interruption
             return [extract_features(self.net, augmented) for _ in range(count)]
 
     @property

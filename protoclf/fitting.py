@@ -19,7 +19,7 @@ from sklearn.utils import check_random_state
 from skorch.callbacks import LRScheduler
 from torch.utils.data import Dataset
 
-from protoclf.acceleration import on_cpu_by_default, return_freed_memory, without_autocast
+from protoclf.acceleration import return_freed_memory
 from protoclf.augmentation import augmentation_of
 from protoclf.checkpoint import Checkpoint
 from protoclf.explanation import prototype_table
@@ -42,6 +42,7 @@ from protoclf.saved_sources import sources_among
 from protoclf.source_files import SourceFile
 from protoclf.stages import Stage, Training, drop_unused_prototypes, schedule
 from protoclf.torch_datasets import unpacked
+from protoclf.torch_settings import on_cpu_by_default, random_numbers_from, without_autocast
 
 _one_fit = threading.RLock()
 """Random numbers are torch's, which threads share: two fits at a time would take one another's."""
@@ -123,10 +124,9 @@ class StagedNet(SkorchProtoPNet):
             device = torch.device(self.device)
             with (
                 _one_fit,
-                torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+                random_numbers_from(self.seed_, device),
                 without_autocast(device),  # `precision` is what says
             ):
-                torch.manual_seed(self.seed_)
                 if first:
                     self.initialize()
                 self.prepare_processor()

@@ -50,7 +50,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from protoclf.acceleration import widest_float
+from protoclf.torch_settings import widest_float
 
 _SMALL = 2_000_000  # activations up to which single precision would save nothing
 _ONE_THREAD = 200_000  # activations up to which a second thread does not pay

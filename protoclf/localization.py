@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclf.acceleration import without_autocast
 from protoclf.network import ProtoPNet
+from protoclf.torch_settings import without_autocast
 
 BLOCK = 2**22  # pixels of upsampled maps at a time
 _SAMPLING = 13  # pixels; prime, so that a sample meets all columns of a map

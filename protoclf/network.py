@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclf.acceleration import without_autocast
 from protoclf.folding import Folds, folded, folded_copy
 from protoclf.prototype_layer import distance_maps, min_distances, similarity, unit_length
+from protoclf.torch_settings import without_autocast
 
 PARTS = ("backbone", "add_on", "prototypes", "last_layer")
 

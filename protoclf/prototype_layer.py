@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclf.acceleration import float32_matmul_precision, widest_float, without_autocast
+from protoclf.torch_settings import float32_matmul_precision, widest_float, without_autocast
 
 _BLOCK_CPU = 2**20  # numbers in a block: 4 MiB of float32, little enough to stay in the caches
 _BLOCK_GPU = 2**25  # 128 MiB: few launches matter more than caches

@@ -18,6 +18,7 @@ from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import with_progress
 from protoclf.prototype_layer import min_distances, patches_of
 from protoclf.stage_cache import remembered
+from protoclf.torch_settings import random_numbers_from
 
 _COMPONENTS = 64
 _SAMPLE = 1024  # patches of a class that its principal components are found from
@@ -179,8 +180,7 @@ def _principal_axes(patches: Tensor, most: int) -> Tensor:
     n, size = patches.shape
     if size <= most:
         return torch.eye(size, dtype=patches.dtype, device=patches.device)
-    with torch.random.fork_rng([patches.device] if patches.device.type == "cuda" else []):
-        torch.manual_seed(0)  # pca_lowrank draws from the device's generator
+    with random_numbers_from(0, patches.device):  # pca_lowrank takes no generator
         return torch.pca_lowrank(patches, min(most, n), niter=2)[2]
 
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclf.acceleration import float32_matmul_precision
 from protoclf.array_store import ArrayStore
 from protoclf.features import Arrays, FitData
 from protoclf.fingerprints import code_digest, described, state_digest
 from protoclf.image_errors import ImageError
 from protoclf.net import SkorchProtoPNet
+from protoclf.torch_settings import float32_matmul_precision
 
 LARGEST = 2**27
 """Bytes of a result that is worth keeping (128 MiB)."""

@@ -21,7 +21,7 @@ from skorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protoclf.acceleration import return_freed_memory, widest_float
+from protoclf.acceleration import return_freed_memory
 from protoclf.features import Arrays, FitData
 from protoclf.fingerprints import described
 from protoclf.image_dataset import in_whole
@@ -33,6 +33,7 @@ from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import replace_self_matches
 from protoclf.stage_cache import remembered
+from protoclf.torch_settings import widest_float
 
 _PLACE = ("image", "row", "col", "box", "moved")  # of the sources
 

@@ -15,6 +15,7 @@ from torch import nn
 from protoclf import ProtoPNetClassifier, net
 from protoclf import acceleration as fast
 from protoclf.prototype_layer import min_distances
+from protoclf.torch_settings import float32_matmul_precision
 
 RESIDENT = """
 import sys, torch
@@ -63,11 +64,11 @@ def test_a_precision_of_products_for_each_kind_of_device_is_the_least(squares):
     expected = min_distances(z, p)[0]
     layer.fp32_precision = "tf32"
     try:
-        assert fast.float32_matmul_precision() == "medium"
+        assert float32_matmul_precision() == "medium"
         torch.testing.assert_close(min_distances(z, p)[0], expected)
     finally:
         layer.fp32_precision = before
-    assert fast.float32_matmul_precision() == "highest"
+    assert float32_matmul_precision() == "highest"
 
 
 def test_channels_last_where_the_backbone_can():

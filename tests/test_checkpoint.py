@@ -118,6 +118,7 @@ def test_ctrl_c_while_it_is_written_is_no_full_disk(tmp_path, monkeypatch):
         classifier("joint", checkpoint=tmp_path).fit(*pictures())
 
 
+@pytest.mark.filterwarnings("ignore:.*distinct patches")  # what a seed of its own may come to
 def test_early_stopping_and_a_random_seed_go_on_too(tmp_path):
     X, y = pictures()
 

@@ -156,7 +156,7 @@ def test_half_precision_makes_no_distance_negative_and_no_logarithm_infinite(dty
 def test_under_autocast_all_is_as_without(squares, tmp_path, given):
     X, y = squares
     plain = small(**given).fit(X, y)
-    caching = small(memory=tmp_path, train_backbone=False, **given)
+    caching = small(memory=tmp_path, train_backbone=False, precision="float32", **given)
     with torch.autocast("cpu", torch.bfloat16):
         within = small(**given).fit(X, y)
         caching.fit(X, y)

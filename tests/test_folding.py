@@ -332,7 +332,8 @@ def test_passes_over_many_images_fold(
 ):
     X, y = eight_images
     backbone = with_statistics(SmallCNN(8))
-    plain = _fitted(backbone, (X[:2], y[:2]), train_backbone=False)
+    frozen = {"train_backbone": False, "precision": "float32"}
+    plain = _fitted(backbone, (X[:2], y[:2]), **frozen)
     if "memory" in given:
         given = given | {"memory": tmp_path}
     clf = copy.deepcopy(plain).set_params(**given)

@@ -245,7 +245,7 @@ def test_values_lie_in_their_intervals(report):
     assert report.index[report["low"].isna()].tolist() == ["global size"]
     for prefix, value in (("", "value"), ("baseline_", "baseline")):
         rows = report[report[f"{prefix}low"].notna()]
-        assert len(rows) > 12
+        assert len(rows) > 8  # a baseline need not have boxes to delete
         assert (rows[f"{prefix}low"] <= rows[value] + 1e-9).all()
         assert (rows[f"{prefix}high"] >= rows[value] - 1e-9).all()
     assert set(report["better"]) == {"higher", "lower"}

@@ -1,0 +1,47 @@
+"""What torch is set to around a computation, and what its devices allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+
+@contextmanager
+def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Have torch draw from a seed, and afterwards go on as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the most precise numbers that a device computes with: float64, but for Apple's."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def on_cpu_by_default() -> AbstractContextManager[object]:
+    """Have torch make tensors on the CPU, where no device is named, whatever its default is."""
+    elsewhere = torch.get_default_device().type != "cpu"
+    return torch.device("cpu") if elsewhere else nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Have torch compute in the precision of what it is given, whatever is set around it.
+
+    Weights that an autocast inside of it casts are cast anew each time: torch would keep them until
+    the outermost one ends, through all steps of a fit.
+    """
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False, cache_enabled=False)
+
+
+def float32_matmul_precision() -> str:
+    """Return torch's setting; "medium", the least, where there is one for each kind of device."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch.backends...fp32_precision was set
+        return "medium"
