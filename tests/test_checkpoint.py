@@ -94,6 +94,7 @@ def test_a_process_that_is_killed_goes_on(tmp_path, moment):
     assert_same_model(never_stopped("joint"), resumed, X)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_goes_on_too(tmp_path):
     X, y = pictures()
     compiled = {"compile": True, "compile__backend": "eager"}

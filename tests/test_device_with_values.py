@@ -105,6 +105,7 @@ def test_a_fit_ends_as_on_the_cpu(squares, start):
     assert found.prototypes_[places].equals(expected.prototypes_[places])
 
 
+@slow
 def test_a_fitted_network_follows_the_parameter(squares, device):
     X, y = squares
     clf = classifier(device).fit(X, y)
@@ -118,6 +119,7 @@ def test_a_fitted_network_follows_the_parameter(squares, device):
     assert_adds_up(clf, X)
 
 
+@slow
 def test_edits_and_metrics(squares, device):
     X, y = squares
     clf = classifier(device, train_backbone=False, prototypes_per_class=3).fit(X, y)

@@ -21,7 +21,7 @@ def code_blocks(page):
 
 
 def marked(page):
-    fast = page.name in ("README.md", "first_steps.md", "saving.md", "images.md")
+    fast = page.name in ("README.md", "saving.md", "images.md")
     return pytest.param(page, id=page.name, marks=[] if fast else [pytest.mark.slow])
 
 

@@ -121,6 +121,7 @@ def test_an_edited_classifier_is_exported_as_it_is_now(squares, tmp_path):
     assert_equal(clf, session, X[:3])
 
 
+@pytest.mark.slow
 def test_export_is_in_float32_and_leaves_the_classifier_as_it_is(squares, tmp_path):
     X, y = squares
     clf = ProtoPNetClassifier("small_cnn", **SMALL, precision="bfloat16").fit(X, y)

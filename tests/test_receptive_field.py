@@ -142,7 +142,13 @@ CUTS = {  # the first layers of a network: several cells whose fields lie within
 }
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("convnext_tiny", "vgg11") else [])
+        for name in CUTS
+    ],
+)
 def test_boxes_equal_what_the_network_really_sees(name):
     """NaN outside a box leaves its cell alone; NaN on any side of it reaches the cell."""
     with torch.device("meta"):
@@ -218,6 +224,7 @@ def test_attention_and_global_pooling_see_the_whole_image():
         assert geometry.receptive_field == (33, 33)
 
 
+@pytest.mark.slow
 def test_functional_code_of_a_user_is_measured():
     """Hand-written swish, layer normalisation over channels, saturating activations, in place."""
 

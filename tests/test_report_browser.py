@@ -225,7 +225,7 @@ def test_it_makes_sense_without_its_script(open_page, explained):
     assert page.locator("#image-0 .source .scene").is_visible()
 
 
-@pytest.mark.parametrize("width", [360, 800, 1300])
+@pytest.mark.parametrize("width", [360, pytest.param(800, marks=pytest.mark.slow), 1300])
 def test_nothing_is_wider_than_the_window(width, open_page):
     page = open_page(width)
     for card in page.locator(".card").all():
@@ -249,7 +249,9 @@ def test_everything_is_printed(open_page):
     assert len(re.findall(rb"/Type\s*/Page\b", pages)) >= 6
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1300), ("dark", 360)])
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1300), pytest.param("dark", 360, marks=pytest.mark.slow)]
+)
 def test_axe_finds_nothing_serious(scheme, width, open_page):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
     page = open_page(width, color_scheme=scheme)

@@ -100,6 +100,7 @@ def test_the_cycle_that_is_best_on_images_held_out_is_delivered(
 
 
 @pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")
+@pytest.mark.slow
 def test_a_row_that_was_interrupted_goes_on_to_the_same_end(script, birds, tmp_path, monkeypatch):
     args, images = birds
     script.row(args, "small_cnn", images, script.fitted)
