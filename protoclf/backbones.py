@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torchvision
 from torch import Tensor, nn
 
 from protoclf.messages import first_few
+from protoclf.torch_settings import ShapesOnly
 
 # What comes before the pooling and the classifier, by torchvision's file of the family.
 _CONVOLUTIONAL_PARTS = {
@@ -158,7 +160,9 @@ def _build_own(net: nn.Module, name: str, weights: str | os.PathLike[str] | None
 def _build_torchvision(name: str, weights: str | os.PathLike[str] | None) -> nn.Module:
     parts = _CONVOLUTIONAL_PARTS[_check_name(name)]
     state = _find_state(name, weights)  # before the model is built: a wrong name fails at once
-    children = dict(torchvision.models.get_model(name, weights=None).named_children())
+    # random weights that others replace would be most of the work, in each fit of a search
+    with nullcontext() if state is None else ShapesOnly():
+        children = dict(torchvision.models.get_model(name, weights=None).named_children())
     net = nn.Sequential()
     for part in parts:
         net.add_module(part, children.pop(part))
@@ -256,8 +260,13 @@ def _load_state(
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     dropped = set(ignored)
     state = {k: v for k, v in state.items() if k.partition(".")[0] not in dropped}
+    own = net.state_dict()
+    without_values = any(tensor.is_meta for tensor in own.values())
+    if without_values:
+        known = {k for k, v in state.items() if k in own and isinstance(v, Tensor)}
+        state = {k: _cast(v, own[k]) if k in known else v for k, v in state.items()}
     try:
-        missing, unexpected = net.load_state_dict(state, strict=False)
+        missing, unexpected = net.load_state_dict(state, strict=False, assign=without_values)
     except RuntimeError as error:  # shapes
         raise ValueError(f"{source} does not fit the backbone: {_shorten(str(error))}") from error
     if missing or unexpected:
@@ -266,6 +275,11 @@ def _load_state(
             f"unexpected {first_few(unexpected, 3)}."
         )
     return net
+
+
+def _cast(value: Tensor, like: Tensor) -> Tensor:
+    """Return a copy on the CPU with the type of another, its numbers one after the other."""
+    return value.to("cpu", like.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _has_prefix(net: nn.Module, prefix: str) -> bool:

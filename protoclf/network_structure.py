@@ -6,24 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from protoclf.network import ProtoPNet
 
 Kind = tuple[str, tuple[Any, ...]]
 """Type and shape of a tensor; None is any length but 0."""
-
-
-class ShapesOnly(TorchFunctionMode):
-    """Lets layers be built without memory for their weights, of which only shapes are asked."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in (torch.empty, torch.zeros, torch.ones, torch.rand):
-            kwargs = {**kwargs, "device": "meta"}
-        return function(*args, **kwargs)
 
 
 def layers_of(module: nn.Module) -> dict[str, str]:

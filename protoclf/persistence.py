@@ -38,7 +38,6 @@ from protoclf.model_files import (
 )
 from protoclf.network import ProtoPNet
 from protoclf.network_structure import (
-    ShapesOnly,
     is_finite,
     kinds_of,
     layers_of,
@@ -57,6 +56,7 @@ from protoclf.saved_sources import (
     write_thumbnails,
 )
 from protoclf.source_files import SourceFile
+from protoclf.torch_settings import ShapesOnly
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier

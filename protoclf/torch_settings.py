@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -45,3 +47,15 @@ def float32_matmul_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # torch.backends...fp32_precision was set
         return "medium"
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Lets layers be built without memory for their weights, of which only shapes are asked."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones, torch.rand):
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)

@@ -186,6 +186,41 @@ def test_a_state_dict_of_the_whole_model_is_loaded(tmp_path, resnet_state, wrap)
     assert all(torch.equal(v, resnet_state[k]) for k, v in net.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "resnet18" else [pytest.mark.slow])
+        for name in sorted({*FAMILIES, "vgg11"} - {"small_cnn"})
+    ],
+)
+def test_no_weights_are_drawn_that_others_replace(tmp_path, name):
+    state = torchvision.models.get_model(name, weights=None).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    before = torch.random.get_rng_state()
+    net = build_backbone(name, weights=tmp_path / "w.pt")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {"cpu"}
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_weights_that_other_programs_wrote_become_the_model_s_own_kind(tmp_path, resnet_state):
+    whole = torch.stack([resnet_state["bn1.weight"], resnet_state["bn1.bias"]])
+    other = {
+        k: v.half() if v.is_floating_point() else v
+        for k, v in resnet_state.items()
+        if not k.endswith("num_batches_tracked")  # torch 0.3 had none
+    } | {"bn1.weight": whole[0], "bn1.bias": whole[1]}
+    other["conv1.weight"] = other["conv1.weight"].to(memory_format=torch.channels_last)
+    torch.save(other, tmp_path / "w.pt")
+    net = build_backbone("resnet18", weights=tmp_path / "w.pt")
+    for name, value in net.state_dict().items():
+        assert value.dtype == resnet_state[name].dtype
+        assert value.is_contiguous()
+        assert value.untyped_storage().nbytes() == value.nbytes
+        torch.testing.assert_close(value, resnet_state[name], atol=1e-3, rtol=1e-3)
+
+
 def test_safetensors_are_loaded(tmp_path, resnet_state):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(resnet_state, tmp_path / "w.safetensors")
