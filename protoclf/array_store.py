@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from warnings import warn
 
 import joblib
 import numpy as np
 
 from protoclf.files import replaced
+
+_CHECKSUM = 4  # bytes
+
+T = TypeVar("T")
 
 
 def folder_of(memory: Any) -> Path | None:
@@ -23,8 +29,9 @@ class ArrayStore:
     """Arrays as .npy files, or several by name as .npz files, written whole or not at all.
 
     Any number of processes may read and write at the same time: who comes second writes the same.
-    A file that cannot be read counts as missing; where nothing can be written, nothing is kept,
-    with one warning.
+    Behind what numpy writes stands a checksum: a file that cannot be read, or that holds something
+    else than was written, counts as missing. Where nothing can be written, nothing is kept, with
+    one warning.
 
     Parameters
     ----------
@@ -38,10 +45,7 @@ class ArrayStore:
 
     def get(self, key: str) -> np.ndarray | None:
         """Return the array of a key (hexadecimal digits), or None."""
-        try:
-            return np.load(self._file(key), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
+        return _loaded(self._file(key), lambda array: array)
 
     def put(self, key: str, array: np.ndarray) -> None:
         """Keep an array."""
@@ -49,11 +53,7 @@ class ArrayStore:
 
     def get_several(self, key: str) -> dict[str, np.ndarray] | None:
         """Return the named arrays of a key, or None."""
-        try:
-            with np.load(self._file(key, ".npz"), allow_pickle=False) as stored:
-                return dict(stored)
-        except Exception:  # whatever damage does to zip files
-            return None
+        return _loaded(self._file(key, ".npz"), dict)
 
     def put_several(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep named arrays, all of them or none."""
@@ -64,11 +64,30 @@ class ArrayStore:
             return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            whole = io.BytesIO()
+            write(whole)
             with replaced(file) as temporary, open(temporary, "wb") as out:
-                write(out)
+                out.write(whole.getbuffer())
+                out.write(_checksum(whole.getbuffer()))
         except OSError as error:
             self._writable = False
             warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=3)
 
     def _file(self, key: str, suffix: str = ".npy") -> Path:
         return self.folder / key[:2] / f"{key[2:]}{suffix}"
+
+
+def _loaded(file: Path, of: Callable[[Any], T]) -> T | None:
+    """Return what a file holds, or None where it is missing or damaged."""
+    try:
+        whole = memoryview(file.read_bytes())
+        written, checksum = whole[:-_CHECKSUM], whole[-_CHECKSUM:]
+        if _checksum(written) != checksum:
+            return None
+        return of(np.load(io.BytesIO(written), allow_pickle=False))
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _checksum(data: memoryview) -> bytes:
+    return zlib.crc32(data).to_bytes(_CHECKSUM, "little")

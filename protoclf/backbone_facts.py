@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from protoclf.acceleration import takes_channels_last
-from protoclf.fingerprints import state_digest, structure_digest
+from protoclf.fingerprints import state_digest, state_of, structure_digest
 from protoclf.folding import Folds, find_evaluation_folds, find_folds
 from protoclf.micro_batches import images_stay_apart
 from protoclf.receptive_field import BackboneGeometry, measure
@@ -68,12 +68,17 @@ def _once(find: Callable[[nn.Module, int], Found], backbone: nn.Module, image_si
     A search builds the same backbone for each candidate: its digest costs far less than to run
     it, even without numbers. Weights do not matter, but for their shapes.
     """
-    state = backbone.state_dict()
-    shapes = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items())
-    indices = {name: tensor for name, tensor in state.items() if not tensor.is_floating_point()}
-    key = find, structure_digest(backbone), shapes, state_digest(indices), image_size
+    state = state_of(backbone)
+    weights = {name: value for name, value in state.items() if _is_weight(value)}
+    shapes = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items())
+    others = {name: value for name, value in state.items() if name not in weights}
+    key = find, structure_digest(backbone), shapes, state_digest(others), image_size
     found = _known.pop(key) if key in _known else find(backbone, image_size)
     _known[key] = found
     while len(_known) > _KEPT:
         _known.popitem(last=False)
     return found
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

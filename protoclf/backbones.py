@@ -51,7 +51,7 @@ def build_backbone(
     ----------
     backbone : str or nn.Module
         A name from `available_backbones`, or a module that maps images (N, 3, S, S) to a feature
-        map (N, C, h, w). A module is copied, and never changed.
+        map (N, C, h, w). A module is copied, and never changed; TorchScript's cannot be.
     weights : str, path or None, default="DEFAULT"
         - "DEFAULT": torchvision's best weights of a torchvision backbone; random ones for
           "small_cnn", which has no others; a module keeps its own.
@@ -71,11 +71,12 @@ def build_backbone(
     RuntimeError
         If weights cannot be downloaded.
     ValueError
-        If the name is unknown, or the weights are, or a state dict does not fit.
+        If the name is unknown, or the weights are, a state dict does not fit, or a module cannot be
+        copied.
     """
     _check_weights_type(weights)
     if isinstance(backbone, nn.Module):
-        return _build_own(copy.deepcopy(backbone), "this module", weights)
+        return _build_own(_copied(backbone), "this module", weights)
     if not isinstance(backbone, str):
         raise TypeError(f"backbone must be a name or {_OWN_MODULE}, got {backbone!r}.")
     if backbone == "small_cnn":
@@ -138,6 +139,21 @@ def _check_weights_type(weights: Any) -> None:
         raise TypeError(
             f"weights must be None, a name such as 'DEFAULT' or a path, got {weights!r}."
         )
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    if isinstance(net, torch.jit.ScriptModule):
+        raise TypeError(
+            "backbone is a TorchScript module, whose layers torch can neither copy nor freeze. "
+            "Pass the nn.Module that it was made of."
+        )
+    try:
+        return copy.deepcopy(net)
+    except RuntimeError as error:  # a result of its parameters, which torch does not copy
+        raise ValueError(
+            f"backbone cannot be copied ({_shorten(str(error), first=0)}) If it keeps what it "
+            "computed as an attribute, clear that, or compute it under torch.no_grad()."
+        ) from error
 
 
 def _build_own(net: nn.Module, name: str, weights: str | os.PathLike[str] | None) -> nn.Module:
@@ -286,5 +302,5 @@ def _has_prefix(net: nn.Module, prefix: str) -> bool:
     return any(k.startswith(prefix) for k in net.state_dict())
 
 
-def _shorten(message: str, lines: int = 4) -> str:
-    return " ".join(line.strip() for line in message.splitlines()[1:lines])
+def _shorten(message: str, first: int = 1) -> str:
+    return " ".join(line.strip() for line in message.splitlines()[first:4])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
+import PIL.ImageFile
 import torch
 import torchvision
 from torch import Tensor
@@ -119,7 +119,10 @@ class CachedImages(Batches):
 def fingerprint(module: ProtoPNet, preprocessing: Preprocessing) -> str:
     """Return a digest of all that the features of an image depend on, but for the image."""
     versions = (_FORMAT, torch.__version__, torchvision.__version__, PIL.__version__)
-    settings = (preprocessing, module.half_precision, module.prototypes.device.type)
+    settings = (
+        *(preprocessing, PIL.ImageFile.LOAD_TRUNCATED_IMAGES),
+        *(module.half_precision, module.prototypes.device.type),
+    )
     scale = state_digest({"mean": module.mean, "std": module.std})
     parts = repr((versions, settings, module_digest(module.backbone), scale))
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()

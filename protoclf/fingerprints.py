@@ -7,6 +7,7 @@ and other libraries the version. What C code holds is not seen, nor what is look
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.resources
@@ -33,34 +34,41 @@ _LIBRARIES = {
 """Known by their versions."""
 
 _CACHED = type(functools.cache(id))
-_PLAIN = (type(None), str, bool, int, float, complex, bytes, numpy.generic)
+_PLAIN = (
+    *(type(None), str, bool, int, float, complex, bytes, bytearray, slice, range, numpy.generic),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 _DEPTH = 6
 
 
 def module_digest(module: nn.Module) -> str:
     """Return a digest of a module: its structure, source code, attributes, hooks and weights."""
-    return structure_digest(module) + state_digest(module.state_dict())
+    return structure_digest(module) + state_digest(state_of(module))
 
 
 def structure_digest(module: nn.Module) -> str:
     """Return a digest of all of a module but its weights and buffers."""
-    describer = _Describer(hidden=True)
-    parts = [repr(module)]
-    kinds = {type(layer) for layer in module.modules()}
-    parts += [describer.of(kind) for kind in sorted(kinds, key=_name)]
-    for name, layer in module.named_modules():
-        for attribute, value in _attributes(layer).items():
-            parts.append(f"{name}.{attribute} {describer.of(value)}")
-    return _digest(parts)
+    return _Describer(hidden=True).structure(module)
 
 
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Return a digest of named tensors."""
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """Return a module's state dict, and the buffers that it leaves out."""
+    return module.state_dict() | dict(module.named_buffers(remove_duplicate=False))
+
+
+def state_digest(state: Mapping[str, Any]) -> str:
+    """Return a digest of named tensors, and of what else a module has in its state dict."""
     digest = hashlib.sha256()  # processors have instructions for it
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            digest.update(f"{name} {_Describer(hidden=True).of(tensor)}".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            continue
+        values = tensor.dequantize() if tensor.is_quantized else tensor
         # a copy: of one number, what is called contiguous may have any stride
-        rows = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+        rows = values.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
         digest.update(rows.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -98,18 +106,42 @@ class _Describer:
     def __init__(self, hidden: bool = False) -> None:
         self.hidden = hidden
         self._known: dict[Any, str] = {}  # functions and classes; of open ones the name
+        self._open: set[int] = set()  # what holds the value that is described now
 
     def of(self, value: Any, depth: int = 0) -> str:
         if isinstance(value, _PLAIN):
             return repr(value)
         if isinstance(value, os.PathLike):
             return repr(os.fspath(value))
-        if isinstance(value, nn.Module):
-            return f"{value!r} {state_digest(value.state_dict())}"
         if isinstance(value, Tensor):
             return f"tensor {tuple(value.shape)} {state_digest({'': value})}"
         if isinstance(value, numpy.ndarray):
             return f"array {value.shape} {_digest([repr(value.tolist())])}"
+        if id(value) in self._open:
+            return "one that holds this"
+        self._open.add(id(value))
+        try:
+            return self._of_parts(value, depth)
+        finally:
+            self._open.remove(id(value))
+
+    def structure(self, module: nn.Module) -> str:
+        parts = [repr(module), self.of(list(_global_hooks()))]
+        kinds = {type(layer) for layer in module.modules()}
+        parts += [self.of(kind) for kind in sorted(kinds, key=_name)]
+        for name, layer in module.named_modules():
+            for attribute, value in _attributes(layer).items():
+                parts.append(f"{name}.{attribute} {self.of(value)}")
+        return _digest(parts)
+
+    def _module(self, module: nn.Module) -> str:
+        hidden, self.hidden = self.hidden, True
+        structure, self.hidden = self.structure(module), hidden
+        return f"{type(module).__name__} {structure} {state_digest(state_of(module))}"
+
+    def _of_parts(self, value: Any, depth: int) -> str:
+        if isinstance(value, nn.Module):
+            return self._module(value)
         if isinstance(value, Mapping):
             return repr({str(k): self.of(v, depth + 1) for k, v in value.items()})
         if isinstance(value, set | frozenset):
@@ -119,10 +151,24 @@ class _Describer:
         return self._code_of(value) or self._object(value, depth)
 
     def _object(self, value: Any, depth: int) -> str:
-        parts = getattr(value, "__dict__", {}) if depth < _DEPTH else {}
+        if depth == _DEPTH:
+            return self.of(type(value))
+        if not hasattr(value, "__dict__"):
+            return f"{self.of(type(value))} {self.of(self._reduced(value), depth + 1)}"
+        parts = vars(value)
         if not self.hidden:
             parts = {k: v for k, v in parts.items() if not (k.startswith("_") or k.endswith("_"))}
         return f"{self.of(type(value))} {self.of(parts, depth + 1)}"
+
+    def _reduced(self, value: Any) -> Any:
+        """Return what a pickle would hold of an object that has no attributes of its own."""
+        try:
+            reduced = value.__reduce_ex__(2)
+        except Exception:  # nothing is known: as an attribute of a module, it is like no other
+            return (os.getpid(), id(value)) if self.hidden else None
+        if isinstance(reduced, str):
+            return reduced
+        return [list(part) if isinstance(part, Iterator) else part for part in reduced]
 
     def _code_of(self, value: Any) -> str:
         """Describe a function or a class; nothing for another object."""
@@ -169,6 +215,10 @@ def _is_data(value: Any) -> bool:
         return all(map(_is_data, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_is_data, value))
+    if isinstance(value, types.SimpleNamespace):
+        return _is_data(vars(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(_is_data(getattr(value, field.name)) for field in dataclasses.fields(value))
     return isinstance(value, (*_PLAIN, Tensor, numpy.ndarray))
 
 
@@ -225,6 +275,12 @@ def _instructions(code: types.CodeType) -> str:
 
 def _constant(value: Any) -> str:
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+
+
+def _global_hooks() -> Iterator[Any]:
+    """Yield the hooks that torch calls around the pass of every module."""
+    for hooks in (f"_global{name}" for name in _HOOKS):
+        yield from getattr(nn.modules.module, hooks, {}).values()
 
 
 def _attributes(layer: nn.Module) -> dict[str, Any]:

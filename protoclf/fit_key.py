@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from protoclf.fingerprints import code_digest, described, module_digest
+from protoclf.fingerprints import code_digest, described, module_digest, state_digest
 from protoclf.image_dataset import ImageDataset
 
 _NO_MATTER = (
@@ -53,11 +53,15 @@ def fit_key(
         "y": described([classes, dataset.y]),
         "sample_weight": described(dataset.sample_weight),
         "groups": described(groups),
-        "the fitted network": described(network),
+        "the fitted network": "None" if network is None else _weights_of(network),
         "forbidden and encouraged patches": described(concepts),
         "the version of torch": str(torch.__version__),
         "the version of protoclf": code_digest(),
     }
+
+
+def _weights_of(network: nn.Module) -> str:  # attributes say how it runs on its processor
+    return f"{network!r} {state_digest(network.state_dict())}"
 
 
 def _parameter(value: Any) -> str:

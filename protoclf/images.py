@@ -112,7 +112,7 @@ def conflicting_labels(images: Images, y: ArrayLike) -> None:
     first: dict[str, int] = {}
     conflicts = []
     for i, path in enumerate(images.paths):
-        j = first.setdefault(os.path.normcase(os.path.abspath(path)), i)
+        j = first.setdefault(os.path.normcase(os.path.realpath(path)), i)
         if labels[i] != labels[j]:
             conflicts.append(
                 f"{path!r} is {labels.item(j)!r} at position {images.positions[j]} "

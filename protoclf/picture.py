@@ -87,7 +87,8 @@ def digest(item: Any) -> str:
         return hashlib.blake2b(Path(item).read_bytes(), digest_size=20).hexdigest()
     kind: tuple = ()
     if isinstance(item, PIL.Image.Image):
-        kind = (item.mode, orientation_of(item), item.getpalette(), item.info.get("transparency"))
+        palette, transparency = item.getpalette("RGBA"), item.info.get("transparency")
+        kind = (item.mode, orientation_of(item), palette, transparency)
         item = np.asarray(item)
     described = repr((kind, item.shape, str(item.dtype))).encode()
     return hashlib.blake2b(described + item.tobytes(), digest_size=20).hexdigest()

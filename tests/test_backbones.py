@@ -278,6 +278,15 @@ def test_files_that_are_no_state_dict(tmp_path):
 # A user's module
 
 
+def test_modules_that_cannot_be_copied_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(TypeError, match="TorchScript"):
+        build_backbone(torch.jit.trace(net, torch.zeros(1, 3, 8, 8)))
+    net.last = net(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"cannot be copied.*clear that"):
+        build_backbone(net)
+
+
 def test_a_users_module_is_copied_and_never_changed():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU())
     module[0].weight.requires_grad_(False)

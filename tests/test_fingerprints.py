@@ -1,16 +1,21 @@
 """Digests tell apart whatever computes something else, and nothing that computes the same."""
 
 import copy
+import dataclasses
 import functools
 import importlib
+import operator
 import os
 import pickle
 import subprocess
 import sys
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from protoclf import backbone_facts, fingerprints
 from protoclf.backbone_facts import facts_of
@@ -33,6 +38,35 @@ class Base(nn.Module):
         return self.conv(x)
 
 
+@dataclasses.dataclass
+class Slotted:
+    __slots__ = ("scale",)
+    scale: float
+
+
+class Scaling(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+
+class Ordered(Base):
+    def __init__(self, order):
+        super().__init__()
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+
+    def forward(self, x):
+        return self.conv(x)[:, self.order]
+
+
+class Extra(Base):
+    def get_extra_state(self):
+        return {"extra": self.attribute}
+
+    def set_extra_state(self, state):
+        self.attribute = state["extra"]
+
+
 class Derived(Base):
     pass
 
@@ -46,7 +80,14 @@ def test_what_computes_something_else_has_another_digest():
     attributes = [None, 1, 2.0, "1", (1, 2), [1, 3], {"a": 1}, {"a": 2}, torch.ones(2)]
     attributes += [torch.zeros(2), one, two, holding(1), holding(2), [one], [two]]
     attributes += [functools.partial(scaled, factor=f) for f in (1, 2)]
+    attributes += [torch.float32, torch.float64, torch.device("cpu"), torch.device("meta")]
+    attributes += [slice(0, 2), slice(1, 2), range(2), range(3), bytearray(b"a"), bytearray(b"b")]
+    attributes += [operator.itemgetter(1), operator.itemgetter(2), deque([1]), deque([2])]
+    attributes += [Slotted(1), Slotted(2), [Slotted(3)], Holder({"a": Slotted(4)})]
+    attributes += [[Scaling(1)], [Scaling(2)], {"a": [Scaling(2)]}]
+    attributes += [v2.Compose([v2.Lambda(one)]), v2.Compose([v2.Lambda(two)])]
     modules = [Base(attribute) for attribute in attributes]
+    modules += [Ordered([0, 1, 2]), Ordered([2, 1, 0]), Extra(1), Extra(2)]
     modules += [Derived(), copy.deepcopy(Base()).double(), nn.Sequential(Base())]
     changed = Base()
     with torch.no_grad():
@@ -56,6 +97,61 @@ def test_what_computes_something_else_has_another_digest():
     before.conv.register_forward_pre_hook(lambda module, x: None)
     modules += [changed, hooked, before]
     assert len({module_digest(module) for module in modules}) == len(modules)
+
+
+def test_configurations_that_code_names_count():
+    def made(config):
+        exec("def act(x):\n    return CONFIG.scale * x", space := {"CONFIG": config})
+        return described(space["act"])
+
+    assert made(SimpleNamespace(scale=1)) == made(SimpleNamespace(scale=1))
+    assert made(SimpleNamespace(scale=1)) != made(SimpleNamespace(scale=2))
+    assert made(Slotted(1)) != made(Slotted(2))
+
+
+def test_what_no_pickle_can_hold_is_like_no_other():
+    one, two = (Base(n for n in [k]) for k in range(2))
+    assert module_digest(one) == module_digest(one)
+    assert module_digest(one) != module_digest(two)
+
+
+def test_what_holds_itself_is_described():
+    def cyclic():
+        module, held = Base(), {"a": []}
+        held["a"].append(held)
+        module.attribute = [module, held]
+        return module
+
+    assert module_digest(cyclic()) == module_digest(cyclic())
+
+
+def test_hooks_of_all_modules_count():
+    before = module_digest(Base())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, x, out: 2 * out)
+    try:
+        assert module_digest(Base()) != before
+    finally:
+        handle.remove()
+    assert module_digest(Base()) == before
+
+
+def test_a_hook_may_keep_what_it_sees():
+    seen, module = {}, Base()
+    module.conv.register_forward_hook(lambda layer, x, out: seen.update(conv=out.detach()))
+    module.to("meta")(torch.zeros(1, 3, 8, 8, device="meta"))
+    assert module_digest(module) == module_digest(module)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch gives them up some day
+def test_quantized_layers_are_told_apart():
+    def made(scale):
+        net = nn.Sequential(nn.Linear(2, 2))
+        nn.init.constant_(net[0].weight, scale)
+        nn.init.zeros_(net[0].bias)
+        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
+
+    assert module_digest(made(1.0)) == module_digest(made(1.0))
+    assert module_digest(made(1.0)) != module_digest(made(2.0))
 
 
 def test_what_computes_the_same_has_the_same_digest():
@@ -210,6 +306,8 @@ def test_facts_are_found_out_once_for_each_backbone(monkeypatch):
     assert facts_of(backbone, 64).geometry.height == 8
     assert facts_of(SmallCNN(8), 48).geometry.channels == 8
     assert asked == [48, 64, 48]
+    assert [facts_of(Ordered(order), 48).geometry.channels for order in ([0], [0, 1])] == [1, 2]
+    assert asked == [48, 64, 48, 48, 48]
     monkeypatch.setattr(backbone_facts, "_KEPT", 1)
     facts_of(SmallCNN(4), 48)
     assert len(backbone_facts._known) == 1

@@ -1,19 +1,23 @@
 """Fits on torch's data sets are those on what the data sets hold."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from sklearn.model_selection import cross_val_score
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, random_split
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import DatasetFolder, ImageFolder
 
 from protoclf import ImageError, ProtoPNetClassifier, ProtoPNetEnsemble
 from protoclf.editing import forbid, remove
 from protoclf.metrics import deletion_score
 from protoclf.nearest_patches import nearest_patches
 from protoclf.report import write_report
+from protoclf.torch_datasets import unpacked
 
 
 def small():
@@ -61,6 +65,58 @@ def test_a_folder_of_torchvision_is_read_by_its_paths(folder):
     assert set(clf.prototypes_["source"]) <= {path for path, _ in folder.samples}
     half = ImageFolder(folder.root, transform=lambda image: image.resize((30, 20)))
     assert small().fit(half).source_image(0).shape == (20, 30, 3)
+
+
+class Cropped(Dataset):
+    """What people write by hand: paths that torchvision found, and a transform."""
+
+    def __init__(self, folder):
+        self.samples = folder.samples
+        self.transform = lambda image: image.crop((0, 0, 30, 20))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        path, label = self.samples[i]
+        return self.transform(PIL.Image.open(path)), label
+
+
+class Inverted(ImageFolder):
+    def __getitem__(self, i):
+        image, label = super().__getitem__(i)
+        return PIL.ImageOps.invert(image), label % 2
+
+
+class Part(Subset):
+    def __getitem__(self, i):
+        return np.asarray(super().__getitem__(i)[0])[:20, :30], i % 2
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Cropped,
+        lambda folder: Inverted(folder.root),
+        lambda folder: Part(folder, range(20)),
+        lambda folder: ImageFolder(folder.root, loader=lambda path: PIL.Image.new("L", (30, 20))),
+        lambda folder: DatasetFolder(folder.root, np.load, (".npy",)),
+    ],
+    ids=["samples of its own", "own items", "own items of a part", "own loader", "own files"],
+)
+def test_fit_sees_what_a_data_set_of_a_user_holds(folder, made):
+    for path, _ in folder.samples:
+        np.save(path.replace(".png", ".npy"), np.asarray(PIL.Image.open(path))[:20])
+    dataset = made(folder)
+    clf = small().fit(dataset)
+    images, labels = zip(*[dataset[i] for i in range(len(dataset))], strict=True)
+    assert clf.classes_.tolist() == sorted(set(labels))
+    for j, i in enumerate(clf.prototypes_["source_index"]):
+        seen = images[i].convert("RGB") if isinstance(images[i], PIL.Image.Image) else images[i]
+        assert np.array_equal(clf.source_image(j), seen)
 
 
 def test_parts_of_a_folder_are_read_by_their_paths_too(folder):
@@ -139,6 +195,48 @@ def test_whatever_takes_images_takes_a_data_set(squares, tmp_path):
     path = clf.last_layer_path(photos, None, [1e-2], 2)  # labels of the data set
     assert path["accuracy"].equals(clf.last_layer_path(X, y, [1e-2], 2)["accuracy"])
     assert forbid(clf, [0], photos, None, k=1, epochs=0).n_prototypes_ == clf.n_prototypes_
+
+
+class OneBuffer(Photos):
+    """Fills the same array for each image, as torch's loaders allow."""
+
+    buffer = np.empty((40, 60, 3), np.uint8)
+
+    def __getitem__(self, i):
+        self.buffer[:] = self.squares[0][i]
+        return self.buffer, int(i % 3)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_images_that_share_a_buffer_are_told_apart(squares, as_tensor):
+    dataset = OneBuffer(squares)
+    if as_tensor:
+        dataset.buffer = torch.empty(3, 40, 60, dtype=torch.uint8)
+        dataset.squares = torch.from_numpy(squares[0]).permute(0, 3, 1, 2), squares[1]
+    images, labels = unpacked(dataset, None)
+    assert np.array_equal(np.stack(images), squares[0])
+    assert labels == [i % 3 for i in range(24)]
+
+
+class Lazy(Photos):
+    def __getitem__(self, i):
+        return PIL.Image.open(self.squares[0][i]), self.squares[1][i]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux only")
+def test_files_of_lazy_images_are_closed(files):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    images, _ = unpacked(Lazy(files), None)
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + len(images) // 2
+
+
+def test_a_label_is_a_single_one(squares):
+    X, y = squares
+    one_hot = torch.eye(3)[torch.arange(24) % 3]
+    dataset = TensorDataset(torch.from_numpy(X).permute(0, 3, 1, 2), one_hot)
+    with pytest.raises(ImageError, match=r"shape \(3,\)"):
+        small().fit(dataset)
+    assert unpacked(dataset, y)[1] is y
 
 
 class Stream(IterableDataset):
