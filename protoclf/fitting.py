@@ -29,7 +29,14 @@ from protoclf.fit_key import fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import Images, conflicting_labels, skipped_images
-from protoclf.labels import checked_weights, class_weights, encode, read_groups, read_labels
+from protoclf.labels import (
+    check_single_precision,
+    checked_weights,
+    class_weights,
+    encode,
+    read_groups,
+    read_labels,
+)
 from protoclf.messages import first_few
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.parameters import (
@@ -235,10 +242,12 @@ class StagedNet(SkorchProtoPNet):
         self, codes: np.ndarray, classes: np.ndarray, sample_weight: Any
     ) -> np.ndarray | None:
         """Return the weights of images (n,): checked ones of their own, times their classes'."""
-        if self.class_weight is None:
-            return sample_weight
-        of_classes = class_weights(self.class_weight, codes, classes)
-        return of_classes if sample_weight is None else of_classes * sample_weight
+        weight = sample_weight
+        if self.class_weight is not None:
+            of_classes = class_weights(self.class_weight, codes, classes)
+            weight = of_classes if weight is None else of_classes * weight
+        check_single_precision(weight)
+        return weight
 
     def fit_loop(
         self,

@@ -93,6 +93,20 @@ def checked_weights(sample_weight: Any, n: int) -> np.ndarray | None:
     return _check_sample_weight(sample_weight, np.empty((n, 1)), ensure_non_negative=True)
 
 
+def check_single_precision(weight: np.ndarray | None) -> None:
+    """Raise ValueError where a weight above 0 is 0 or infinite in float32, which losses are in."""
+    if weight is None:
+        return
+    with np.errstate(over="ignore"):
+        single = weight.astype(np.float32)
+    beyond = weight[~np.isfinite(single) | ((single == 0) & (weight != 0))]
+    if len(beyond):
+        raise ValueError(
+            f"sample_weight times class_weight is {beyond[0]:g}, beyond the numbers of float32. "
+            "Multiply all weights by a number."
+        )
+
+
 def class_weights(spec: Any, codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Return the weight of each image (n,) by its class: "balanced", or a dict by label.
 

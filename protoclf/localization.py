@@ -124,16 +124,16 @@ def _boxes(maps: Tensor, percentile: float) -> Tensor:
     n = maps.shape[1:].numel()
     rank = int(np.ceil(round(percentile / 100 * (n - 1), 6)))  # the first at the percentile
     columns, rows = maps.amax(1), maps.amax(2)  # (k, S) each
-    threshold = _order_statistic(maps.flatten(1), rank) - ROUNDING * rows.amax(1)  # (k,)
+    threshold = order_statistic(maps.flatten(1), rank) - ROUNDING * rows.amax(1)  # (k,)
     x0, x1 = _extent(columns >= threshold[:, None])
     y0, y1 = _extent(rows >= threshold[:, None])
     return torch.stack([x0, y0, x1, y1], dim=1).to(maps.dtype)
 
 
-def _order_statistic(values: Tensor, rank: int) -> Tensor:
-    """Return the value of each row that has `rank` others below it."""
-    if values.device.type != "cpu":
-        return values.kthvalue(rank + 1, dim=1).values
+def order_statistic(values: Tensor, rank: int) -> Tensor:
+    """Return the value of each row (k, n) that has `rank` others below it: (k,)."""
+    if values.device.type != "cpu":  # of kthvalue GPUs have no deterministic form
+        return values.topk(values.shape[1] - rank, dim=1, sorted=False).values.amin(1)
     return torch.tensor([_select(row, rank) for row in values.numpy()], dtype=values.dtype)
 
 

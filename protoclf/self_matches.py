@@ -37,6 +37,15 @@ def replace_self_matches(
     result = g.masked_fill(groups[:, None] == groups[source], torch.nan)
     for c in owner.unique():
         mine = owner == c
-        median = result[y == c][:, mine].nanmedian(0).values  # (k,)
+        median = _median(result[y == c][:, mine])  # (k,)
         result[:, mine] = torch.where(result[:, mine].isnan(), median, result[:, mine])
     return torch.where(result.isnan(), g, result)
+
+
+def _median(values: Tensor) -> Tensor:
+    """Return the lower median of each column (n, k) but for NaN, as `nanmedian`: (k,).
+
+    Of which GPUs have no deterministic form.
+    """
+    known = (~values.isnan()).sum(0, keepdim=True)  # (1, k); sorted, NaN comes last
+    return values.sort(0).values.gather(0, (known - 1).clamp_min(0) // 2)[0]

@@ -1,8 +1,9 @@
 """A device that is not the CPU and has values, for tests without a GPU.
 
 Tensors on the device "meta" that carry one on the CPU: whole fits run, through all that depends on
-values, and an operation that would fail on a GPU fails here, such as one on tensors of two devices
-or one that draws from the CPU's generator. Code for "cuda" alone is not run, nor autocast.
+values, and an operation that would fail on a GPU fails here, such as one on tensors of two devices,
+one that draws from the CPU's generator, or one that torch.use_deterministic_algorithms refuses.
+Code for "cuda" alone is not run, nor autocast.
 """
 
 import copy
@@ -34,6 +35,7 @@ _OWN_OPERATORS = {
 }
 _has_float64 = True
 _OF_TWO_DEVICES = ("aten.copy_", "aten._to_copy", "aten._has_compatible", "aten.index.Tensor")
+_NOT_DETERMINISTIC = ("aten.kthvalue", "aten.nanmedian", "aten.median", "aten.histc")  # on CUDA
 _WRITING_BY_INDEX = ("aten.index_put", "aten._index_put")
 
 
@@ -63,12 +65,28 @@ class OnDevice(torch.Tensor):
     def __repr__(self) -> str:
         return f"OnDevice({self.values!r})"
 
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return super().__getitem__(_with_tensors(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_with_tensors(index), value)
+
+    def __reduce_ex__(self, protocol: int) -> Any:  # what is saved is read back on the CPU
+        return self.values.detach().clone().__reduce_ex__(protocol)
+
     def tolist(self) -> Any:
         return self.values.detach().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         return _run(operator, args, kwargs or {})
+
+
+def _with_tensors(index: Any) -> Any:
+    """Replace lists, of which torch would make tensors on "meta", without values."""
+    if isinstance(index, list):
+        return torch.tensor(index)
+    return tuple(map(_with_tensors, index)) if isinstance(index, tuple) else index
 
 
 class _Device(TorchDispatchMode):
@@ -88,6 +106,8 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     here = [t for t in tensors if not isinstance(t, OnDevice)]
     if there:
         _check_devices(name, args, here)
+        if name.startswith(_NOT_DETERMINISTIC):
+            raise RuntimeError(f"{name} has no deterministic form on CUDA")
     target = kwargs.get("device")
     result_is_there = bool(there) if target is None else _is_there(target)
     if kwargs.get("generator") is not None and (there or result_is_there):

@@ -145,6 +145,14 @@ def test_a_class_of_weight_zero_is_refused(paths, squares):
         small().fit(paths, squares[1], sample_weight=weight)
 
 
+@pytest.mark.parametrize(("weight", "class_weight"), [(1e-50, None), (1e39, None), (1e-30, 1e-30)])
+def test_weights_beyond_single_precision_are_refused(paths, squares, weight, class_weight):
+    y = squares[1]
+    classes = None if class_weight is None else {"red": class_weight}
+    with pytest.raises(ValueError, match="beyond the numbers of float32"):
+        small(class_weight=classes).fit(paths, y, sample_weight=np.where(y == "red", weight, 1.0))
+
+
 @pytest.mark.parametrize("folds", [2, 4, 10])
 def test_no_split_takes_a_group_apart(folds):
     y = np.repeat([0, 1, 2], 12)

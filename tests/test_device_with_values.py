@@ -1,8 +1,11 @@
 """Whole fits on a device that is not the CPU: nothing is left behind, and all comes out alike."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from device_with_values import OnDevice, device_with_values
+from skorch.callbacks import Callback
 from torch import nn
 
 from protoclf import ProtoPNetClassifier, editing, storage
@@ -135,6 +138,7 @@ def test_edits_and_metrics(squares, device):
 
 
 # of the images, of a view, of the images again for `forbid`: how many have room on the device
+@pytest.mark.filterwarnings("ignore:last layer not solved")  # where there is float32 alone
 @pytest.mark.parametrize("room", [1, pytest.param(0, marks=slow)])
 def test_features_that_the_device_has_no_room_for(squares, device, monkeypatch, room):
     X, y = squares
@@ -143,3 +147,40 @@ def test_features_that_the_device_has_no_room_for(squares, device, monkeypatch, 
     clf = classifier(device, train_backbone=False, augmented_views=1, warmup_epochs=1).fit(X, y)
     assert_adds_up(clf, X)
     assert_adds_up(editing.forbid(clf, [0], X, y, k=1, epochs=1), X)
+
+
+@slow
+@pytest.mark.parametrize("edit", [editing.forbid, editing.encourage])
+def test_prototypes_start_anew_as_on_the_cpu(squares, edit):
+    X, y = squares
+    given = {"train_backbone": False, "precision": "float32"}
+    expected = edit(classifier("cpu", **given).fit(X, y), [0], X, y, k=1, epochs=1)
+    with device_with_values() as device:
+        found = edit(classifier(device, **given).fit(X, y), [0], X, y, k=1, epochs=1)
+        logits = found.decision_function(X)
+    np.testing.assert_allclose(logits, expected.decision_function(X), atol=1e-2, rtol=1e-2)
+
+
+class Stop(Callback):
+    def __init__(self, row=None):
+        self.plan_ = SimpleNamespace(row=row)  # neither a parameter nor kept in a checkpoint
+
+    def on_epoch_begin(self, net, **kwargs):
+        if len(net.history) == self.plan_.row:
+            raise RuntimeError("stopped")
+
+
+@slow
+def test_a_checkpoint_of_the_device_is_read(squares, tmp_path):
+    X, y = squares
+    with device_with_values() as device:
+        fits = [
+            classifier(device, joint_epochs=2, checkpoint=tmp_path, callbacks=[Stop(row)])
+            for row in (None, 2, None)
+        ]
+        expected = fits[0].fit(X, y).decision_function(X)
+        with pytest.raises(RuntimeError, match="stopped"):
+            fits[1].fit(X, y)
+        assert list(tmp_path.iterdir())
+        found = fits[2].fit(X, y).decision_function(X)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

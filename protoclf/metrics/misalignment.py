@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from protoclf.localization import box_masks, pair_boxes, pair_maps, upsample
+from protoclf.localization import box_masks, order_statistic, pair_boxes, pair_maps, upsample
 from protoclf.metrics.perturbations import UNIT
 from protoclf.metrics.rules import COUNT, NON_NEGATIVE, PERCENTILE, SEED
 from protoclf.metrics.streams import image_batches, latents_of, opened, paths_of
@@ -144,8 +144,8 @@ class _State:
         pixels = upsample(pair_maps(self.module, self.z, self.samples, j), side, side)
         flat = pixels.flatten(1)  # (n, S S)
         low, top = flat.aminmax(dim=1, keepdim=True)
-        rank = int(_HIGH / 100 * (flat.shape[1] - 1)) + 1
-        bound = flat.kthvalue(rank, dim=1, keepdim=True).values + _ROUNDING * (top - low)
+        rank = int(_HIGH / 100 * (flat.shape[1] - 1))
+        bound = order_statistic(flat, rank)[:, None] + _ROUNDING * (top - low)
         return (flat > bound).view_as(pixels)
 
 
