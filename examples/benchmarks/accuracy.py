@@ -156,16 +156,14 @@ def cnn(args, train, held_out, seed, keep_statistics):
 
 def protopnet(args, train, held_out, seed, k):
     stages = StageScores(train, held_out)
-    clf = protopnet_on(
-        args.backbone,
-        args.image_size,
-        train_backbone=bool(args.fine_tune),
-        joint_epochs=args.fine_tune,
-        prototypes_per_class=value_of(k),
-        random_state=seed,
-        callbacks=[stages] if args.fine_tune else None,
-        **settings_of(args),
-    )
+    settings = {
+        "train_backbone": bool(args.fine_tune),
+        "joint_epochs": args.fine_tune,
+        "prototypes_per_class": value_of(k),
+        "random_state": seed,
+        "callbacks": [stages] if args.fine_tune else None,
+    }
+    clf = protopnet_on(args.backbone, args.image_size, **settings | settings_of(args))
     start = time.perf_counter()
     clf.fit(train[0], train[1])
     seconds = time.perf_counter() - start

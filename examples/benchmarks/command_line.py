@@ -10,6 +10,9 @@ def add_set(parser):
 
 def settings_of(args):
     """Return the parameters of `--set`."""
+    for item in args.set:
+        if "=" not in item:
+            raise SystemExit(f"--set {item}: write NAME=VALUE.")
     return {name: value_of(text) for name, text in (item.split("=", 1) for item in args.set)}
 
 

@@ -26,6 +26,7 @@ PROTOTYPES = 10
 def main() -> None:
     args = arguments()
     paths, y = photos(args.train, args.quick)
+    check(args, y)
     features = pooled(args.backbone, args.image_size, paths)
     tables = []
     with tempfile.TemporaryDirectory() as memory:
@@ -58,6 +59,16 @@ def arguments() -> argparse.Namespace:
         args.backbone, args.image_size = "small_cnn", 32
         args.classes, args.photos, args.draws = [2], [4], 1
     return args
+
+
+def check(args, y):
+    """Exit where the folder has too few classes, or too few photos to hold some out."""
+    classes, counts = np.unique(y, return_counts=True)
+    if max(args.classes) > len(classes) or max(args.photos) >= counts.min():
+        raise SystemExit(
+            f"--train has {len(classes)} classes, with {counts.min()} photos or more each: take no "
+            "more --classes, and fewer --photos, so that some are held out."
+        )
 
 
 def drawn(y, n_classes, n_photos, draw):

@@ -111,6 +111,9 @@ def prepared(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     if args.data is None:
         in_fresh_process(draw_birds, settings)
+    for part in ("train", "test"):
+        if not Path(settings["data"], part).is_dir():
+            raise SystemExit(f"--data {args.data} has no folder {part}.")
     classes = [folder for folder in Path(settings["data"], "train").iterdir() if folder.is_dir()]
     settings["n_classes"] = len(classes)
     if args.weights is None:

@@ -28,11 +28,11 @@ MEMORY_GOAL = 1 / 8
 
 def main():
     arguments = parse_arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
         print(memory_here(FORMS[arguments.memory_of], arguments, arguments.sides[0]))
         return
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     sizes = f"m={arguments.prototypes} D={arguments.channels} batch={arguments.batch}"
     print(f"{sizes} threads={torch.get_num_threads()}")
     print("cells    textbook      ours   speed-up   extra memory: textbook      ours   ratio")
@@ -99,8 +99,9 @@ def assert_equal(z, p):
 def memory_of(name, side, arguments):
     """Extra memory of one step, in a process of its own, in MB."""
     options = ["--memory-of", name, "--sides", side]
-    for option in ("prototypes", "channels", "batch"):
-        options += [f"--{option}", getattr(arguments, option)]
+    for option in ("prototypes", "channels", "batch", "threads"):
+        if getattr(arguments, option):
+            options += [f"--{option}", getattr(arguments, option)]
     return in_fresh_process(__file__, *options)
 
 
@@ -124,6 +125,8 @@ def parse_arguments():
     parser.add_argument("--memory-of", choices=list(FORMS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
+        if arguments.check:
+            parser.error("--check holds the full sizes to their goals: leave --quick out.")
         arguments.prototypes, arguments.channels, arguments.batch = 50, 16, 4
         arguments.sides, arguments.rounds = [7], 1
     return arguments

@@ -1,14 +1,14 @@
 """predict and explain against the bare backbone's forward pass on the same paths.
 
-"plain" is what one writes first: a DataLoader over PIL images and float32; it runs in a process of
-its own, whose allocator nobody touched. "tuned" is the same pass with protoclf's decoding, memory
-layout, allocator settings and, where the processor is fast at it, bfloat16.
+"plain" is what one writes first: a DataLoader over PIL images and float32; it runs before the
+others in a process of its own, whose allocator nobody touched. "tuned" is the same pass with
+protoclf's decoding, memory layout, allocator settings and, where the processor is fast at it,
+bfloat16.
 
     python examples/benchmarks/predict.py --images photos/test --backbone efficientnet_lite0
 """
 
 import argparse
-import time
 from functools import partial
 
 import PIL.Image
@@ -49,7 +49,7 @@ def half(clf):
 
 @torch.no_grad()
 def plain(args, paths):
-    """Seconds of a DataLoader, PIL, float32: the median of some rounds."""
+    """Seconds of a DataLoader, PIL, float32."""
     backbone, norm = backbone_of(args.backbone)
     backbone = build_backbone(backbone, None).eval()
     mean, std = normalization(norm)
@@ -71,13 +71,11 @@ def plain(args, paths):
             with PIL.Image.open(paths[i]) as image:
                 return transform(image.convert("RGB"))
 
-    seconds = []
-    for _ in range(args.rounds):
-        start = time.perf_counter()
+    def one_pass():
         for batch in DataLoader(Photos(), batch_size=32):
             backbone(batch)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+
+    return alternate({"plain": one_pass}, args.rounds)["plain"]
 
 
 def plain_in_fresh_process(args):

@@ -23,6 +23,9 @@ from protoclf.stages import Projection
 
 def main():
     args = arguments()
+    wrong = [m for m in args.prototypes if m % args.classes]
+    if wrong:
+        raise SystemExit(f"--prototypes {wrong[0]} is no multiple of --classes {args.classes}.")
     rng = np.random.default_rng(0)
     X = rng.integers(0, 256, (args.images, args.image_size, args.image_size, 3), dtype=np.uint8)
     print(f"{args.backbone} at {args.image_size}, {args.images} images")

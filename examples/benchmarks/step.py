@@ -1,7 +1,8 @@
 """A joint training step against one of the same backbone with pooling and a linear layer.
 
 Forward, loss, backward and Adam, on the same batch of images; both with the memory layout and the
-allocator settings of protoclf. Memory is the peak of a step beyond network, optimizer and inputs.
+allocator settings of protoclf. Memory is the peak of a second step beyond network, gradients,
+optimizer and inputs.
 "statistics kept" is what a fit does with pretrained weights: batch-norm layers keep theirs, and a
 batch is taken in pieces of 8 images.
 
@@ -32,6 +33,7 @@ def main():
     keep_freed_memory()
     if args.memory_of:
         step = FORMS[args.memory_of](args)
+        step()  # after which there are gradients and moments of Adam
         return_freed_memory()
         print(extra_memory(step))
         return
