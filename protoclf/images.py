@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -105,14 +106,14 @@ class Images:
 
 
 def conflicting_labels(images: Images, y: ArrayLike) -> None:
-    """Raise ImageError if one path stands in X twice with different labels."""
+    """Raise ImageError if one file stands in X twice with different labels, by whatever path."""
     if images.paths is None:
         return
     labels = np.asarray(y)
-    first: dict[str, int] = {}
+    first: dict[Any, int] = {}
     conflicts = []
     for i, path in enumerate(images.paths):
-        j = first.setdefault(os.path.normcase(os.path.realpath(path)), i)
+        j = first.setdefault(_identity(path), i)
         if labels[i] != labels[j]:
             conflicts.append(
                 f"{path!r} is {labels.item(j)!r} at position {images.positions[j]} "
@@ -124,6 +125,15 @@ def conflicting_labels(images: Images, y: ArrayLike) -> None:
             + "\n  ".join(conflicts[:SHOWN])
             + "\nKeep one label for each image, or leave the image out of X and y."
         )
+
+
+def _identity(path: str) -> Any:
+    """Return what two paths to the same file have in common."""
+    with suppress(OSError):  # reading it says what is wrong
+        found = os.stat(path)
+        if found.st_ino:  # some file systems have none
+            return found.st_dev, found.st_ino
+    return os.path.normcase(os.path.abspath(path))
 
 
 def skipped_images(failures: Iterable[Failure], y: np.ndarray, good: np.ndarray) -> pd.DataFrame:

@@ -35,6 +35,31 @@ def test_a_damaged_file_counts_as_missing(tmp_path, damage):
     assert store.get(KEY).shape == (3,)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.replace(b"), }", b"),  ", 1),
+        lambda data: data.replace(b"<f8", b"<08", 1),
+        lambda data: b"??" + data[2:],
+        lambda data: data[:128] + bytes(len(data) - 128),  # a power cut
+        lambda data: data[:500] + bytes([data[500] ^ 1]) + data[501:],
+        lambda data: bytes(len(data)),
+    ],
+    ids=["header", "type", "first bytes", "zeros behind the header", "one bit", "zeros"],
+)
+def test_what_is_not_what_was_written_counts_as_missing(tmp_path, damage):
+    store = ArrayStore(tmp_path)
+    store.put(KEY, np.arange(1000.0))
+    store.put_several(KEY, {"a": np.arange(1000.0), "b": np.ones(9)})
+    assert set(store.get_several(KEY)) == {"a", "b"}
+    files = [*tmp_path.rglob("*.npy"), *tmp_path.rglob("*.npz")]
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(damage(file.read_bytes()))
+    assert store.get(KEY) is None
+    assert store.get_several(KEY) is None
+
+
 def test_a_truncated_file_counts_as_missing(tmp_path):
     store = ArrayStore(tmp_path)
     store.put(KEY, np.ones(1000))

@@ -203,6 +203,17 @@ def test_a_bad_pil_image_is_refused_at_once(tmp_path, picture):
         error_of([picture, image], "position 1", "truncated")
 
 
+def test_a_file_has_one_label_by_whatever_path(paths, tmp_path):
+    (tmp_path / "link.png").symlink_to(paths[1])
+    images = Images([*paths, tmp_path / "link.png"])
+    conflicting_labels(images, [0, 1, 2, 3, 4, 5, 1])
+    with pytest.raises(ImageError, match="two labels"):
+        conflicting_labels(images, [0, 1, 2, 3, 4, 5, 0])
+    gone = Images([*paths[:2], tmp_path / "gone.png", tmp_path / "." / "gone.png"])
+    with pytest.raises(ImageError, match="gone"):
+        conflicting_labels(gone, [0, 1, 2, 3])
+
+
 def test_conflicting_labels(paths):
     images = Images([*paths, os.path.join(paths[0].parent, ".", "1.png")])
     conflicting_labels(images, [0, 1, 2, 3, 4, 5, 1])
