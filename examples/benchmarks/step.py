@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from measuring import alternate, extra_memory, in_fresh_process
 from torch import nn
 
-from protoclf.acceleration import keep_freed_memory, return_freed_memory
+from protoclf.acceleration import keep_freed_memory
 from protoclf.backbones import build_backbone
 from protoclf.folding import find_folds
 from protoclf.losses import ProtoPNetLoss
@@ -34,7 +34,6 @@ def main():
     if args.memory_of:
         step = FORMS[args.memory_of](args)
         step()  # after which there are gradients and moments of Adam
-        return_freed_memory()
         print(extra_memory(step))
         return
     print(f"{args.backbone} at {args.image_size}, m={args.prototypes}, batch {args.batch}")
