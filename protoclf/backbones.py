@@ -277,7 +277,7 @@ def _load_state(
     dropped = set(ignored)
     state = {k: v for k, v in state.items() if k.partition(".")[0] not in dropped}
     own = net.state_dict()
-    without_values = any(tensor.is_meta for tensor in own.values())
+    without_values = any(isinstance(value, Tensor) and value.is_meta for value in own.values())
     if without_values:
         known = {k for k, v in state.items() if k in own and isinstance(v, Tensor)}
         state = {k: _cast(v, own[k]) if k in known else v for k, v in state.items()}

@@ -151,7 +151,7 @@ class _Describer:
         return self._code_of(value) or self._object(value, depth)
 
     def _object(self, value: Any, depth: int) -> str:
-        if depth == _DEPTH:
+        if depth >= _DEPTH:
             return self.of(type(value))
         if not hasattr(value, "__dict__"):
             return f"{self.of(type(value))} {self.of(self._reduced(value), depth + 1)}"

@@ -278,6 +278,19 @@ def test_files_that_are_no_state_dict(tmp_path):
 # A user's module
 
 
+def test_a_module_with_more_than_tensors_in_its_state_is_loaded(tmp_path):
+    class Counting(nn.Conv2d):
+        def get_extra_state(self):
+            return {"count": 3}
+
+        def set_extra_state(self, state):
+            self.count = state["count"]
+
+    net = nn.Sequential(Counting(3, 4, 3))
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    assert build_backbone(net, weights=tmp_path / "w.pt")[0].count == 3
+
+
 def test_modules_that_cannot_be_copied_are_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 3))
     with pytest.raises(TypeError, match="TorchScript"):

@@ -125,6 +125,15 @@ def test_what_holds_itself_is_described():
     assert module_digest(cyclic()) == module_digest(cyclic())
 
 
+def test_what_is_deep_inside_is_left_out():
+    def chain(length, end):
+        return end if length == 0 else SimpleNamespace(next=chain(length - 1, end))
+
+    shallow, deep = ([described(chain(n, end)) for end in (1, 2)] for n in (2, 400))
+    assert shallow[0] != shallow[1]
+    assert deep[0] == deep[1]
+
+
 def test_hooks_of_all_modules_count():
     before = module_digest(Base())
     handle = nn.modules.module.register_module_forward_hook(lambda module, x, out: 2 * out)
