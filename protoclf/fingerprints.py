@@ -207,7 +207,8 @@ class _Describer:
         yield self.of([function.__defaults__, function.__kwdefaults__])
         for value in (*_held(function), *_used(code, function.__globals__)):
             # of any other object the type: a logger, say, knows all others of the process
-            yield self._code_of(value) or self.of(value if _is_data(value) else type(value))
+            counts = _is_data(value) or (self.hidden and _is_configuration(value))
+            yield self._code_of(value) or self.of(value if counts else type(value))
 
 
 def _is_data(value: Any) -> bool:
@@ -215,11 +216,15 @@ def _is_data(value: Any) -> bool:
         return all(map(_is_data, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_is_data, value))
+    return isinstance(value, (*_PLAIN, Tensor, numpy.ndarray))
+
+
+def _is_configuration(value: Any) -> bool:
     if isinstance(value, types.SimpleNamespace):
         return _is_data(vars(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return all(_is_data(getattr(value, field.name)) for field in dataclasses.fields(value))
-    return isinstance(value, (*_PLAIN, Tensor, numpy.ndarray))
+    return False
 
 
 def _name(of: Any) -> str:
