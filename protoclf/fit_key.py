@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from protoclf.fingerprints import code_digest, described, module_digest, state_digest
+from protoclf.fingerprints import code_digest, described, state_digest
 from protoclf.image_dataset import ImageDataset
 
 _NO_MATTER = (
@@ -47,7 +47,7 @@ def fit_key(
     dict of str to str
         For each parameter and each part of the data: what it is, or a digest of it.
     """
-    key = {name: _parameter(value) for name, value in params.items() if name not in _NO_MATTER}
+    key = {name: described(value) for name, value in params.items() if name not in _NO_MATTER}
     return key | {
         "the images": described(np.array(dataset.digests(range(len(dataset))))),
         "y": described([classes, dataset.y]),
@@ -62,12 +62,6 @@ def fit_key(
 
 def _weights_of(network: nn.Module) -> str:  # attributes say how it runs on its processor
     return f"{network!r} {state_digest(network.state_dict())}"
-
-
-def _parameter(value: Any) -> str:
-    if isinstance(value, nn.Module):
-        return f"{type(value).__name__} {module_digest(value)}"
-    return described(value)
 
 
 def changes(there: Mapping[str, str], here: Mapping[str, str]) -> str:

@@ -8,13 +8,12 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fit_and_die import classifier, pictures
+from fit_and_die import Stop, classifier, pictures
 from skorch.callbacks import Callback, EarlyStopping
 from skorch.dataset import ValidSplit
 
@@ -22,17 +21,6 @@ from protoclf import ProtoPNetClassifier, checkpoint
 from protoclf.checkpoint import FILE, CheckpointError
 
 WORKER = Path(__file__).parent / "fit_and_die.py"
-
-
-class Stop(Callback):
-    """Raises at the beginning of one row of the history; without parameters of its own."""
-
-    def __init__(self, row=None, error=RuntimeError):
-        self.plan_ = SimpleNamespace(row=row, error=error)
-
-    def on_epoch_begin(self, net, **kwargs):
-        if len(net.history) == self.plan_.row:
-            raise self.plan_.error("stopped")
 
 
 def assert_same_model(one, other, X):

@@ -1,11 +1,9 @@
 """Whole fits on a device that is not the CPU: nothing is left behind, and all comes out alike."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from device_with_values import OnDevice, device_with_values
-from skorch.callbacks import Callback
+from fit_and_die import Stop
 from torch import nn
 
 from protoclf import ProtoPNetClassifier, editing, storage
@@ -159,15 +157,6 @@ def test_prototypes_start_anew_as_on_the_cpu(squares, edit):
         found = edit(classifier(device, **given).fit(X, y), [0], X, y, k=1, epochs=1)
         logits = found.decision_function(X)
     np.testing.assert_allclose(logits, expected.decision_function(X), atol=1e-2, rtol=1e-2)
-
-
-class Stop(Callback):
-    def __init__(self, row=None):
-        self.plan_ = SimpleNamespace(row=row)  # neither a parameter nor kept in a checkpoint
-
-    def on_epoch_begin(self, net, **kwargs):
-        if len(net.history) == self.plan_.row:
-            raise RuntimeError("stopped")
 
 
 @slow

@@ -243,9 +243,10 @@ def test_what_runs_often_runs_on_some_images(birds, report):
 
 def test_values_lie_in_their_intervals(report):
     assert report.index[report["low"].isna()].tolist() == ["global size"]
-    for prefix, value in (("", "value"), ("baseline_", "baseline")):
+    # a baseline need not have boxes to delete
+    for prefix, value, least in (("", "value", 12), ("baseline_", "baseline", 8)):
         rows = report[report[f"{prefix}low"].notna()]
-        assert len(rows) > 8  # a baseline need not have boxes to delete
+        assert len(rows) > least
         assert (rows[f"{prefix}low"] <= rows[value] + 1e-9).all()
         assert (rows[f"{prefix}high"] >= rows[value] - 1e-9).all()
     assert set(report["better"]) == {"higher", "lower"}
