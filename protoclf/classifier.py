@@ -26,7 +26,7 @@ from protoclf.explanation import (
     sheet_rows,
     without_answer,
 )
-from protoclf.features import feature_batches
+from protoclf.features import distance_batches, feature_batches
 from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.image_errors import ImageError
@@ -829,12 +829,11 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self._fitted()
         self.prepare_processor()
         dataset: Any = self.get_dataset(X)
-        for inputs, _ in feature_batches(self, dataset):
-            logits, distance, cell = self.module_.compare(self.module_.latents(inputs["features"]))
-            failed = torch.from_numpy(dataset.failed(inputs["index"]))
+        for index, distance, cell in distance_batches(self, dataset):
+            failed = torch.from_numpy(dataset.failed(index)).to(distance.device)
             if failed.any():
-                logits[failed.to(logits.device)] = distance[failed.to(logits.device)] = torch.nan
-            yield logits, distance, cell
+                distance = distance.masked_fill(failed[:, None], torch.nan)
+            yield self.module_.logits(distance), distance, cell
 
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
         if isinstance(classes, str) and classes in ("predicted", "top2", "all"):

@@ -23,12 +23,9 @@ from protoclf.fingerprints import module_digest, state_digest
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import Batches, ImageDataset, in_whole
 from protoclf.network import ProtoPNet
-from protoclf.recent import Recent
+from protoclf.recent import recent_tensors
 
 _FORMAT = "2"
-
-recent_features = Recent()
-"""Those that this process has read, by folder and key."""
 
 
 class FeatureCache:
@@ -48,11 +45,11 @@ class FeatureCache:
     def read(self, key: str) -> Tensor | None:
         """Return the features (C, h, w) of an image, or None."""
         place = self.store.folder, key
-        features = recent_features.get(place)
+        features = recent_tensors.get(place)
         if features is None:
             features = self._stored(key)
             if features is not None:
-                recent_features.put(place, features)
+                recent_tensors.put(place, features)
         return features
 
     def _stored(self, key: str) -> Tensor | None:
@@ -80,9 +77,9 @@ class CachedImages(Batches):
     """Batches of an image data set, with features in place of the images that have them cached.
 
     The inputs of a batch are {"images": (k, 3, S, S), "missing": (k,), "keys": k str, "cached":
-    n - k tensors (C, h, w)} and the others of the data set: `missing` says which images of the
-    batch have no features yet, `keys` where those are to be kept; an empty one if not at all, for
-    one that is not known to be what its digest says.
+    n - k tensors (C, h, w), "digests": n str} and the others of the data set: `missing` says which
+    images of the batch have no features yet, `keys` where those are to be kept; an empty one if not
+    at all, for one that is not known to be what its digest says.
     """
 
     def __init__(self, dataset: ImageDataset | Subset, cache: FeatureCache) -> None:
@@ -112,6 +109,7 @@ class CachedImages(Batches):
             "missing": torch.from_numpy(missing),
             "keys": [keys[i] for i in missing],
             "cached": [features for features in found if features is not None],
+            "digests": keys,
         }
         return inputs | others, y
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
 from protoclf.fingerprints import state_digest
 from protoclf.image_dataset import Batch, Batches, ImageDataset, in_whole
 from protoclf.net import NotFinite, SkorchProtoPNet
-from protoclf.network import ProtoPNet
+from protoclf.recent_distances import RecentDistances
 from protoclf.storage import allocate
 from protoclf.torch_settings import on_cpu_by_default, random_numbers_from
 
@@ -147,46 +147,84 @@ def feature_batches(
     Under `memory`, and while the backbone is as it was given, features are computed for those
     images only that no fit has seen before, in whatever process.
     """
-    module, store = net.module_.eval(), None
-    n_images = len(cast(Sized, dataset) if rows is None else rows)
-    folded = cache(lambda: net.module_to_evaluate(n_images))  # once it is needed
-    folder = None if net.backbone_trained_ else net.memory_folder
-    if folder is not None and isinstance(dataset, ImagePart):
-        store = FeatureCache(folder, module, net.preprocessing_)
-        dataset = CachedImages(dataset, store)
-    for inputs, y in _with_progress(net, dataset, progress, rows):
+    source = _Source(net, dataset, len(cast(Sized, dataset) if rows is None else rows))
+    for inputs, y in _with_progress(net, source.dataset, progress, rows):
         with torch.no_grad():
-            if store is not None:
-                inputs["features"] = _completed(net, store, inputs, len(y), folded)
-            elif "images" in inputs:
-                inputs["features"] = folded().features(inputs["images"].to(net.device))
-            else:  # in a file where the device had no room
-                inputs["features"] = inputs["features"].to(net.device)
+            inputs["features"] = source.features(inputs)
         yield {n: v for n, v in inputs.items() if n in _KEPT}, y
 
 
-def _completed(
-    net: SkorchProtoPNet, store: FeatureCache, inputs: dict, n: int, module: Callable[[], ProtoPNet]
-) -> Tensor:
-    """Compute the features that a batch of `CachedImages` lacks, and keep them."""
-    missing, cached = inputs["missing"], inputs["cached"]
-    parts = list(cached)
-    if len(missing):
-        computed = module().features(inputs["images"].to(net.device))  # (k, C, h, w)
-        store.write(inputs["keys"], computed)
-        if not cached:
-            return computed
-        parts += list(computed.cpu())
-    rows = torch.stack([part.permute(1, 2, 0) for part in parts])  # (n, h, w, C)
-    if len(missing):
-        found = torch.ones(n, dtype=torch.bool)
-        found[missing] = False
-        rows = rows[torch.cat([found.nonzero()[:, 0], missing]).argsort()]
-    return rows.to(net.device).permute(0, 3, 1, 2)
+def distance_batches(
+    net: SkorchProtoPNet, dataset: Dataset
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield which images a batch holds (n,), and what `ProtoPNet.nearest` finds for them.
+
+    Under `memory` those that this process has found a short while ago are not computed again.
+    """
+    module, source = net.module_, _Source(net, dataset, len(cast(Sized, dataset)))
+    recent = None if source.store is None else RecentDistances(source.store, module)
+    for inputs, _ in _with_progress(net, source.dataset):
+        digests: Any = inputs.get("digests", [])
+        with torch.no_grad():
+            found = None if recent is None else recent.get(digests)
+            if found is None:
+                found = module.nearest(module.latents(source.features(inputs)))
+                if recent is not None:
+                    recent.put(digests, *found)
+        yield inputs["index"], *found
+
+
+class _Source:
+    """Where the features of a data set come from: a cache, the backbone, or features themselves.
+
+    Attributes
+    ----------
+    dataset : Dataset
+        What a loader is to read.
+    store : FeatureCache or None
+    """
+
+    def __init__(self, net: SkorchProtoPNet, dataset: Dataset, n_images: int) -> None:
+        self.net, self.dataset = net, dataset
+        self.store: FeatureCache | None = None
+        module = net.module_.eval()
+        self._module = cache(lambda: net.module_to_evaluate(n_images))  # once it is needed
+        folder = None if net.backbone_trained_ else net.memory_folder
+        if folder is not None and isinstance(dataset, ImagePart):
+            self.store = FeatureCache(folder, module, net.preprocessing_)
+            self.dataset = CachedImages(dataset, self.store)
+
+    def features(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the features (n, C, H, W) of a batch, on the net's device."""
+        if self.store is not None:
+            return self._completed(self.store, inputs)
+        if "images" in inputs:
+            return self._module().features(inputs["images"].to(self.net.device))
+        return inputs["features"].to(self.net.device)  # in a file where the device had no room
+
+    def _completed(self, store: FeatureCache, inputs: dict[str, Any]) -> Tensor:
+        """Compute the features that a batch of `CachedImages` lacks, and keep them."""
+        missing, cached = inputs["missing"], inputs["cached"]
+        parts = list(cached)
+        if len(missing):
+            computed = self._module().features(inputs["images"].to(self.net.device))  # (k, C, h, w)
+            store.write(inputs["keys"], computed)
+            if not cached:
+                return computed
+            parts += list(computed.cpu())
+        rows = torch.stack([part.permute(1, 2, 0) for part in parts])  # (n, h, w, C)
+        if len(missing):
+            found = torch.ones(len(rows), dtype=torch.bool)
+            found[missing] = False
+            rows = rows[torch.cat([found.nonzero()[:, 0], missing]).argsort()]
+        return rows.to(self.net.device).permute(0, 3, 1, 2)
 
 
 def _with_progress(
-    net: SkorchProtoPNet, dataset: Dataset, progress: bool, rows: Sequence[int] | None
+    net: SkorchProtoPNet,
+    dataset: Dataset,
+    progress: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> Iterable[Batch]:
     loader = net.get_iterator(dataset, training=False, rows=rows)
     total = len(loader) if hasattr(loader, "__len__") else None

@@ -200,9 +200,21 @@ class ProtoPNet(nn.Module):
 
     def compare(self, z: Tensor) -> Outputs:
         """Return the outputs for latent maps z (N, D, H, W)."""
+        distance, cell = self.nearest(z)
+        return self.logits(distance), distance, cell
+
+    def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each prototype's distance to its nearest patch of latent maps, and the cell.
+
+        z (N, D, H, W) to (N, m), (N, m).
+        """
         with without_autocast(z.device):
-            distance, cell = min_distances(z, self.scaled_prototypes())  # (N, m), (N, m)
-            return self.last_layer(self.activations(distance)), distance, cell
+            return min_distances(z, self.scaled_prototypes())
+
+    def logits(self, distance: Tensor) -> Tensor:
+        """Return the logits (N, C) for squared distances (N, m) to the nearest patches."""
+        with without_autocast(distance.device):
+            return self.last_layer(self.activations(distance))
 
     def activations(self, distance: Tensor) -> Tensor:
         """Return similarities g of squared distances, in any shape."""

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from torch import Tensor
 
 RECENT_BUDGET = 2**28
-"""Bytes of features that a process keeps beside those under `memory` (256 MiB)."""
+"""Bytes that a process keeps beside what lies under `memory` (256 MiB)."""
 
 
 class Recent:
@@ -52,3 +52,7 @@ class Recent:
         place = self._random.randrange(len(self._keys))
         self._keys[place], self._keys[-1] = self._keys[-1], self._keys[place]
         self._size -= self._tensors.pop(self._keys.pop()).nbytes
+
+
+recent_tensors = Recent()
+"""What this process has read or found under `memory`, by what it is of."""

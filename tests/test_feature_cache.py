@@ -15,9 +15,11 @@ from torch import nn
 
 from protoclf import ProtoPNetClassifier, image_dataset
 from protoclf.backbones import SmallCNN
-from protoclf.feature_cache import fingerprint, recent_features
+from protoclf.editing import remove
+from protoclf.feature_cache import fingerprint
 from protoclf.geometry import Preprocessing
 from protoclf.network import ProtoPNet
+from protoclf.recent import recent_tensors
 
 
 def backbone():
@@ -77,7 +79,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_not_kept(files, tmp_path, m
     X, y = files
     clf = frozen(tmp_path / "m", **given).fit(X, y)
     shutil.rmtree(tmp_path / "m")
-    recent_features.clear()
+    recent_tensors.clear()
     file, decode = Path(X[0]), image_dataset.decode
     first = file.read_bytes()
 
@@ -96,7 +98,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_not_kept(files, tmp_path, m
         else:
             clf.decision_function(X[:2])
             file.write_bytes(first)
-    recent_features.clear()
+    recent_tensors.clear()
     again = clf.decision_function(X[:1])  # of the picture that is there now
     expected = clf.set_params(memory=None).decision_function(X[:1])
     np.testing.assert_allclose(again, expected, atol=1e-5)
@@ -110,6 +112,62 @@ def test_arrays_and_pictures_are_known_by_their_pixels(squares, tmp_path, backbo
     clf.predict(255 - X)
     clf.predict([PIL.Image.fromarray(pixels) for pixels in X])  # another form, another key
     assert sum(backbone_images) == 3 * len(X)
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """How many images were compared with prototypes, batch by batch."""
+    sizes, nearest = [], ProtoPNet.nearest
+
+    def counting(self, z):
+        sizes.append(len(z))
+        return nearest(self, z)
+
+    monkeypatch.setattr(ProtoPNet, "nearest", counting)
+    return sizes
+
+
+def test_images_are_compared_once_with_the_same_prototypes(files, tmp_path, compared):
+    X, y = files
+    plain = frozen(None).fit(X, y)
+    expected, similarities = plain.decision_function(X), plain.transform(X)
+    clf = frozen(tmp_path / "m").fit(X, y)
+    compared.clear()
+    np.testing.assert_array_equal(clf.decision_function(X), expected)
+    for _ in range(2):
+        np.testing.assert_array_equal(clf.decision_function(X), expected)
+        np.testing.assert_array_equal(clf.transform(X), similarities)
+    sparser = clone(clf).set_params(lambda_l1=0.05).fit(X, y)  # start and projection are known
+    assert not np.array_equal(sparser.decision_function(X), expected)
+    assert sum(compared) == len(X)
+
+
+def test_other_prototypes_and_other_images_are_compared_anew(files, tmp_path, compared):
+    X, y = files
+    clf = frozen(tmp_path / "m").fit(X, y)
+    similarities = clf.transform(X)
+    fewer = remove(clf, [1])
+    compared.clear()
+    np.testing.assert_allclose(
+        fewer.transform(X), np.delete(similarities, 1, axis=1), rtol=0, atol=1e-6
+    )
+    assert sum(compared) == len(X)
+    compared.clear()
+    PIL.Image.fromarray(np.full((40, 60, 3), 9, np.uint8)).save(X[0])
+    assert not np.allclose(clf.transform(X)[0], similarities[0])
+    assert sum(compared) == 8  # the batch that the image is in
+    np.testing.assert_array_equal(clf.transform(X)[1:], similarities[1:])
+
+
+def test_what_cannot_be_read_has_no_similarity_a_second_time(files, tmp_path):
+    X, y = files
+    clf = frozen(tmp_path / "m", on_bad_image="skip").fit(X, y)
+    whole = Path(X[0]).read_bytes()
+    Path(X[0]).write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):
+        assert np.isnan(clf.transform(X)[:, 0]).nonzero()[0].tolist() == [0]
+    Path(X[0]).write_bytes(whole)
+    assert not np.isnan(clf.transform(X)).any()
 
 
 def test_a_trained_backbone_keeps_nothing(files, tmp_path, backbone_images):
@@ -128,7 +186,7 @@ def test_damage_costs_time_alone(files, tmp_path, backbone_images):
     for i, file in enumerate(sorted((tmp_path / "m").rglob("*.npy"))):
         if i % 2:
             file.write_bytes(b"")
-    recent_features.clear()
+    recent_tensors.clear()
     np.testing.assert_allclose(clf.decision_function(X), expected, atol=1e-4)
     assert sum(backbone_images) == len(X) + len(X) // 2
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from protoclf import ProtoPNetClassifier, selection, stage_cache, stages
 from protoclf.backbones import SmallCNN
-from protoclf.feature_cache import recent_features
+from protoclf.recent import recent_tensors
 
 FROZEN = {
     "default": {},
@@ -114,7 +114,7 @@ def test_a_warm_fit_runs_no_backbone_and_reads_no_features(files, tmp_path, monk
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
     shutil.rmtree(tmp_path / "m" / "protoclf-cache" / "features")
-    recent_features.clear()
+    recent_tensors.clear()
     monkeypatch.setattr(nn.Conv2d, "forward", None)  # of torch: the backbone is still the same
     frozen(tmp_path / "m", lambda_l1=1e-2).fit(X, y)
 

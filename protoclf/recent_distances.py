@@ -1,0 +1,51 @@
+"""Distances to prototypes that this process has found a short while ago, under `memory`.
+
+Candidates of a search that differ in the last layer alone have them in common, and so have the
+scores of one classifier.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from protoclf.feature_cache import FeatureCache
+from protoclf.fingerprints import state_digest
+from protoclf.network import ProtoPNet
+from protoclf.recent import recent_tensors
+from protoclf.torch_settings import float32_matmul_precision
+
+_FOUND = "distance", "cell"
+
+
+class RecentDistances:
+    """What `ProtoPNet.nearest` finds for batches of images, looked up by all that it depends on.
+
+    Parameters
+    ----------
+    features : FeatureCache
+        Of the backbone and preprocessing.
+    module : ProtoPNet
+        Its prototypes and add-on layers as they are now.
+    """
+
+    def __init__(self, features: FeatureCache, module: ProtoPNet) -> None:
+        head = module.add_on.state_dict() | {"prototypes": module.prototypes}
+        self._device = module.prototypes.device
+        self._of = (
+            *(features.store.folder, state_digest(head), module.similarity),
+            *(torch.get_num_threads(), float32_matmul_precision()),  # which rounding depends on
+        )
+
+    def get(self, digests: list[str]) -> tuple[Tensor, Tensor] | None:
+        """Return distances (n, m) and cells (n, m) of a batch of images, or None."""
+        distance, cell = (recent_tensors.get((*self._of, *digests, name)) for name in _FOUND)
+        if distance is None or cell is None:
+            return None
+        return distance.to(self._device), cell.to(self._device)
+
+    def put(self, digests: list[str], distance: Tensor, cell: Tensor) -> None:
+        """Keep what was found for a batch, if all its images are known by digests."""
+        if all(digests):
+            for name, values in zip(_FOUND, (distance, cell), strict=True):
+                recent_tensors.put((*self._of, *digests, name), values.cpu())
