@@ -26,13 +26,13 @@ from protoclf.explanation import (
     sheet_rows,
     without_answer,
 )
-from protoclf.features import distance_batches, feature_batches
+from protoclf.features import FitData, distance_batches, feature_batches
 from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
 from protoclf.labels import check_classes, checked_weights, encode, read_groups, read_labels
-from protoclf.localization import upsample
+from protoclf.localization import covered_cells, upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet
@@ -43,6 +43,7 @@ from protoclf.parameters import (
     refuse_unknown,
     with_parameters_of,
 )
+from protoclf.patch_search import view_activations
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
 from protoclf.torch_datasets import unpacked
@@ -620,7 +621,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     ) -> tuple[Activations, np.ndarray]:
         """Return what a last layer is solved on, and which of the images that is, a mask (n,).
 
-        With ``on_bad_image="skip"`` those are left out that cannot be read.
+        As in `fit`, views of the images are a part of it where the backbone is trained. With
+        ``on_bad_image="skip"`` those are left out that cannot be read.
         """
         X, y = unpacked(X, y)
         g = self.similarities(X)
@@ -632,9 +634,13 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         if weight is not None:  # as in `fit`, an image of weight 0 is as good as left out
             known &= weight > 0
         weight = self.weights_of(codes[known], labels, None if weight is None else weight[known])
+        dataset: Any = self.get_dataset(X)
+        with torch.no_grad():
+            views = view_activations(self, FitData(self, dataset, None))
         activations = Activations(
             *(g[known], torch.from_numpy(codes[known]), self.module_.owner.cpu(), len(labels)),
             None if weight is None else torch.from_numpy(weight),
+            None if views is None else views[:, torch.from_numpy(known)].cpu(),
         )
         return activations, known
 
@@ -645,7 +651,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         ----------
         X : images
         upsampled : bool, default=False
-            Upsample each map to the part of the original image that the model sees.
+            Upsample each map to the part of the original image that the model sees. Where a patch
+            is of several cells, each cell first has the similarity of the best that covers it.
 
         Returns
         -------
@@ -662,6 +669,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
                 z = self.module_.latents(inputs["features"])
                 batch = self.module_.similarity_maps(z)  # (n, m, H', W')
             if upsampled:
+                size = self.module_.prototype_size
+                batch = torch.stack([covered_cells(one, size) for one in batch])  # (n, m, H, W)
                 done = range(len(maps), len(maps) + len(y))
                 regions = dataset.preprocessing.region(dataset.sizes(done))
                 for one, (x0, y0, x1, y1) in zip(batch, regions, strict=True):

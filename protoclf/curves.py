@@ -210,7 +210,11 @@ class LastLayerPathDisplay:
         axes.plot(x, path["accuracy"], "o-", color=_BLUE, label="images left out")
         low, high = (path["accuracy"] + sign * path["accuracy_std"] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=_BLUE, alpha=0.2)
-        axes.set(xscale="log", xlabel="lambda_l1", ylabel="accuracy")
+        axes.set(xlabel="lambda_l1", ylabel="accuracy")
+        if (x > 0).all():
+            axes.set_xscale("log")
+        else:  # a logarithm has no place for 0
+            axes.set_xscale("symlog", linthresh=x[x > 0].min() if x.any() else 1)
         twin = axes.twinx()
         twin.plot(x, path["n_nonzero"], "s--", color=_ORANGE, label="weights (right)")
         twin.set(ylabel="weights other than 0", ylim=(0, None))

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from protoclf.concepts import ForbiddenPatches
+from protoclf.duplicates import distances_within_classes, repeated
 from protoclf.explanation import EDIT_COLUMNS
 from protoclf.features import FitData
 from protoclf.fitted import check_editable
@@ -187,17 +188,12 @@ def merge_duplicates(
     """
     check_editable(clf)
     check_rules({"max_distance": max_distance}, MERGE_RULES)
-    with torch.no_grad():
-        p = clf.module_.scaled_prototypes().flatten(1).cpu().double()
-    distance, owner = torch.cdist(p, p).square().numpy(), clf.module_.owner.cpu().numpy()
-    stays: list[int] = []
     reasons: dict[int, str] = {}
-    for j in range(len(p)):
-        same = [i for i in stays if owner[i] == owner[j] and distance[i, j] <= max_distance]
-        if same:
-            reasons[j] = f"the same as prototype {same[0]}"
-        else:
-            stays.append(j)
+    for mine, distance in distances_within_classes(clf.module_):
+        first = repeated(distance, max_distance)
+        for j in np.flatnonzero(first >= 0):
+            reasons[int(mine[j])] = f"the same as prototype {mine[first[j]]}"
+    stays = [j for j in range(clf.n_prototypes_) if j not in reasons]
     return select_prototypes(clf, stays, action="merge", reason=reasons, X=X, y=y)
 
 

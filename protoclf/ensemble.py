@@ -337,6 +337,9 @@ class ProtoPNetEnsemble(
             The member's name.
         """
         if member is None:
+            if not 0 <= prototype < len(self.prototypes_):
+                n = len(self.prototypes_)
+                raise IndexError(f"prototype must be from 0 to {n - 1}; got {prototype!r}.")
             row = self.prototypes_.iloc[prototype]
             prototype, member = int(row["member_prototype"]), row["member"]
         check_is_fitted(self)

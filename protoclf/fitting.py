@@ -104,11 +104,13 @@ class StagedNet(SkorchProtoPNet):
     def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         check_parameters(vars(self))
         augmentation_of(self.augmentation)  # a wrong one is refused now
-        if not first and self.image_size != self.preprocessing_.image_size:
-            raise ValueError(
-                f"image_size is {self.image_size} now and was {self.preprocessing_.image_size} in "
-                "the fit that this one goes on from. Set it back, or fit anew (warm_start=False)."
-            )
+        for name in () if first else ("image_size", "resize"):
+            now, before = getattr(self, name), getattr(self.preprocessing_, name)
+            if now != before:
+                raise ValueError(
+                    f"{name} is {now!r} now and was {before!r} in the fit that this one goes on "
+                    "from. Set it back, or fit anew (warm_start=False)."
+                )
         X, y = unpacked(X, y)
         images = Images(X)
         paths = images.paths or []

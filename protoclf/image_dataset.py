@@ -158,7 +158,8 @@ class ImageDataset(Batches):
     def sizes(self, index: ArrayLike) -> np.ndarray:
         """Return width and height of originals (n, 2), in pixels; from the file if need be."""
         index = as_index(index)
-        for i in index[(self._sizes[index, 0] == 0) & ~self.failed(index)]:
+        unknown = index[(self._sizes[index, 0] == 0) & ~self.failed(index)]
+        for i in np.unique(unknown):
             self._sizes[i] = self.images.size(int(i))
         return self._sizes[index]
 

@@ -165,15 +165,14 @@ Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 def _best_of_batch(module: Any, z: torch.Tensor, others: torch.Tensor, first: int, k: int) -> Best:
     _, distance, cell = module.compare(z)  # (n, m)
-    distance = distance.masked_fill(others, torch.finfo(distance.dtype).max)
-    order = distance.argsort(dim=0, stable=True)[:k].T  # (m, k)
+    g = module.activations(distance.masked_fill(others, torch.finfo(distance.dtype).max))
+    order = g.argsort(dim=0, descending=True, stable=True)[:k].T  # (m, k)
     sample, prototype = order.flatten(), torch.arange(len(order)).repeat_interleave(order.shape[1])
     prototype = prototype.to(sample.device)
     by_sample = sample.argsort(stable=True)
     maps = pair_maps(module, z, sample[by_sample], prototype[by_sample])
     maps = maps[by_sample.argsort()].unflatten(0, tuple(order.shape))  # (m, k, H, W)
-    g = module.activations(distance.T.gather(1, order))
-    return g, order + first, cell.T.gather(1, order), maps
+    return g.T.gather(1, order), order + first, cell.T.gather(1, order), maps
 
 
 def _merged(best: Best | None, new: Best, k: int) -> Best:

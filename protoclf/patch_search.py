@@ -75,6 +75,16 @@ def image_distances(
     return net.processes.in_order(distance, n)
 
 
+def view_activations(net: SkorchProtoPNet, data: FitData) -> Tensor | None:
+    """Return the activations (V, N, m) of views of the training images; None where V is 0."""
+    module = net.module_
+    views = [
+        module.activations(image_distances(net, net.latents(view), len(view)))
+        for view in data.view_features
+    ]
+    return torch.stack(views) if views else None
+
+
 def with_progress(
     net: SkorchProtoPNet, latents: Iterable[tuple[Tensor, Tensor]], n: int
 ) -> Iterable[tuple[Tensor, Tensor]]:

@@ -119,9 +119,16 @@ def plot_explanation(
         image=picture,
         region=tuple(clf.shown_region([picture.shape[1::-1]])[0].tolist()),
         maps={j: heat.pixels for j, heat in zip(shown, heats, strict=True)},
-        sources={j: clf.source_image(j) for j in shown},
+        sources=_sources(clf, shown),
     )
     return display.plot(figure)
+
+
+def _sources(clf: ProtoPNetClassifier, prototypes: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return the training images of prototypes, each of which is read once."""
+    index = clf.prototypes_["source_index"]
+    images = {index[j]: clf.source_image(j) for j in {index[j]: j for j in prototypes}.values()}
+    return {j: images[index[j]] for j in prototypes}
 
 
 def _verdicts(
@@ -275,7 +282,7 @@ def plot_similarity_maps(
     check_one_of(label, prototypes)
     picture = np.asarray(Images([image]).open(0))
     similarity = clf.transform([image])[0]  # (m,)
-    label = clf.predict([image])[0] if label is None else label
+    label = clf.predict([image]).tolist()[0] if label is None else label
     weight = clf.coef_[class_index(clf, label)]  # (m,)
     contribution = weight * similarity
     if prototypes is None:

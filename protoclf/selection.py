@@ -101,7 +101,8 @@ def _distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tenso
     """Return squared distances (N, M) of all images to the candidates, maybe rough ones.
 
     Where classes and channels are many, as if patches met candidates in the latters' principal
-    components alone: enough to choose by, for a small part of the work.
+    components alone; otherwise, of a backbone that computes in bfloat16, by products in bfloat16.
+    Enough to choose by, for a part of the work.
     """
     flat = candidates.flatten(1)  # (M, K)
     sizes = zip(data.train_features.features.shape[2:], candidates.shape[2:], strict=True)
@@ -109,7 +110,9 @@ def _distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tenso
     axes = _axes_that_save_work(flat, n_patches, len(data.train_y))
     batches = with_progress(net, data.train_latents(), len(data.train_y))
     if axes is None:
-        return torch.cat([min_distances(z, candidates)[0] for z, _ in batches])
+        rough = net.module_.half_precision and net.module_.similarity == "cosine"
+        find = _distances_in_half_precision if rough else _exact_distances
+        return torch.cat([find(z, candidates) for z, _ in batches])
     centre = flat.mean(0)  # (K,)
     points, squares = (flat - centre) @ axes, (flat - centre).square().sum(1)  # (M, d), (M,)
     size = max(1, _BLOCK // (n_patches * flat.shape[1]))
@@ -125,6 +128,18 @@ def _distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tenso
             ]
             scores.append(torch.cat(best, 1))  # (n, M)
     return torch.cat(scores).mul_(-2).add_(squares).clamp_min_(0)
+
+
+def _exact_distances(z: Tensor, candidates: Tensor) -> Tensor:
+    return min_distances(z, candidates)[0]
+
+
+def _distances_in_half_precision(z: Tensor, candidates: Tensor) -> Tensor:
+    """Return 2 - 2 cos (n, M), with cosines as precise as the features of such a backbone."""
+    rows = patches_of(z, candidates).flatten(0, 1).bfloat16()  # (n L, K)
+    points = candidates.flatten(1).bfloat16()  # (M, K)
+    best = [(rows @ p.T).view(len(z), -1, len(p)).amax(1) for p in points.split(_AT_ONCE)]
+    return 2 - 2 * torch.cat(best, 1).float()
 
 
 def _axes_that_save_work(candidates: Tensor, n_patches: int, n_images: int) -> Tensor | None:

@@ -28,7 +28,7 @@ from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c
 from protoclf.net import SkorchProtoPNet
-from protoclf.patch_search import image_distances, project
+from protoclf.patch_search import project, view_activations
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import replace_self_matches
@@ -242,14 +242,10 @@ class LastLayer:
         _forgive_a_miss(net)
         with _history_row(net, data, self.name), torch.no_grad():
             g = module.activations(data.train_distance)  # (N, m)
-            views = [
-                module.activations(image_distances(net, net.latents(view), len(view)))
-                for view in data.view_features
-            ]
             net.activations_ = Activations(
                 *(g, data.train_y.to(g.device), module.owner, len(module.last_layer.weight)),
                 weight=data.train_weight,
-                views=torch.stack(views) if views else None,
+                views=view_activations(net, data),
             )
             net.lambda_l1_ = self._penalty(net, data)
             self.solve(net)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from protoclf import ImageError, ProtoPNetClassifier
+from protoclf.localization import upsample
 from protoclf.metrics import sparsity
 from protoclf.nearest_patches import nearest_patches
 from protoclf.sheets import class_totals, compare
@@ -854,12 +855,19 @@ def test_training_goes_on_without_a_second_warm_up(how):
 
 
 @pytest.mark.parametrize("how", ["partial_fit", "warm_start"])
-def test_a_fit_does_not_go_on_at_another_size(how):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"image_size": 64}, "image_size is 64 now and was 32"),
+        ({"resize": "squash"}, "resize is 'squash' now and was 'crop'"),
+    ],
+)
+def test_a_fit_does_not_go_on_with_images_of_another_form(how, other, message):
     clf = classifier(own_module(), train_backbone=False, warm_start=how == "warm_start").fit(X, Y)
     expected = clf.explain(X[:2])
     go_on = clf.partial_fit if how == "partial_fit" else clf.fit
-    clf.set_params(image_size=64)
-    with pytest.raises(ValueError, match="image_size is 64 now and was 32"):
+    clf.set_params(**other)
+    with pytest.raises(ValueError, match=message):
         go_on(X, Y)
     pd.testing.assert_frame_equal(clf.explain(X[:2]), expected)
 
@@ -1135,6 +1143,19 @@ def test_upsampled_similarity_maps_have_the_size_of_what_the_model_sees(model):
     images = [NEW_X[0], NEW_X[1][:30], NEW_X[2][:, :20]]
     maps = squashed.similarity_maps(images, upsampled=True)
     assert [one.shape[1:] for one in maps] == [(40, 48), (30, 48), (40, 20)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 3)])
+def test_upsampled_maps_show_the_cells_that_patches_cover(size):
+    clf = classifier(own_module(), prototype_size=size).fit(X, Y)
+    maps, upsampled = clf.similarity_maps(NEW_X[:2]), clf.similarity_maps(NEW_X[:2], upsampled=True)
+    cells = np.full((2, 6, 4, 4), -np.inf, np.float32)
+    for row, col in np.ndindex(*maps.shape[2:]):
+        covered = cells[..., row : row + size[0], col : col + size[1]]
+        np.maximum(covered, maps[..., row : row + 1, col : col + 1], out=covered)
+    side = min(SHAPE)
+    for one, expected in zip(upsampled, torch.from_numpy(cells), strict=True):
+        np.testing.assert_allclose(one, upsample(expected, side, side), atol=1e-6)
 
 
 def test_transform_names_its_columns(model):

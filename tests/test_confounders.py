@@ -160,7 +160,7 @@ def test_wrong_arguments_are_refused(clf):
         find_confounders(clf, X, y, masks=masks()[:2])
     with pytest.raises(ValueError, match=r"X has no image of \['blue'\]"):
         find_confounders(clf, X[y == "red"], y[y == "red"])
-    with pytest.raises(ValueError, match="the labels of the images"):
+    with pytest.raises(ValueError, match="requires y to be passed"):
         find_confounders(clf, X, None)
 
 

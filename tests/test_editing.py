@@ -229,6 +229,15 @@ def test_an_edit_solves_the_last_layer_on_the_same_views(fitted, squares):
     assert one_less.last_layer_result_.objective >= clf.last_layer_result_.objective - 1e-6
 
 
+def test_training_images_that_are_given_anew_have_the_same_views(fitted, squares):
+    clf = clone(fitted).set_params(augmented_views=2, lambda_l1=1e-3).fit(*squares)
+    again = keep(clf, range(clf.n_prototypes_), X=squares[0], y=squares[1])
+    np.testing.assert_allclose(again.coef_, clf.coef_, atol=1e-4)
+    path = clf.last_layer_path(*squares, [1e-3], folds=0)
+    np.testing.assert_allclose(path["weight"][0], clf.coef_, atol=1e-4)
+    assert path["objective"][0] == pytest.approx(clf.last_layer_result_.objective, rel=1e-5)
+
+
 def test_classes_of_few_images_need_all_of_them(fitted, squares):
     X, y = squares
     few = np.r_[np.flatnonzero(y == "blue")[:2], np.flatnonzero(y != "blue")]

@@ -338,6 +338,9 @@ def test_prototypes_are_numbered_through(ensemble, image_paths):
         assert np.array_equal(image, ensemble.source_image(row["member_prototype"], row["member"]))
     with pytest.raises(ValueError, match="member must be one of"):
         ensemble.source_image(0, "large")
+    for wrong in (-1, len(table)):
+        with pytest.raises(IndexError, match=f"from 0 to {len(table) - 1}; got {wrong}"):
+            ensemble.source_image(wrong)
 
 
 def test_a_styled_sheet_shows_the_sources_of_all_members(ensemble, image_paths):

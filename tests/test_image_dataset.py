@@ -44,6 +44,19 @@ def test_dataset_batch_equals_singles(paths, keep):
         assert copy.copy(dataset).pixels is dataset.pixels
 
 
+def test_the_size_of_an_image_is_read_once(paths, monkeypatch):
+    dataset, read, size = dataset_of(paths), [], Images.size
+
+    def noting(self, i):
+        read.append(i)
+        return size(self, i)
+
+    monkeypatch.setattr(Images, "size", noting)
+    for _ in range(2):
+        assert dataset.sizes([2, 0, 2, 2, 0]).tolist() == [[60, 40]] * 5
+    assert sorted(read) == [0, 2]
+
+
 def test_the_data_set_of_some_images_shares_their_pixels(paths):
     dataset = dataset_of(paths, keep=True)
     part = dataset.of(np.array([4, 1, 5]), [0, 1, 2], None)

@@ -87,12 +87,29 @@ def test_kmeans_centres_are_the_means_of_the_patches_nearest_to_them(initialized
 @pytest.mark.parametrize("similarity", ["log", "cosine"])
 @torch.no_grad()
 def test_few_candidates_are_rated_by_their_distances(initialized, size, similarity):
-    net, data = initialized(prototype_size=size, similarity=similarity)
+    net, data = initialized(prototype_size=size, similarity=similarity, precision="float32")
+    net.prepare_processor()
     z = net.module_.latents(data.train_features.features)
     candidates = torch.cat([z[:3, :, : size[0], : size[1]], torch.randn(4, 5, *size)])
     distance = selection._distances(net, data, candidates)
     assert torch.equal(distance, torch.cat([min_distances(a, candidates)[0] for a in z.split(7)]))
     assert (distance[:3, :3].diag() == 0).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_cosines_of_a_backbone_in_bfloat16_are_rated_in_bfloat16(initialized, monkeypatch, size):
+    monkeypatch.setattr(selection, "_AT_ONCE", 2)
+    net, data = initialized(prototype_size=size, similarity="cosine", precision="bfloat16")
+    net.prepare_processor()
+    z = net.module_.latents(data.train_features.features)
+    others = torch.randn(4, 5, *size, generator=torch.Generator().manual_seed(0))
+    candidates = torch.cat([z[:3, :, : size[0], : size[1]], net.module_.scaled(others)])
+    rough = selection._distances(net, data, candidates)
+    exact = min_distances(z, candidates)[0]
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert (rough - exact).abs().max() < 0.02  # of at most 4: 3 digits of a cosine
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])

@@ -9,8 +9,11 @@ import pytest
 from colour_model import CELL, COLOURS, SIDE, colour_model, picture
 
 from protoclf.explanation import BOX
+from protoclf.image_dataset import ImageDataset
 from protoclf.image_errors import ImageError
+from protoclf.images import Images
 from protoclf.metrics import PartMasks, interpretability_report, object_coverage, pointing
+from protoclf.metrics.masks import shown
 
 RED = COLOURS["red"]
 SPOTS = [(2, 5), (6, 1), (3, 3), (5, 5)]
@@ -105,6 +108,13 @@ def test_an_object_out_of_sight_has_no_coverage(fitted, squares):
     table = pointing(fitted, squares[0][:1], mask)
     assert table[["inside", "hit"]].isna().all(axis=None)
     assert (table["object_share"] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(27, 30), (27, 28), (30, 27), (3, 6), (1, 300), (40, 60)])
+def test_what_a_crop_shows_of_a_mask_is_a_square(fitted, shape):
+    side = min(shape)
+    dataset = ImageDataset(Images([np.zeros((*shape, 3), np.uint8)]), fitted.preprocessing_)
+    assert shown(dataset, 0, np.ones(shape, bool)).shape == (side, side)
 
 
 def test_masks_of_parts_are_the_union_of_their_boxes(clf):

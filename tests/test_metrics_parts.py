@@ -1,14 +1,18 @@
 """Consistency, stability and purity: models made by hand, and the published procedure in loops."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 import torch
 from colour_model import CELL, COLOURS, SIDE, colour_model, parts_at, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
 from protoclf import ProtoPNetClassifier
 from protoclf.datasets import make_birds
@@ -280,6 +284,41 @@ def test_paths_may_be_path_objects(birds):
     given_paths = parts.assign(path=[Path(p) for p in parts["path"]])
     first, second = (consistency(clf, X, y, table) for table in (parts, given_paths))
     pd.testing.assert_frame_equal(first, second)
+
+
+def test_paths_may_be_no_valid_text(birds, tmp_path):
+    clf, X, y, parts = birds
+    names = {
+        path: os.fsdecode(os.fsencode(tmp_path / str(i)) + b"\xff.png") for i, path in enumerate(X)
+    }
+    for path, name in names.items():
+        shutil.copy(path, name)
+    renamed = parts.assign(path=pd.Series([names[p] for p in parts["path"]], dtype=object))
+    first, second = (
+        consistency(clf, X, y, parts),
+        consistency(clf, list(names.values()), y, renamed),
+    )
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_images_and_labels_may_come_as_a_data_set(birds):
+    clf, X, y, parts = birds
+    dataset = [(np.asarray(PIL.Image.open(path)), label) for path, label in zip(X, y, strict=True)]
+    by_position = parts.assign(sample=parts["path"].map({path: i for i, path in enumerate(X)}))
+    for function in (consistency, stability):
+        first = function(clf, X, y, parts)
+        pd.testing.assert_frame_equal(first, function(clf, Items(dataset), None, by_position))
+
+
+class Items(Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
 
 
 @pytest.mark.parametrize(

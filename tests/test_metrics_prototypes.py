@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoclf import ProtoPNetEnsemble
+from protoclf.duplicates import distances_within_classes, repeated
 from protoclf.editing import merge_duplicates
 from protoclf.metrics import distinctness, global_size, sparsity
 
@@ -113,6 +114,21 @@ def test_a_chain_is_broken_as_merging_breaks_it():
 def test_as_many_are_distinct_as_merging_leaves(fitted, max_distance):
     left = merge_duplicates(fitted, max_distance).n_prototypes_
     assert distinctness(fitted, max_distance=max_distance)["distinct"].sum() == left
+
+
+def test_of_many_prototypes_equal_ones_are_found_too():
+    """Products of matrices would put 1e-15 between them."""
+    rng = np.random.default_rng(0)
+    colours = np.repeat(rng.integers(0, 256, (20, 3)), 2, axis=0)
+    clf = colour_model(
+        colours=[*colours.tolist(), BLUE], owner=[0] * 40 + [1], prototypes_per_class=1
+    )
+    first, second = distances_within_classes(clf.module_)
+    assert first[0].tolist() == list(range(40))
+    expected = [-1 if j % 2 == 0 else j - 1 for j in range(40)]
+    assert repeated(first[1], 0).tolist() == expected
+    assert second[0].tolist() == [40]
+    assert repeated(second[1], 0).tolist() == [-1]
 
 
 # ---- wrong use --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Intervals, the random baseline, the table of all metrics, and scorers."""
 
+import copy
 import doctest
 import importlib
 import pickle
@@ -21,9 +22,18 @@ from torch.utils.data import Dataset
 
 from protoclf import ProtoPNetClassifier, metrics
 from protoclf.datasets import make_birds
+from protoclf.features import FitData
+from protoclf.image_dataset import ImageDataset
+from protoclf.images import Images
 from protoclf.last_layer import solve_last_layer
-from protoclf.metrics import bootstrap_interval, interpretability_report, random_prototypes
+from protoclf.metrics import (
+    bootstrap_interval,
+    interpretability_report,
+    random_prototypes,
+    rank_stability,
+)
 from protoclf.nearest_patches import nearest_patches, purity
+from protoclf.patch_search import view_activations
 from protoclf.scorers import MetricScorer, n_prototypes_scorer
 from protoclf.self_matches import replace_self_matches
 
@@ -145,7 +155,10 @@ def test_their_last_layer_is_optimal_without_matches_of_themselves(birds):
     g, owner = torch.from_numpy(drawn.transform(X)).double(), drawn.module_.owner
     source = torch.tensor(drawn.prototypes_["source_index"].tolist())
     g = replace_self_matches(g, codes, owner, source)
-    alone = solve_last_layer(g, codes, owner, clf.lambda_l1_)
+    data = FitData(drawn, ImageDataset(Images(X), drawn.preprocessing_, codes), None)
+    views = view_activations(drawn, data).double()  # as in the fit: the backbone was trained
+    assert len(views) == 2
+    alone = solve_last_layer(torch.cat([g, *views]), codes.repeat(3), owner, clf.lambda_l1_)
     assert drawn.last_layer_result_.objective == pytest.approx(alone.objective, rel=1e-3)
     table = drawn.prototypes_
     assert (table["weight"] == drawn.coef_[owner, np.arange(len(owner))]).all()
@@ -290,6 +303,16 @@ def test_a_data_set_of_torch_is_taken_too(birds, report):
     assert (
         MetricScorer("deletion", n_perturbed=6)(clf, Birds(), y) == table.loc["deletion", "value"]
     )
+
+
+def test_sizes_may_be_numbers_of_numpy_and_images_an_index(birds):
+    clf, X, y, _ = birds
+    other = copy.deepcopy(clf).set_params(batch_size=np.int64(5))
+    wanted = {"metrics": ["box deletion", "deletion"], "n_perturbed": 4, "n_resamples": 20}
+    table = interpretability_report(other, pd.Index(X), y, **wanted)
+    expected = interpretability_report(clf, X, y, **wanted)
+    pd.testing.assert_series_equal(table["value"], expected["value"], rtol=1e-4)
+    rank_stability(clf, X[:2], quality=np.int64(50))
 
 
 def test_labels_that_no_class_has_are_refused(birds):

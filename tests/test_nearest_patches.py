@@ -1,10 +1,13 @@
 """The nearest patches of each prototype, against a sort of all similarities."""
 
+import copy
+
 import numpy as np
 import pytest
 
 from protoclf.explanation import BOX
 from protoclf.nearest_patches import nearest_patches, purity
+from protoclf.network import ProtoPNet
 
 
 @pytest.mark.parametrize("k", [1, 5, 100])
@@ -24,6 +27,17 @@ def test_they_are_those_of_a_sort(fitted, squares, k, batch_size):
             assert maps[i, j, row, col] == pytest.approx(maps[i, j].max(), abs=1e-5)
         assert (rows["label"] == y[rows["sample"]]).all()
         assert (rows["class"] == fitted.prototypes_["class"][j]).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 24])
+def test_of_equally_similar_ones_the_first_comes_first(fitted, squares, monkeypatch, batch_size):
+    activations = ProtoPNet.activations
+    monkeypatch.setattr(ProtoPNet, "activations", lambda self, d: activations(self, d).round())
+    X, clf = squares[0], copy.deepcopy(fitted).set_params(batch_size=batch_size)
+    table, g = nearest_patches(clf, X, 5), clf.transform(X)
+    assert len(np.unique(g)) < 10
+    for j, rows in table.groupby("prototype"):
+        assert rows["sample"].tolist() == np.argsort(-g[:, j], kind="stable")[:5].tolist()
 
 
 def test_boxes_and_cells_are_those_of_the_sheet(fitted, squares):

@@ -338,6 +338,10 @@ def test_the_path_of_the_penalty_is_drawn(fitted, squares, tmp_path):
     np.testing.assert_allclose(left_out.get_ydata(), path["accuracy"])
     np.testing.assert_allclose(weights.get_lines()[0].get_ydata(), path["n_nonzero"])
     display.figure_.savefig(tmp_path / "path.png")
+    with_none = fitted.last_layer_path(*squares, [1e-2, 1e-3, 0], folds=2)
+    axes = plot_last_layer_path(with_none).axes_[0]
+    low, high = axes.transAxes.inverted().transform(axes.transData.transform([(0, 1), (1e-2, 1)]))
+    assert 0 <= low[0] < high[0] <= 1
     figure, axes = plt.subplots()
     assert plot_last_layer_path(path, axes).figure_ is figure
 

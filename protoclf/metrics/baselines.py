@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from protoclf.features import FeatureDataset, extract_features
+from protoclf.features import FeatureDataset, FitData
 from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
@@ -17,10 +17,12 @@ from protoclf.localization import pair_boxes
 from protoclf.metrics.rules import SEED
 from protoclf.metrics.streams import codes_of
 from protoclf.parameters import check_rules
+from protoclf.patch_search import view_activations
 from protoclf.penalty import Activations
 from protoclf.projection import Sources, read_patches
 from protoclf.self_matches import replace_self_matches
 from protoclf.stages import LastLayer
+from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -53,18 +55,19 @@ def random_prototypes(
     """
     check_rules({"random_state": random_state}, {"random_state": SEED})
     check_classifier(clf)
+    X, y = unpacked(X, y)
     images = Images(X)
     codes = codes_of(clf, y, len(images))
     drawn = copy.deepcopy(clf)
     drawn.prepare_processor()
     dataset = ImageDataset(images, drawn.preprocessing_, codes)
-    features = extract_features(drawn, dataset)
+    data = FitData(drawn, dataset, None)
     sources = _draw(drawn, codes, np.random.default_rng(random_state))
-    box = _place(drawn, features, sources)
+    box = _place(drawn, data.train_features, sources)
     row, col = np.divmod(sources.cell, _patches_per_row(drawn))
     moved = sources.distance
     drawn.sources_ = {"image": sources.image, "row": row, "col": col, "box": box, "moved": moved}
-    drawn.activations_ = _activations(drawn, features, sources)
+    drawn.activations_ = _activations(drawn, data, sources)
     LastLayer(clf.lambda_l1_).solve(drawn)
     drawn._keep_sources(dataset)
     for name in ("activations_", "last_layer_path_"):  # neither is of the training images
@@ -103,14 +106,14 @@ def _place(clf: ProtoPNetClassifier, features: FeatureDataset, sources: Sources)
     return box
 
 
-def _activations(
-    clf: ProtoPNetClassifier, features: FeatureDataset, sources: Sources
-) -> Activations:
+def _activations(clf: ProtoPNetClassifier, data: FitData, sources: Sources) -> Activations:
     """Return the activations of the images, those of prototypes on their own images replaced."""
-    module, y = clf.module_, features.y
-    distance = torch.cat([module.compare(z)[1] for z, _ in clf.latents(features)])
+    module, y = clf.module_, data.train_y
+    distance = torch.cat([module.nearest(z)[0] for z, _ in clf.latents(data.train_features)])
     image = torch.from_numpy(sources.image)
     g = replace_self_matches(module.activations(distance).cpu(), y, y[image], image)
     weights = clf.weights_of(y.numpy(), clf.classes_, None)
     weight = None if weights is None else torch.from_numpy(weights)
-    return Activations(g, y, module.owner.cpu(), len(clf.classes_), weight)
+    views = view_activations(clf, data)
+    views = None if views is None else views.cpu()
+    return Activations(g, y, module.owner.cpu(), len(clf.classes_), weight, views)

@@ -18,7 +18,8 @@ from sklearn.metrics import roc_auc_score
 
 from protoclf.image_dataset import ImageDataset
 from protoclf.metrics.masks import Masks, check_number, cover, mask_of, on_input
-from protoclf.metrics.streams import codes_of, image_batches, latent_batches, latents_of, opened
+from protoclf.metrics.streams import image_batches, latent_batches, latents_of, opened_with_labels
+from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -116,13 +117,12 @@ def find_confounders(
     Shares of similarity take negative ones, which cosines may be, for 0.
     """
     limits = _thresholds(thresholds)
+    X_valid, y_valid = unpacked(X_valid, y_valid)
     if (X_valid is None) != (y_valid is None):
         raise ValueError("X_valid and y_valid go together: give both, or neither.")
-    dataset = opened(clf, X)
+    dataset, codes = opened_with_labels(clf, X, y)
     owner = clf.module_.owner.cpu().numpy()  # (m,)
-    if y is None:
-        raise ValueError("y is needed: the labels of the images.")
-    own = codes_of(clf, y, len(dataset))[:, None] == owner  # (N, m)
+    own = codes[:, None] == owner  # (N, m)
     _check_classes(clf, own, owner)
     g, cell = _activations(clf, dataset)
     values = {
@@ -136,8 +136,8 @@ def find_confounders(
         covered, objects = _covered_activations(clf, dataset, masks)
         values["kept"] = _kept(g, covered, own & objects[:, None])
     if X_valid is not None:
-        valid = opened(clf, X_valid)
-        own_valid = codes_of(clf, y_valid, len(valid))[:, None] == owner
+        valid, codes = opened_with_labels(clf, X_valid, y_valid)
+        own_valid = codes[:, None] == owner
         values["validation_drop"] = _drop(g, own, _activations(clf, valid)[0], own_valid)
     weight = clf.module_.last_layer.weight.detach().cpu().numpy()
     table = clf.prototypes_[["prototype", "class", "source"]].reset_index(drop=True)

@@ -125,9 +125,10 @@ def _areas(
     changed = (rank < counts[:, None]).unflatten(1, (side, side))  # (T + 1, S, S)
     deleted = cover(image, changed)
     inserted = torch.where(changed[:, None], image, _blurred(image))
+    size = int(clf.batch_size)
     probability = torch.cat(
-        [clf.module_(x)[0].softmax(1)[:, c] for x in deleted.split(clf.batch_size)]
-        + [clf.module_(x)[0].softmax(1)[:, c] for x in inserted.split(clf.batch_size)]
+        [clf.module_(x)[0].softmax(1)[:, c] for x in deleted.split(size)]
+        + [clf.module_(x)[0].softmax(1)[:, c] for x in inserted.split(size)]
     )
     areas = torch.trapezoid(probability.cpu().double().unflatten(0, (2, -1)), dim=1) / n_steps
     return float(areas[0]), float(areas[1])

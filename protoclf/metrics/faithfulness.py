@@ -126,7 +126,7 @@ def _elsewhere(boxes: np.ndarray, side: int, n: int, rng: np.random.Generator) -
 def _scores(clf: ProtoPNetClassifier, images: Tensor, c: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits of class c (k,) and the similarities (k, m) of images (k, 3, S, S)."""
     logits, similarities = [], []
-    for batch in images.split(clf.batch_size):
+    for batch in images.split(int(clf.batch_size)):
         out, distance, _ = clf.module_(batch.to(clf.device))
         logits.append(out[:, c].cpu())
         similarities.append(clf.module_.activations(distance).cpu())

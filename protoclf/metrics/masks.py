@@ -39,7 +39,8 @@ def mask_of(masks: Masks, dataset: ImageDataset, i: int) -> np.ndarray:
 
 def shown(dataset: ImageDataset, i: int, mask: np.ndarray) -> np.ndarray:
     """Return the part of a mask that the model sees, to the nearest pixel."""
-    x0, y0, x1, y1 = dataset.preprocessing.region(dataset.sizes([i]))[0].round().astype(int)
+    region = dataset.preprocessing.region(dataset.sizes([i]))[0]
+    x0, y0, x1, y1 = np.floor(region + 0.5).astype(int)  # rounding to even might take a side away
     return mask[y0:y1, x0:x1]
 
 

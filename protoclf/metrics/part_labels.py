@@ -107,9 +107,13 @@ def located(parts: pd.DataFrame, dataset: ImageDataset) -> pd.DataFrame:
         rows = images.merge(parts, on="sample")
     else:
         images = pd.DataFrame({"sample": np.arange(len(paths)), "path": names_column(paths)})
-        rows = parts.drop(columns="sample", errors="ignore")
-        names = names_column(map(_text, rows["path"])).set_axis(rows.index)
-        rows = images.merge(rows.assign(path=names), on="path")
+        # by numbers: pandas refuses to compare names that are no valid text
+        number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
+        of_rows = [number.get(_text(path), -1) for path in parts["path"]]
+        rows = images.assign(_image=[number[path] for path in paths]).merge(
+            parts.drop(columns=["sample", "path"], errors="ignore").assign(_image=of_rows),
+            on="_image",
+        )
     bare = images[~images["sample"].isin(rows["sample"])]
     if len(bare):
         raise ValueError(

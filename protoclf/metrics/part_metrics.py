@@ -18,7 +18,7 @@ from protoclf.metrics.part_labels import PartLabels
 from protoclf.metrics.perturbations import with_noise
 from protoclf.metrics.regions import pair_regions
 from protoclf.metrics.rules import NON_NEGATIVE, PERCENTILE, REGION, SEED, SHARE
-from protoclf.metrics.streams import codes_of, image_batches, latent_batches, latents_of, opened
+from protoclf.metrics.streams import image_batches, latent_batches, latents_of, opened_with_labels
 from protoclf.parameters import Rule, check_rules
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def consistency(
     """
     given = {"region": region, "threshold": threshold, "percentile": percentile}
     check_rules(given, CONSISTENCY_RULES)
-    dataset = opened(clf, X)
-    labels, codes = PartLabels(parts, dataset), codes_of(clf, y, len(dataset))
+    dataset, codes = opened_with_labels(clf, X, y)
+    labels = PartLabels(parts, dataset)
     m = clf.n_prototypes_
     hits, seen = np.zeros((m, len(labels.names))), np.zeros((m, len(labels.names)))
     for rows, z in latent_batches(clf, dataset):
@@ -150,8 +150,8 @@ def stability(
     """
     given = {"region": region, "percentile": percentile, "noise": noise, "clip": clip}
     check_rules(given | {"random_state": random_state}, STABILITY_RULES)
-    dataset = opened(clf, X)
-    labels, codes = PartLabels(parts, dataset), codes_of(clf, y, len(dataset))
+    dataset, codes = opened_with_labels(clf, X, y)
+    labels = PartLabels(parts, dataset)
     equal = np.zeros(clf.n_prototypes_)
     for rows, images in image_batches(clf, dataset, "stability"):
         sample, prototype = _own_pairs(clf, codes[rows])

@@ -50,6 +50,6 @@ def as_jpeg(images: Tensor, quality: int) -> Tensor:
 def _compressed(image: Tensor, quality: int) -> Tensor:
     file = io.BytesIO()
     pixels = image.permute(1, 2, 0).contiguous().numpy()  # (S, S, 3)
-    PIL.Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    PIL.Image.fromarray(pixels).save(file, "JPEG", quality=int(quality))
     with PIL.Image.open(file) as decoded:
         return torch.from_numpy(np.array(decoded)).permute(2, 0, 1)  # (3, S, S)

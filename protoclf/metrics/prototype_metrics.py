@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from protoclf.duplicates import distances_within_classes, repeated
 from protoclf.fitted import check_classifier
 from protoclf.metrics.rules import NON_NEGATIVE, SHARE
 from protoclf.metrics.streams import latent_batches, opened, paths_of
@@ -124,16 +125,10 @@ def distinctness(clf: ProtoPNetClassifier, *, max_distance: float = 1e-6) -> pd.
     """
     check_rules({"max_distance": max_distance}, {"max_distance": NON_NEGATIVE})
     check_classifier(clf)
-    p = clf.module_.scaled_prototypes().flatten(1).cpu().double()
-    owner = clf.module_.owner.cpu().numpy()
-    nearest = np.full(len(p), -1)
-    distance, distinct = np.full(len(p), np.nan), np.ones(len(p))
-    for c in np.unique(owner):
-        mine = np.flatnonzero(owner == c)
-        between = torch.cdist(p[mine], p[mine]).square().numpy()  # (k, k)
-        for i in range(len(mine)):
-            before = distinct[mine[:i]] == 1
-            distinct[mine[i]] = not (between[i, :i][before] <= max_distance).any()
+    m = clf.n_prototypes_
+    nearest, distance, distinct = np.full(m, -1), np.full(m, np.nan), np.ones(m)
+    for mine, between in distances_within_classes(clf.module_):
+        distinct[mine] = repeated(between, max_distance) < 0
         if len(mine) > 1:
             np.fill_diagonal(between, np.inf)
             nearest[mine] = mine[between.argmin(1)]

@@ -19,6 +19,7 @@ from protoclf.image_errors import ImageError
 from protoclf.images import Images, names_column
 from protoclf.labels import encode, read_labels
 from protoclf.messages import first_few
+from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -30,6 +31,13 @@ def opened(clf: ProtoPNetClassifier, X: Any) -> ImageDataset:
     clf.prepare_processor()
     clf.module_.eval()
     return ImageDataset(Images(X), clf.preprocessing_)
+
+
+def opened_with_labels(clf: ProtoPNetClassifier, X: Any, y: Any) -> tuple[ImageDataset, np.ndarray]:
+    """Return the images of X, and their labels (n,) as indices into `classes_`."""
+    X, y = unpacked(X, y)
+    dataset = opened(clf, X)
+    return dataset, codes_of(clf, y, len(dataset))
 
 
 def sheet_of(clf: ProtoPNetClassifier, X: Any, **options: Any) -> pd.DataFrame:
