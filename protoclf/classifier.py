@@ -84,8 +84,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Channels behind the two 1 x 1 convolutions of the add-on layers (128 in the paper); None
         compares the backbone's own channels.
     similarity : {"cosine", "log"}, default="cosine"
-        "log" is the paper's log((d + 1) / (d + 1e-4)) of the squared L2 distance d; "cosine" is
-        1 - d / 2 of latents of unit length.
+        "log" is the paper's log((d + 1) / (d + 1e-4)) of the squared L2 distance d, for which raw
+        features lie too far apart: it needs a `latent_dim`, and training. "cosine" is 1 - d / 2 of
+        latents of unit length.
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
         those patches that a sparse last layer makes use of, of 8 to 32 times as many (and as for
@@ -101,10 +102,12 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     lambda_patch : float, default=0.8
         Weight of the patch cost in the joint loss: the mean distance of a prototype to the nearest
         patch of its class in the batch. It keeps what the projection changes small (0: the paper).
-    self_matches : {"keep", "median"}, default="keep"
+    self_matches : {"auto", "keep", "median"}, default="auto"
         A prototype matches the training image that it is a part of perfectly, as no new image
         will: "median" shows the last layer the median activation of the class's other images
-        there, "keep" the activation as it is (the paper's). It pays with "log" similarity.
+        there, "keep" the activation as it is (the paper's). "auto" is "median" for rare classes,
+        which it would take for easy otherwise: those in which the share of images that have a
+        prototype is more than twice that in all of X.
     lambda_l1 : float or "cv", default=5e-4
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
         "cv" chooses by cross-validation on the activations: see `last_layer_path_`.
@@ -166,8 +169,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         otherwise: trained in bfloat16, fine differences between patches are lost.
     on_bad_image : {"raise", "skip"}, default="raise"
         What becomes of an image that cannot be read: an error that names it, or `fit` leaves it
-        out and lists it in `skipped_`, and for other methods it is a row without an answer: None,
-        NaN, or "(unreadable)" as `source` in a sheet. `score` and `last_layer_path` do without it.
+        out and lists it in `skipped_`, and for `predict`, its kin, `transform` and `explain` it is
+        a row without an answer: None, NaN, or "(unreadable)" as `source` in a sheet. `score` and
+        `last_layer_path` do without it; what draws images, and metrics, raise all the same.
     tune_allocator : bool, default=True
         On a CPU, and with glibc, let the process keep the memory that it frees, which makes
         convolutions several times as fast. At the end of `fit` it is given back, if it is half a
@@ -249,7 +253,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         prototype_init: str = "selected",
         class_weight: Any = None,
         distinct: str | None = None,
-        self_matches: str = "keep",
+        self_matches: str = "auto",
         lambda_clst: float = 0.8,
         lambda_sep: float = 0.08,
         lambda_patch: float = 0.8,
@@ -351,6 +355,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             "prototype_init": "random",
             "lambda_clst": 0.8,
             "lambda_patch": 0.0,
+            "self_matches": "keep",
             "lambda_l1": 1e-4,
             "warmup_epochs": 5,
             "joint_epochs": 10,
@@ -606,7 +611,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         penalties = list(penalties)
         check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
         activations, known = self.activations_of(X, y, sample_weight)
-        activations = activations.with_images(activations.g.double())
+        activations = activations.changed(torch.Tensor.double)
         of_groups = None if groups is None else read_groups(groups, len(known))[known]
         path = penalty_path(activations, penalties, folds, self.seed_, of_groups)
         if folds and path["accuracy"].isna().all():

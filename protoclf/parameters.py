@@ -153,7 +153,7 @@ RULES: dict[str, Rule] = {
     "similarity": _one_of("log", "cosine"),
     "prototype_init": _one_of("selected", "kmeans", "random"),
     "distinct": _one_of(None, "patches", "images"),
-    "self_matches": _one_of("median", "keep"),
+    "self_matches": _one_of("auto", "median", "keep"),
     "class_weight": (_is_class_weight, 'None, "balanced" or a dict of a number for each class'),
     "lambda_clst": _non_negative(),
     "lambda_sep": _non_negative(),

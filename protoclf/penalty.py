@@ -6,7 +6,7 @@ the solution for the one before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -51,9 +51,10 @@ class Activations:
         self.g, self.y, self.owner, self.n_classes, self.weight = g, y, owner, n_classes, weight
         self.views = g.new_empty(0, *g.shape) if views is None else views
 
-    def with_images(self, g: Tensor) -> Activations:
-        """Return the same with others (N, m) of the images as they are."""
-        return self._with(g=g, views=self.views.to(g))
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Activations:
+        """Return the same with changed activations (N, m), of the images and of each view."""
+        views = [change(view) for view in self.views]
+        return self._with(g=change(self.g), views=torch.stack(views) if views else None)
 
     def of_prototypes(self, index: Tensor) -> Activations:
         """Return the activations of some prototypes."""

@@ -9,9 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MORE = 2  # times as many sources among its images as among all
+
 
 def replace_self_matches(
-    g: Tensor, y: Tensor, owner: Tensor, source: Tensor, groups: Tensor | None = None
+    g: Tensor,
+    y: Tensor,
+    owner: Tensor,
+    source: Tensor,
+    groups: Tensor | None = None,
+    some: Tensor | None = None,
 ) -> Tensor:
     """Replace each prototype's activation on its own source image by the median of its class.
 
@@ -26,6 +33,8 @@ def replace_self_matches(
         The source image of each prototype.
     groups : Tensor of shape (N,), int64, optional
         Of images that are much alike: those of the source's are replaced too.
+    some : Tensor of shape (m,), bool, optional
+        The prototypes whose matches are replaced; all by default.
 
     Returns
     -------
@@ -34,12 +43,35 @@ def replace_self_matches(
     """
     if groups is None:
         groups = torch.arange(len(g), device=g.device)
-    result = g.masked_fill(groups[:, None] == groups[source], torch.nan)
+    replaced = groups[:, None] == groups[source]  # (N, m)
+    result = g.masked_fill(replaced if some is None else replaced & some, torch.nan)
     for c in owner.unique():
         mine = owner == c
         median = _median(result[y == c][:, mine])  # (k,)
         result[:, mine] = torch.where(result[:, mine].isnan(), median, result[:, mine])
     return torch.where(result.isnan(), g, result)
+
+
+def mostly_sources(y: Tensor, owner: Tensor, source: Tensor) -> Tensor:
+    """Return which prototypes (m,) are of a class that has far more sources than others have.
+
+    Of which the share of images that some prototype is a part of is more than twice that of all
+    classes. Where all images of a class are perfect matches, and few of the others, the last layer
+    takes the class for easy, and new images of it are not found.
+
+    Parameters
+    ----------
+    y : Tensor of shape (N,), int64
+    owner : Tensor of shape (m,), int64
+    source : Tensor of shape (m,), int64
+        As in `replace_self_matches`.
+    """
+    is_source = torch.zeros(len(y), device=y.device)
+    is_source[source] = 1
+    n_classes = int(torch.maximum(y.amax(), owner.amax())) + 1
+    images = y.bincount(minlength=n_classes)
+    share = is_source.new_zeros(n_classes).index_add_(0, y, is_source) / images.clamp_min(1)
+    return (share > _MORE * is_source.mean())[owner]
 
 
 def _median(values: Tensor) -> Tensor:

@@ -27,11 +27,12 @@ from protoclf.fingerprints import described
 from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c
+from protoclf.messages import first_few
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.selection import selected_prototypes
-from protoclf.self_matches import replace_self_matches
+from protoclf.self_matches import mostly_sources, replace_self_matches
 from protoclf.stage_cache import remembered
 from protoclf.torch_settings import widest_float
 
@@ -227,7 +228,7 @@ class LastLayer:
     ----------
     lambda_l1 : float or "cv"
         "cv" chooses the penalty of the lowest cross-entropy on images left out.
-    self_matches : {"median", "keep"}
+    self_matches : {"auto", "median", "keep"}
         What becomes of a prototype's activation on its own source image.
     """
 
@@ -250,6 +251,7 @@ class LastLayer:
             net.lambda_l1_ = self._penalty(net, data)
             self.solve(net)
             net.agree()
+            _warn_of_bare_classes(net)
             net.activations_ = net.activations_.cpu()
             net.history.record("objective", net.last_layer_result_.objective)
             net.history.record("residual", net.last_layer_result_.residual)
@@ -272,13 +274,14 @@ class LastLayer:
 
         If the device has it.
         """
-        a = net.activations_
-        g = a.g
-        if median or self.self_matches == "median":
-            source = torch.from_numpy(net.sources_["image"]).to(g.device)
-            alike = None if groups is None else torch.from_numpy(groups).to(g.device)
-            g = replace_self_matches(g, a.y, a.owner, source, alike)
-        return a.with_images(g.to(widest_float(g.device)))
+        a, rule = net.activations_, "median" if median else self.self_matches
+        if rule != "keep":
+            source = torch.from_numpy(net.sources_["image"]).to(a.g.device)
+            alike = None if groups is None else torch.from_numpy(groups).to(a.g.device)
+            some = mostly_sources(a.y, a.owner, source) if rule == "auto" else None  # (m,)
+            places = a.y, a.owner, source, alike, some
+            a = a.changed(lambda g: replace_self_matches(g, *places))
+        return a.changed(lambda g: g.to(widest_float(g.device)))
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
         """Return the penalty; where it is to be chosen, no image left out may be a source.
@@ -299,6 +302,18 @@ class LastLayer:
             )
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
+
+
+def _warn_of_bare_classes(net: SkorchProtoPNet) -> None:
+    bare = (net.module_.last_layer.weight == 0).all(1).cpu().numpy()  # (C,)
+    if bare.any():
+        names = first_few([repr(label) for label in net.classes_[bare].tolist()])
+        warn(
+            f"lambda_l1={net.lambda_l1_:g} leaves no weight for the classes {names}: their logit "
+            "is always 0, and sheets have no row for them. Lower it.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protoclf import ProtoPNetClassifier, stages
-from protoclf.self_matches import replace_self_matches
+from protoclf.last_layer import solve_last_layer
+from protoclf.self_matches import mostly_sources, replace_self_matches
 
 
 def test_own_source_gets_the_median_of_the_other_images_of_its_class():
@@ -25,21 +28,55 @@ def test_activation_stays_where_the_class_has_no_other_image():
     assert torch.equal(replace_self_matches(g, index, index, index), g)
 
 
-@pytest.mark.parametrize("self_matches", ["keep", "median"])
-def test_the_last_layer_is_optimal_for_the_activations_it_is_shown(squares, self_matches):
-    from protoclf.last_layer import solve_last_layer
-
+@pytest.mark.parametrize("self_matches", ["keep", "median", "auto"])
+@pytest.mark.parametrize("views", [0, 2])
+def test_the_last_layer_is_optimal_for_the_activations_it_is_shown(squares, self_matches, views):
+    X, y = squares
+    few = np.r_[np.flatnonzero(y == "blue")[:2], np.flatnonzero(y != "blue")]
     clf = ProtoPNetClassifier(
         "small_cnn", image_size=32, train_backbone=False, prototypes_per_class=2,
         self_matches=self_matches, lambda_l1=0.01, random_state=0, verbose=0,
-    ).fit(*squares)  # fmt: skip
-    y, owner = np.searchsorted(clf.classes_, squares[1]), clf.module_.owner
-    g = torch.from_numpy(clf.transform(squares[0]))
+        distinct="images", augmented_views=views,
+    ).fit(X[few], y[few])  # fmt: skip
+    a = clf.activations_
+    source = torch.from_numpy(clf.prototypes_["source_index"].to_numpy(copy=True))
+    shown = [a.g, *a.views]
     if self_matches == "median":
-        source = torch.from_numpy(clf.prototypes_["source_index"].to_numpy())
-        g = replace_self_matches(g, torch.from_numpy(y), owner, source)
-    again = solve_last_layer(g, y, owner, 0.01)
+        shown = [replace_self_matches(g, a.y, a.owner, source) for g in shown]
+    elif self_matches == "auto":  # all blue images are sources, a quarter of the others
+        mine = a.owner == clf.classes_.tolist().index("blue")
+        assert mostly_sources(a.y, a.owner, source).equal(mine)
+        for g in shown:
+            g[:, mine] = replace_self_matches(g[:, mine], a.y, a.owner[mine], source[mine])
+    again = solve_last_layer(torch.cat(shown), a.y.repeat(1 + views), a.owner, 0.01)
     np.testing.assert_allclose(again.objective, clf.last_layer_result_.objective, rtol=1e-5)
+
+
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    seed=st.integers(0, 2**16),
+    each=st.integers(1, 4),
+)
+def test_a_class_is_mostly_sources_where_twice_as_many_of_its_images_are(counts, seed, each):
+    rng = np.random.default_rng(seed)
+    y = np.repeat(np.arange(len(counts)), counts)
+    owner = np.repeat(np.arange(len(counts)), each)
+    source = np.array([rng.choice(np.flatnonzero(y == c)) for c in owner])
+    found = mostly_sources(*map(torch.from_numpy, (y, owner, source)))
+    overall = len(set(source)) / len(y)
+    for j, c in enumerate(owner):
+        share = len(set(source[owner == c])) / counts[c]
+        assert bool(found[j]) == (share > 2 * overall + 1e-6) or abs(share - 2 * overall) < 1e-6
+
+
+def test_with_as_many_images_each_self_matches_are_kept_by_default(squares):
+    settings = {"image_size": 32, "train_backbone": False, "prototypes_per_class": 3}
+    settings |= {"random_state": 0, "verbose": 0}
+    default, kept = (
+        ProtoPNetClassifier("small_cnn", **settings, **other).fit(*squares)
+        for other in ({}, {"self_matches": "keep"})
+    )
+    np.testing.assert_array_equal(default.coef_, kept.coef_)
 
 
 def test_images_of_the_group_of_a_source_are_no_new_ones_either():
