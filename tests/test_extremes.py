@@ -1,5 +1,7 @@
 """Settings and data at the edge of what makes sense work, or are refused by name."""
 
+import warnings
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -56,9 +58,17 @@ def test_extreme_settings_work(squares, given, similarity):
     X, y = squares
     clf = small(similarity=similarity, **given).fit(X, y)
     assert_sound(clf, X)
-    if given.get("lambda_l1") == 1e3:
-        assert (clf.coef_ == 0).all()
-        assert clf.explain(X).empty
+
+
+def test_a_penalty_that_leaves_no_weights_is_told_of(squares):
+    X, y = squares
+    with pytest.warns(UserWarning, match="lambda_l1=1000 leaves no weight for the classes 'blue'"):
+        clf = small(lambda_l1=1e3).fit(X, y)
+    assert (clf.coef_ == 0).all()
+    assert clf.explain(X).empty
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small(lambda_l1=1e-4).fit(X, y)
 
 
 def test_more_prototypes_than_images_of_a_class_are_refused(squares):

@@ -121,7 +121,7 @@ def test_schedule_by_default():
         Training("warm-up", net.warmup_epochs, heads),
         Training("joint", net.joint_epochs, {"backbone": net.backbone_lr, **heads}, "cosine"),
         Projection(None),
-        LastLayer(net.lambda_l1),
+        LastLayer(net.lambda_l1, "auto"),
     ]
 
 
@@ -140,7 +140,7 @@ def test_schedule_of_the_paper():
 def test_schedule_without_training_the_backbone_has_no_joint_stage():
     stages = schedule(make(train_backbone=False, distinct="images", lambda_l1=0.5), first=True)
     assert [stage.name for stage in stages] == ["start", "warm-up", "projection", "last layer"]
-    assert stages[2:] == [Projection("images"), LastLayer(0.5)]
+    assert stages[2:] == [Projection("images"), LastLayer(0.5, "auto")]
 
 
 def test_schedule_of_a_continued_fit_begins_with_a_cycle():
