@@ -507,7 +507,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Returns
         -------
         DataFrame
-            One row per sample, class and prototype with a contribution; the highest first.
+            One row per sample, class and prototype with a contribution; the highest first. A class
+            that the last layer has no weight for, of which `fit` warns, has no row: its logit is 0.
 
             - sample, path : position in X, and the path where X holds paths
             - class, is_predicted, logit, probability : the class that the row speaks for
