@@ -845,9 +845,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.prepare_processor()
         dataset: Any = self.get_dataset(X)
         for index, distance, cell in distance_batches(self, dataset):
-            failed = torch.from_numpy(dataset.failed(index)).to(distance.device)
+            failed = torch.from_numpy(dataset.failed(index))
             if failed.any():
-                distance = distance.masked_fill(failed[:, None], torch.nan)
+                distance = distance.masked_fill(failed[:, None].to(distance.device), torch.nan)
             yield self.module_.logits(distance), distance, cell
 
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:

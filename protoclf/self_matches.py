@@ -52,7 +52,7 @@ def replace_self_matches(
     return torch.where(result.isnan(), g, result)
 
 
-def mostly_sources(y: Tensor, owner: Tensor, source: Tensor) -> Tensor:
+def mostly_sources(y: Tensor, owner: Tensor, source: Tensor, n_classes: int) -> Tensor:
     """Return which prototypes (m,) are of a class that has far more sources than others have.
 
     Of which the share of images that some prototype is a part of is more than twice that of all
@@ -65,13 +65,13 @@ def mostly_sources(y: Tensor, owner: Tensor, source: Tensor) -> Tensor:
     owner : Tensor of shape (m,), int64
     source : Tensor of shape (m,), int64
         As in `replace_self_matches`.
+    n_classes : int
     """
     is_source = torch.zeros(len(y), device=y.device)
     is_source[source] = 1
-    n_classes = int(torch.maximum(y.amax(), owner.amax())) + 1
-    images = y.bincount(minlength=n_classes)
-    share = is_source.new_zeros(n_classes).index_add_(0, y, is_source) / images.clamp_min(1)
-    return (share > _MORE * is_source.mean())[owner]
+    counted = torch.stack([is_source, torch.ones_like(is_source)], dim=1)  # (N, 2)
+    sources, images = counted.new_zeros(n_classes, 2).index_add_(0, y, counted).unbind(1)
+    return (sources / images.clamp_min(1) > _MORE * is_source.mean())[owner]
 
 
 def _median(values: Tensor) -> Tensor:

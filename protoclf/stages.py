@@ -278,7 +278,9 @@ class LastLayer:
         if rule != "keep":
             source = torch.from_numpy(net.sources_["image"]).to(a.g.device)
             alike = None if groups is None else torch.from_numpy(groups).to(a.g.device)
-            some = mostly_sources(a.y, a.owner, source) if rule == "auto" else None  # (m,)
+            some = None
+            if rule == "auto":
+                some = mostly_sources(a.y, a.owner, source, a.n_classes)  # (m,)
             places = a.y, a.owner, source, alike, some
             a = a.changed(lambda g: replace_self_matches(g, *places))
         return a.changed(lambda g: g.to(widest_float(g.device)))

@@ -20,6 +20,7 @@ from protoclf import (
     patch_search,
     penalty,
     projection,
+    selection,
     stages,
 )
 from protoclf.attribution import gradient_maps
@@ -35,6 +36,7 @@ from protoclf.last_layer import LastLayerResult
 from protoclf.localization import pair_boxes, upsample
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import ProtoPNet, PrototypeSpec
+from protoclf.self_matches import mostly_sources
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIMILARITIES = ["log", "cosine"]
@@ -159,6 +161,18 @@ def test_gradients_of_similarities_on_the_meta_device(size, similarity):
     maps = gradient_maps(net.eval(), images[0], prototypes)
     assert maps.device.type == "meta"
     assert maps.shape == (2, 32, 32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_rates_candidates_and_tells_rare_classes_stays_on_the_device(gpu, size):
+    net, images, y = make(gpu, size, "cosine")
+    with torch.no_grad():
+        z = net.latents(net.features(images))
+        found = selection._distances_in_half_precision(z, net.scaled_prototypes())
+    rare = mostly_sources(y, net.owner, y[:4], 3)
+    for tensor, shape in ((found, (5, 4)), (rare, (4,))):
+        assert tensor.device.type == "cuda"
+        assert tensor.shape == shape
 
 
 @pytest.mark.usefixtures("values")

@@ -45,7 +45,7 @@ def test_the_last_layer_is_optimal_for_the_activations_it_is_shown(squares, self
         shown = [replace_self_matches(g, a.y, a.owner, source) for g in shown]
     elif self_matches == "auto":  # all blue images are sources, a quarter of the others
         mine = a.owner == clf.classes_.tolist().index("blue")
-        assert mostly_sources(a.y, a.owner, source).equal(mine)
+        assert mostly_sources(a.y, a.owner, source, 3).equal(mine)
         for g in shown:
             g[:, mine] = replace_self_matches(g[:, mine], a.y, a.owner[mine], source[mine])
     again = solve_last_layer(torch.cat(shown), a.y.repeat(1 + views), a.owner, 0.01)
@@ -62,7 +62,7 @@ def test_a_class_is_mostly_sources_where_twice_as_many_of_its_images_are(counts,
     y = np.repeat(np.arange(len(counts)), counts)
     owner = np.repeat(np.arange(len(counts)), each)
     source = np.array([rng.choice(np.flatnonzero(y == c)) for c in owner])
-    found = mostly_sources(*map(torch.from_numpy, (y, owner, source)))
+    found = mostly_sources(*map(torch.from_numpy, (y, owner, source)), len(counts))
     overall = len(set(source)) / len(y)
     for j, c in enumerate(owner):
         share = len(set(source[owner == c])) / counts[c]
