@@ -305,7 +305,10 @@ def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -
         if n < k
     ]
     if short:
-        help_ = "Lower prototypes_per_class (a dict sets it for each class), or add images."
+        help_ = (
+            'Set prototypes_per_class="auto", which heeds how many images there are, lower it (a '
+            "dict sets it for each class), or add images."
+        )
         if not have.all():
             help_ = "Each fit needs images of every class, since prototypes are parts of them."
         raise ValueError(
