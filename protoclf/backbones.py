@@ -70,6 +70,8 @@ def build_backbone(
     ------
     RuntimeError
         If weights cannot be downloaded.
+    TypeError
+        If `backbone` or `weights` is of another type, or `backbone` is a TorchScript module.
     ValueError
         If the name is unknown, or the weights are, a state dict does not fit, or a module cannot be
         copied.

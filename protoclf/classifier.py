@@ -89,8 +89,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         latents of unit length.
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
-        those patches that a sparse last layer makes use of, of 8 to 32 times as many (and as for
-        10, where a class has fewer), "random" at random (the paper's).
+        those patches that a sparse last layer makes use of, of 8 to 32 times as many (a class of
+        fewer than 10 prototypes has the candidates of 10), "random" at random (the paper's).
     class_weight : None, "balanced" or dict, default=None
         Weight of the images of each class, times `sample_weight`; "balanced" gives all classes
         the same weight in sum.
@@ -105,9 +105,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     self_matches : {"auto", "keep", "median"}, default="auto"
         A prototype matches the training image that it is a part of perfectly, as no new image
         will: "median" shows the last layer the median activation of the class's other images
-        there, "keep" the activation as it is (the paper's). "auto" is "median" for rare classes,
-        which it would take for easy otherwise: those in which the share of images that have a
-        prototype is more than twice that in all of X.
+        there, "keep" the activation as it is (the paper's). "auto" is "median" for rare classes
+        alone, which the last layer would find too easy: those in which the share of images that
+        have a prototype is more than twice that in all of X.
     lambda_l1 : float or "cv", default=5e-4
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
         "cv" chooses by cross-validation on the activations: see `last_layer_path_`.
@@ -389,8 +389,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         y : array-like of shape (n,)
             Class labels: strings, numbers or booleans. May be left out with a Dataset.
         sample_weight : array-like of shape (n,), optional
-            Weights of the images in the joint loss and in the last layer. An image of weight 0 is
-            as good as left out: it can be no prototype.
+            Weights of the images in the joint loss, in the rating of candidates for prototypes and
+            in the last layer. An image of weight 0 is as good as left out: it can be no prototype.
         groups : array-like of shape (n,), optional
             What belongs together, such as photos of one specimen or patient: no split inside
             `fit` takes a group apart. A `train_split` has to heed them itself, as
@@ -416,7 +416,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         The first call is a `fit`. Prototypes are projected onto patches of this X, so it should
         hold all the images that prototypes may show. Learning rates, costs and optimizer are
         those set by then. What the network was built from, such as
-        `backbone`, `prototypes_per_class` and `similarity`, stays as it was in the first call.
+        `backbone`, `prototypes_per_class` and `similarity`, stays as it was in the first call;
+        `image_size` and `resize` have to (ValueError).
 
         Parameters
         ----------
@@ -591,7 +592,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         X, y, sample_weight, groups
             Images as in `fit`, with labels that it saw. On the training images, prototypes match
             the images that they are parts of perfectly, so that held-out scores are a little too
-            good; with ``lambda_l1="cv"``, `fit` itself sees to that.
+            good; with ``lambda_l1="cv"``, `fit` itself sees to that. They are shown as they are,
+            as with ``self_matches="keep"``: of rare classes, a fit with "auto" has other weights.
         penalties : sequence of float
             Values of lambda_l1.
         folds : int, default=4
@@ -627,7 +629,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     ) -> tuple[Activations, np.ndarray]:
         """Return what a last layer is solved on, and which of the images that is, a mask (n,).
 
-        As in `fit`, views of the images are a part of it where the backbone is trained. With
+        As in `fit`, views of the images are a part of it where `augmented_views` says so. With
         ``on_bad_image="skip"`` those are left out that cannot be read.
         """
         X, y = unpacked(X, y)
@@ -742,8 +744,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         -----
         UserWarning
             If parameters were set that the files cannot hold, such as callbacks, transforms,
-            optimizers from elsewhere than torch.optim, `memory`; after `load` they are at their
-            defaults. `device` is never saved.
+            optimizers from elsewhere than torch.optim, `memory`, `checkpoint` and `compile`; after
+            `load` they are at their defaults. `device` is never saved.
 
         Examples
         --------

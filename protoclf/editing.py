@@ -61,9 +61,9 @@ def select_prototypes(
     reason : str or dict of int to str
         For the record: why prototypes go, for all or for each of them.
     X, y : images and labels, optional
-        What to solve the last layer on, in place of the activations of the training images, with
-        the classifier's `class_weight`, and with `self_matches` as "keep". They are needed for a
-        classifier that does not hold those activations.
+        What to solve the last layer on, in place of the activations of the training images: with
+        the classifier's `class_weight`, with views of them as in `fit`, and with `self_matches` as
+        "keep". They are needed for a classifier that does not hold those activations.
 
     Returns
     -------

@@ -306,8 +306,8 @@ def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -
     ]
     if short:
         help_ = (
-            'Set prototypes_per_class="auto", which heeds how many images there are, lower it (a '
-            "dict sets it for each class), or add images."
+            'Set prototypes_per_class="auto", which does not need as many, lower it (a dict sets '
+            "it for each class), or add images."
         )
         if not have.all():
             help_ = "Each fit needs images of every class, since prototypes are parts of them."

@@ -111,9 +111,8 @@ def _activations(clf: ProtoPNetClassifier, data: FitData, sources: Sources) -> A
     module, y = clf.module_, data.train_y
     distance = torch.cat([module.nearest(z)[0] for z, _ in clf.latents(data.train_features)])
     image = torch.from_numpy(sources.image)
-    g = replace_self_matches(module.activations(distance).cpu(), y, y[image], image)
     weights = clf.weights_of(y.numpy(), clf.classes_, None)
     weight = None if weights is None else torch.from_numpy(weights)
-    views = view_activations(clf, data)
-    views = None if views is None else views.cpu()
-    return Activations(g, y, module.owner.cpu(), len(clf.classes_), weight, views)
+    g, views = module.activations(distance), view_activations(clf, data)
+    found = Activations(g, y, module.owner, len(clf.classes_), weight, views).cpu()
+    return found.changed(lambda g: replace_self_matches(g, y, y[image], image))

@@ -97,8 +97,9 @@ def distinctness(clf: ProtoPNetClassifier, *, max_distance: float = 1e-6) -> pd.
     """Return which prototypes repeat another one of their class.
 
     Going through the prototypes in order, one is a duplicate if its squared distance to an earlier
-    one of its class that is none is at most `max_distance`. The score is the share of prototypes
-    that are distinct, above 0 and at most 1, where 1 is best: 1 minus the share of duplicates.
+    one of its class, itself no duplicate, is at most `max_distance`. The score is the share of
+    prototypes that are distinct, above 0 and at most 1, where 1 is best: 1 minus the share of
+    duplicates.
 
     Parameters
     ----------
