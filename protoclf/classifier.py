@@ -106,8 +106,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         A prototype matches the training image that it is a part of perfectly, as no new image
         will: "median" shows the last layer the median activation of the class's other images
         there, "keep" the activation as it is (the paper's). "auto" is "median" for rare classes
-        alone, which the last layer would find too easy: those in which the share of images that
-        have a prototype is more than twice that in all of X.
+        alone, which the last layer would find too easy: those of fewer than half as many training
+        images as the mean class, whatever they weigh.
     lambda_l1 : float or "cv", default=5e-4
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
         "cv" chooses by cross-validation on the activations: see `last_layer_path_`.
@@ -625,12 +625,12 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         return path
 
     def activations_of(
-        self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None
+        self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None, views: bool = True
     ) -> tuple[Activations, np.ndarray]:
         """Return what a last layer is solved on, and which of the images that is, a mask (n,).
 
-        As in `fit`, views of the images are a part of it where `augmented_views` says so. With
-        ``on_bad_image="skip"`` those are left out that cannot be read.
+        As in `fit`, views of the images are a part of it where `augmented_views` says so, unless
+        not asked for. With ``on_bad_image="skip"`` those are left out that cannot be read.
         """
         X, y = unpacked(X, y)
         g = self.similarities(X)
@@ -642,15 +642,20 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         if weight is not None:  # as in `fit`, an image of weight 0 is as good as left out
             known &= weight > 0
         weight = self.weights_of(codes[known], labels, None if weight is None else weight[known])
-        dataset: Any = self.get_dataset(X)
-        with torch.no_grad():
-            views = view_activations(self, FitData(self, dataset, None))
         activations = Activations(
             *(g[known], torch.from_numpy(codes[known]), self.module_.owner.cpu(), len(labels)),
-            None if weight is None else torch.from_numpy(weight),
-            None if views is None else views[:, torch.from_numpy(known)].cpu(),
+            weight=None if weight is None else torch.from_numpy(weight),
+            views=self._views_of(X, codes, known) if views else None,
         )
         return activations, known
+
+    @torch.no_grad()
+    def _views_of(self, X: Any, codes: np.ndarray, known: np.ndarray) -> torch.Tensor | None:
+        """Return the activations (V, k, m) of views of the k images of X that are known."""
+        dataset: Any = self.get_dataset(X)
+        some = dataset.of(np.flatnonzero(known), codes[known], None)
+        found = view_activations(self, FitData(self, some, None))
+        return None if found is None else found.cpu()
 
     def similarity_maps(self, X: Any, upsampled: bool = False) -> np.ndarray | list[np.ndarray]:
         """Return the similarity of each prototype to each patch of each image.

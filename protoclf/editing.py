@@ -156,7 +156,7 @@ def prune(
     check_rules({"k": k, "t": t, "min_weight": min_weight}, EDIT_RULES)
     if t > k:
         raise ValueError(f"t must be at most k; got t={t} and k={k}.")
-    table, activations = clf.prototypes_, activations_of(clf, X, y)
+    table, activations = clf.prototypes_, activations_of(clf, X, y, views=False)
     if min_weight is not None:
         value, least = table["weight"].to_numpy(), min_weight
         text = f"weight {{:.3g}} < {min_weight:g}"
@@ -359,7 +359,9 @@ def _taught(
     return taught
 
 
-def activations_of(clf: ProtoPNetClassifier, X: Any = None, y: Any = None) -> Activations:
+def activations_of(
+    clf: ProtoPNetClassifier, X: Any = None, y: Any = None, views: bool = True
+) -> Activations:
     """Return the activations of the training images that `fit` kept, or those of other images."""
     X, y = unpacked(X, y)
     if (X is None) != (y is None):
@@ -368,7 +370,7 @@ def activations_of(clf: ProtoPNetClassifier, X: Any = None, y: Any = None) -> Ac
         if not hasattr(clf, "activations_"):
             raise ValueError("This classifier holds no activations of training images: pass X, y.")
         return clf.activations_
-    activations = clf.activations_of(X, y)[0]
+    activations = clf.activations_of(X, y, views=views)[0]
     bare = np.setdiff1d(np.arange(len(clf.classes_)), activations.y.cpu().numpy())
     if len(bare):
         raise ValueError(

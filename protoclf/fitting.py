@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -50,9 +49,6 @@ from protoclf.source_files import SourceFile
 from protoclf.stages import Stage, Training, drop_unused_prototypes, schedule
 from protoclf.torch_datasets import unpacked
 from protoclf.torch_settings import on_cpu_by_default, random_numbers_from, without_autocast
-
-_one_fit = threading.RLock()
-"""Random numbers are torch's, which threads share: two fits at a time would take one another's."""
 
 _OF_VALIDATION = ("valid_loss", "valid_loss_best", "valid_acc", "valid_acc_best")
 
@@ -132,8 +128,7 @@ class StagedNet(SkorchProtoPNet):
         try:
             device = torch.device(self.device)
             with (
-                _one_fit,
-                random_numbers_from(self.seed_, device),
+                random_numbers_from(self.seed_, device),  # one fit at a time
                 without_autocast(device),  # `precision` is what says
             ):
                 if first:
@@ -154,6 +149,15 @@ class StagedNet(SkorchProtoPNet):
             return_freed_memory()
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
         self.module_.eval()
+        bare = (self.module_.last_layer.weight == 0).all(1).cpu().numpy()  # (C,)
+        if bare.any():
+            names = first_few([repr(label) for label in self.classes_[bare].tolist()])
+            warn(
+                f"lambda_l1={self.lambda_l1_:g} leaves no weight for the classes {names}: their "
+                "logit is always 0, and sheets have no row for them. A smaller one may leave some.",
+                UserWarning,
+                stacklevel=4,
+            )
         changed = changes_since(paths, before)
         if changed:
             warn(

@@ -12,6 +12,9 @@ RECENT_BUDGET = 2**28
 """Bytes that a process keeps beside what lies under `memory` (256 MiB)."""
 
 
+_OVERHEAD = 2**10  # of an entry, about
+
+
 class Recent:
     """Tensors by key, as many as the budget holds.
 
@@ -33,13 +36,14 @@ class Recent:
     def put(self, key: Hashable, tensor: Tensor) -> None:
         """Keep a tensor, which nobody may change from now on."""
         with self._lock:
-            if key in self._tensors or tensor.nbytes > RECENT_BUDGET:
+            size = _size(tensor)
+            if key in self._tensors or size > RECENT_BUDGET:
                 return
-            while self._size + tensor.nbytes > RECENT_BUDGET:
+            while self._size + size > RECENT_BUDGET:
                 self._drop()
             self._tensors[key] = tensor
             self._keys.append(key)
-            self._size += tensor.nbytes
+            self._size += size
 
     def clear(self) -> None:
         """Keep nothing any more."""
@@ -51,7 +55,11 @@ class Recent:
     def _drop(self) -> None:
         place = self._random.randrange(len(self._keys))
         self._keys[place], self._keys[-1] = self._keys[-1], self._keys[place]
-        self._size -= self._tensors.pop(self._keys.pop()).nbytes
+        self._size -= _size(self._tensors.pop(self._keys.pop()))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.nbytes + _OVERHEAD
 
 
 recent_tensors = Recent()

@@ -6,11 +6,13 @@ scores of one classifier.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
 from protoclf.feature_cache import FeatureCache
-from protoclf.fingerprints import state_digest
+from protoclf.fingerprints import module_digest, state_digest
 from protoclf.network import ProtoPNet
 from protoclf.recent import recent_tensors
 from protoclf.torch_settings import float32_matmul_precision
@@ -30,16 +32,16 @@ class RecentDistances:
     """
 
     def __init__(self, features: FeatureCache, module: ProtoPNet) -> None:
-        head = module.add_on.state_dict() | {"prototypes": module.prototypes}
         self._device = module.prototypes.device
         self._of = (
-            *(features.store.folder, state_digest(head), module.similarity),
+            *(features.store.folder, module_digest(module.add_on), module.similarity),
+            state_digest({"prototypes": module.prototypes}),
             *(torch.get_num_threads(), float32_matmul_precision()),  # which rounding depends on
         )
 
     def get(self, digests: list[str]) -> tuple[Tensor, Tensor] | None:
         """Return distances (n, m) and cells (n, m) of a batch of images, or None."""
-        distance, cell = (recent_tensors.get((*self._of, *digests, name)) for name in _FOUND)
+        distance, cell = (recent_tensors.get((self._key(digests), name)) for name in _FOUND)
         if distance is None or cell is None:
             return None
         return distance.to(self._device), cell.to(self._device)
@@ -48,4 +50,7 @@ class RecentDistances:
         """Keep what was found for a batch, if all its images are known by digests."""
         if all(digests):
             for name, values in zip(_FOUND, (distance, cell), strict=True):
-                recent_tensors.put((*self._of, *digests, name), values.cpu())
+                recent_tensors.put((self._key(digests), name), values.cpu())
+
+    def _key(self, digests: list[str]) -> bytes:
+        return hashlib.blake2b(repr((self._of, digests)).encode(), digest_size=16).digest()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MORE = 2  # times as many sources among its images as among all
-
 
 def replace_self_matches(
     g: Tensor,
@@ -52,26 +50,22 @@ def replace_self_matches(
     return torch.where(result.isnan(), g, result)
 
 
-def mostly_sources(y: Tensor, owner: Tensor, source: Tensor, n_classes: int) -> Tensor:
-    """Return which prototypes (m,) are of a class that has far more sources than others have.
+def rare_classes(y: Tensor, n_classes: int) -> Tensor:
+    """Return which classes (C,) have fewer than half as many images as the mean class.
 
-    Of which the share of images that some prototype is a part of is more than twice that of all
-    classes. Where all images of a class are perfect matches, and few of the others, the last layer
-    takes the class for easy, and new images of it are not found.
+    Nearly all images of such a class may be sources, and few of the others': shown as they are, the
+    last layer takes the class for easy, and new images of it are not found. Prototypes do not
+    matter, so that an edit of them leaves the rule as it was.
 
     Parameters
     ----------
     y : Tensor of shape (N,), int64
-    owner : Tensor of shape (m,), int64
-    source : Tensor of shape (m,), int64
-        As in `replace_self_matches`.
+        Class indices.
     n_classes : int
     """
-    is_source = torch.zeros(len(y), device=y.device)
-    is_source[source] = 1
-    counted = torch.stack([is_source, torch.ones_like(is_source)], dim=1)  # (N, 2)
-    sources, images = counted.new_zeros(n_classes, 2).index_add_(0, y, counted).unbind(1)
-    return (sources / images.clamp_min(1) > _MORE * is_source.mean())[owner]
+    images = torch.zeros(n_classes, dtype=torch.int64, device=y.device)
+    images.index_add_(0, y, torch.ones_like(y))
+    return 2 * n_classes * images < len(y)
 
 
 def _median(values: Tensor) -> Tensor:

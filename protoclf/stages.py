@@ -27,12 +27,11 @@ from protoclf.fingerprints import described
 from protoclf.image_dataset import in_whole
 from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c
-from protoclf.messages import first_few
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
 from protoclf.penalty import PENALTIES, Activations, penalty_path
 from protoclf.selection import selected_prototypes
-from protoclf.self_matches import mostly_sources, replace_self_matches
+from protoclf.self_matches import rare_classes, replace_self_matches
 from protoclf.stage_cache import remembered
 from protoclf.torch_settings import widest_float
 
@@ -233,7 +232,7 @@ class LastLayer:
     """
 
     lambda_l1: float | str
-    self_matches: str = "keep"
+    self_matches: str
     name: str = "last layer"
     costly: ClassVar[bool] = True
 
@@ -251,7 +250,6 @@ class LastLayer:
             net.lambda_l1_ = self._penalty(net, data)
             self.solve(net)
             net.agree()
-            _warn_of_bare_classes(net)
             net.activations_ = net.activations_.cpu()
             net.history.record("objective", net.last_layer_result_.objective)
             net.history.record("residual", net.last_layer_result_.residual)
@@ -275,12 +273,10 @@ class LastLayer:
         If the device has it.
         """
         a, rule = net.activations_, "median" if median else self.self_matches
-        if rule != "keep":
+        some = rare_classes(a.y, a.n_classes)[a.owner] if rule == "auto" else None  # (m,)
+        if rule == "median" or (some is not None and some.any().item()):
             source = torch.from_numpy(net.sources_["image"]).to(a.g.device)
             alike = None if groups is None else torch.from_numpy(groups).to(a.g.device)
-            some = None
-            if rule == "auto":
-                some = mostly_sources(a.y, a.owner, source, a.n_classes)  # (m,)
             places = a.y, a.owner, source, alike, some
             a = a.changed(lambda g: replace_self_matches(g, *places))
         return a.changed(lambda g: g.to(widest_float(g.device)))
@@ -304,18 +300,6 @@ class LastLayer:
             )
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
-
-
-def _warn_of_bare_classes(net: SkorchProtoPNet) -> None:
-    bare = (net.module_.last_layer.weight == 0).all(1).cpu().numpy()  # (C,)
-    if bare.any():
-        names = first_few([repr(label) for label in net.classes_[bare].tolist()])
-        warn(
-            f"lambda_l1={net.lambda_l1_:g} leaves no weight for the classes {names}: their logit "
-            "is always 0, and sheets have no row for them. Lower it.",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 @torch.no_grad()

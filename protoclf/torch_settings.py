@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,11 +10,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_one_at_a_time = threading.RLock()
+
 
 @contextmanager
 def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Have torch draw from a seed, and afterwards go on as if nothing had been drawn."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """Have torch draw from a seed, and afterwards go on as if nothing had been drawn.
+
+    Threads share torch's random numbers, and would take one another's: they wait.
+    """
+    with _one_at_a_time, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 

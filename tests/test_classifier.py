@@ -351,7 +351,7 @@ def test_wrong_labels_are_refused_before_training(y, words, backbone_images):
 
 def test_too_few_images_of_a_class_say_which_and_how_many(backbone_images):
     keep = np.r_[0:18][(CODES != 1) | (np.arange(18) < 2)]
-    with pytest.raises(ValueError, match=r"'auk' has 1 for 2 prototypes.*Lower prototypes_per"):
+    with pytest.raises(ValueError, match=r"'auk' has 1 for 2 prototypes.*lower it"):
         classifier().fit(X[keep], Y[keep])
     assert not backbone_images
 

@@ -36,7 +36,7 @@ from protoclf.last_layer import LastLayerResult
 from protoclf.localization import pair_boxes, upsample
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import ProtoPNet, PrototypeSpec
-from protoclf.self_matches import mostly_sources
+from protoclf.self_matches import rare_classes
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIMILARITIES = ["log", "cosine"]
@@ -169,8 +169,8 @@ def test_what_rates_candidates_and_tells_rare_classes_stays_on_the_device(gpu, s
     with torch.no_grad():
         z = net.latents(net.features(images))
         found = selection._distances_in_half_precision(z, net.scaled_prototypes())
-    rare = mostly_sources(y, net.owner, y[:4], 3)
-    for tensor, shape in ((found, (5, 4)), (rare, (4,))):
+    rare = rare_classes(y, 3)
+    for tensor, shape in ((found, (5, 4)), (rare, (3,))):
         assert tensor.device.type == "cuda"
         assert tensor.shape == shape
 
@@ -257,7 +257,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
         vars(clf)["criterion_"] = ProtoPNetLoss(module.owner, 0.8, 0.08, 0.5)
         data = FitData(clf, dataset, None)
         stages.Projection(None).run(clf, data)
-        stages.LastLayer(0.1).run(clf, data)
+        stages.LastLayer(0.1, "auto").run(clf, data)
         assert on_gpu([data.train_features.features, data.train_distance, module.prototypes])
     assert clf.history[:, "stage"] == ["projection", "last layer"]
 

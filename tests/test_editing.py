@@ -238,6 +238,15 @@ def test_training_images_that_are_given_anew_have_the_same_views(fitted, squares
     assert path["objective"][0] == pytest.approx(clf.last_layer_result_.objective, rel=1e-5)
 
 
+def test_the_path_sees_the_views_that_a_fit_without_some_images_sees(fitted, squares):
+    X, y = squares
+    weight = np.where(np.arange(len(X)) % 5 == 1, 0.0, 1.0)
+    clf = clone(fitted).set_params(augmented_views=2, lambda_l1=1e-3)
+    clf.fit(X, y, sample_weight=weight)
+    path = clf.last_layer_path(X, y, [1e-3], folds=0, sample_weight=weight)
+    np.testing.assert_allclose(path["weight"][0], clf.coef_, atol=1e-4)
+
+
 def test_classes_of_few_images_need_all_of_them(fitted, squares):
     X, y = squares
     few = np.r_[np.flatnonzero(y == "blue")[:2], np.flatnonzero(y != "blue")]

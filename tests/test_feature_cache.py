@@ -159,6 +159,18 @@ def test_other_prototypes_and_other_images_are_compared_anew(files, tmp_path, co
     np.testing.assert_array_equal(clf.transform(X)[1:], similarities[1:])
 
 
+def test_what_add_on_layers_do_is_seen(files, tmp_path):
+    X, y = files
+    clf = frozen(tmp_path / "m").fit(X, y)
+    similarities = clf.transform(X)
+    hook = clf.module_.add_on.register_forward_hook(lambda module, args, z: -z)
+    assert not np.allclose(clf.transform(X), similarities)
+    hook.remove()
+    np.testing.assert_array_equal(clf.transform(X), similarities)
+    clf.module_.add_on[-1] = nn.Identity()
+    assert not np.allclose(clf.transform(X), similarities)
+
+
 def test_what_cannot_be_read_has_no_similarity_a_second_time(files, tmp_path):
     X, y = files
     clf = frozen(tmp_path / "m", on_bad_image="skip").fit(X, y)

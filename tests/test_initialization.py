@@ -112,6 +112,19 @@ def test_cosines_of_a_backbone_in_bfloat16_are_rated_in_bfloat16(initialized, mo
     assert (rough - exact).abs().max() < 0.02  # of at most 4: 3 digits of a cosine
 
 
+@pytest.mark.parametrize("block", [1, 2**20])
+def test_cells_of_nothing_are_rated_in_bfloat16_as_otherwise(monkeypatch, block):
+    monkeypatch.setattr(selection, "_BLOCK", block)
+    z = torch.zeros(3, 2, 2, 2)
+    z[1, :, 0, 0] = torch.tensor([0.6, 0.8])
+    z[2] = z[1, :, :1, :1] / 2
+    for size in ((1, 1), (2, 2)):
+        candidates = z[..., : size[0], : size[1]]
+        rough = selection._distances_in_half_precision(z, candidates)
+        exact = min_distances(z, candidates)[0]
+        assert (rough - exact).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])
 @pytest.mark.parametrize("block", [1, 300])
 @torch.no_grad()

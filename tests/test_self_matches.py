@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protoclf import ProtoPNetClassifier, stages
+from protoclf.editing import keep
 from protoclf.last_layer import solve_last_layer
-from protoclf.self_matches import mostly_sources, replace_self_matches
+from protoclf.self_matches import rare_classes, replace_self_matches
 
 
 def test_own_source_gets_the_median_of_the_other_images_of_its_class():
@@ -43,34 +46,26 @@ def test_the_last_layer_is_optimal_for_the_activations_it_is_shown(squares, self
     shown = [a.g, *a.views]
     if self_matches == "median":
         shown = [replace_self_matches(g, a.y, a.owner, source) for g in shown]
-    elif self_matches == "auto":  # all blue images are sources, a quarter of the others
-        mine = a.owner == clf.classes_.tolist().index("blue")
-        assert mostly_sources(a.y, a.owner, source, 3).equal(mine)
+    elif self_matches == "auto":  # 2 blue images, 8 of each other colour
+        blue = clf.classes_.tolist().index("blue")
+        assert rare_classes(a.y, 3).nonzero().flatten().tolist() == [blue]
+        mine = a.owner == blue
         for g in shown:
             g[:, mine] = replace_self_matches(g[:, mine], a.y, a.owner[mine], source[mine])
     again = solve_last_layer(torch.cat(shown), a.y.repeat(1 + views), a.owner, 0.01)
     np.testing.assert_allclose(again.objective, clf.last_layer_result_.objective, rtol=1e-5)
 
 
-@given(
-    counts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
-    seed=st.integers(0, 2**16),
-    each=st.integers(1, 4),
-)
-def test_a_class_is_mostly_sources_where_twice_as_many_of_its_images_are(counts, seed, each):
-    rng = np.random.default_rng(seed)
-    y = np.repeat(np.arange(len(counts)), counts)
-    owner = np.repeat(np.arange(len(counts)), each)
-    source = np.array([rng.choice(np.flatnonzero(y == c)) for c in owner])
-    found = mostly_sources(*map(torch.from_numpy, (y, owner, source)), len(counts))
-    overall = len(set(source)) / len(y)
-    for j, c in enumerate(owner):
-        share = len(set(source[owner == c])) / counts[c]
-        assert bool(found[j]) == (share > 2 * overall + 1e-6) or abs(share - 2 * overall) < 1e-6
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_rare_is_a_class_of_fewer_than_half_as_many_images_as_the_mean_class(counts):
+    y = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    expected = [n < Fraction(sum(counts), 2 * len(counts)) for n in counts]
+    assert rare_classes(y, len(counts)).tolist() == expected
 
 
-def test_with_as_many_images_each_self_matches_are_kept_by_default(squares):
-    settings = {"image_size": 32, "train_backbone": False, "prototypes_per_class": 3}
+@pytest.mark.parametrize("number", [3, {"red": 5, "blue": 1, "green": 1}, "auto"])
+def test_with_as_many_images_each_self_matches_are_kept_by_default(squares, number):
+    settings = {"image_size": 32, "train_backbone": False, "prototypes_per_class": number}
     settings |= {"random_state": 0, "verbose": 0}
     default, kept = (
         ProtoPNetClassifier("small_cnn", **settings, **other).fit(*squares)
@@ -109,3 +104,20 @@ def test_penalties_are_tried_without_the_groups_of_sources(squares, monkeypatch)
     expected = replace_self_matches(a.g, a.y, a.owner, source, torch.from_numpy(groups))
     assert torch.equal(shown[0].float(), expected)
     assert not torch.equal(expected, replace_self_matches(a.g, a.y, a.owner, source))
+
+
+def test_an_edit_leaves_the_rule_of_rare_classes_as_it_was(squares):
+    X, y = squares
+    few = np.r_[np.flatnonzero(y == "blue")[:2], np.flatnonzero(y != "blue")]
+    clf = ProtoPNetClassifier(
+        "small_cnn", image_size=32, train_backbone=False, prototypes_per_class=2,
+        random_state=0, verbose=0,
+    ).fit(X[few], y[few])  # fmt: skip
+    blue = clf.classes_.tolist().index("blue")
+    edited = keep(clf, [int((clf.module_.owner == c).nonzero()[0]) for c in range(3)])
+    a = edited.activations_
+    source = torch.from_numpy(edited.prototypes_["source_index"].to_numpy(copy=True))
+    g = replace_self_matches(a.g, a.y, a.owner, source, some=a.owner == blue)
+    assert not torch.equal(g, a.g)
+    again = solve_last_layer(g, a.y, a.owner, clf.lambda_l1)
+    np.testing.assert_allclose(again.objective, edited.last_layer_result_.objective, rtol=1e-5)

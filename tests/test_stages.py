@@ -131,9 +131,9 @@ def test_schedule_of_the_paper():
     assert schedule(ProtoPNetClassifier.paper(), first=True) == [
         Start("random"),
         Training("warm-up", 5, heads),
-        *(Training("joint", 10, joint, "step", 0), Projection(None), LastLayer(1e-4)),
-        *(Training("joint", 10, joint, "step", 10), Projection(None), LastLayer(1e-4)),
-        *(Training("joint", 10, joint, "step", 20), Projection(None), LastLayer(1e-4)),
+        *(Training("joint", 10, joint, "step", 0), Projection(None), LastLayer(1e-4, "keep")),
+        *(Training("joint", 10, joint, "step", 10), Projection(None), LastLayer(1e-4, "keep")),
+        *(Training("joint", 10, joint, "step", 20), Projection(None), LastLayer(1e-4, "keep")),
     ]
 
 
@@ -557,7 +557,7 @@ def test_last_layer_takes_weight_zero_as_left_out_and_weight_two_as_twice(square
         data = FitData(clf, dataset, None)
         with torch.no_grad():
             data.train_distance = clf.module_(dataset.pixels)[1]
-        LastLayer(0.01).run(clf, data)
+        LastLayer(0.01, "keep").run(clf, data)
         solved.append(clf)
     np.testing.assert_allclose(solved[0].coef_, solved[1].coef_, atol=1e-3)
     objectives = [clf.last_layer_result_.objective for clf in solved]

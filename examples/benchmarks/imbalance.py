@@ -4,12 +4,14 @@
 
 Two classes are drawn, a few photos of one and three quarters of the other's to train on; all others
 of both are held out. The backbone is frozen. The black box is scikit-learn's logistic regression on
-the standardised and pooled features of the same backbone, its C cross-validated by log-loss. Where
-a class has fewer photos than a ProtoPNet has prototypes, it has as many prototypes as photos.
+the standardised and pooled features of the same backbone, its C cross-validated by log-loss, which
+counts the photos of both classes alike. A ProtoPNet has ten prototypes of a class, or as many as it
+has photos where these are fewer; or "auto". Means over the draws, and their standard errors.
 """
 
 import argparse
 import tempfile
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -38,7 +40,7 @@ def main() -> None:
                 rare, train, held_out = drawn(y, n, draw)
                 rows += protopnets(unfitted, paths, y, train, held_out, rare, draw)
                 rows += black_boxes(features, y, train, held_out, rare)
-            table = pd.DataFrame(rows).groupby("model", sort=False).mean()
+            table = pd.DataFrame(rows).groupby("model", sort=False).agg(["mean", "sem"])
             print(f"\n{n} photos of the rare class\n{table.round(3).to_string()}", flush=True)
 
 
@@ -69,14 +71,15 @@ def drawn(y, n, draw):
 def protopnets(unfitted, paths, y, train, held_out, rare, seed):
     """Yield a row for each treatment of the classes' weights and of self-matches."""
     classes, counts = np.unique(y[train], return_counts=True)
-    numbers = dict(zip(classes, np.minimum(counts, PROTOTYPES).tolist(), strict=True))
-    clf = clone(unfitted).set_params(prototypes_per_class=numbers, random_state=seed)
-    for name, weight in WEIGHTS.items():
+    each = dict(zip(classes, np.minimum(counts, PROTOTYPES).tolist(), strict=True))
+    clf = clone(unfitted).set_params(random_state=seed)
+    for numbers, (name, weight) in product((each, "auto"), WEIGHTS.items()):
+        prototypes = ", auto prototypes" if numbers == "auto" else ""
         for rule in ("auto", "keep", "median"):
-            clf.set_params(class_weight=weight, self_matches=rule).fit(paths[train], y[train])
-            probability = clf.predict_proba(paths[held_out])
+            clf.set_params(prototypes_per_class=numbers, class_weight=weight, self_matches=rule)
+            probability = clf.fit(paths[train], y[train]).predict_proba(paths[held_out])
             scores = scored(y[held_out], probability, clf.classes_, rare)
-            yield {"model": f'ProtoPNet, self_matches="{rule}"{name}', **scores}
+            yield {"model": f'ProtoPNet{prototypes}, self_matches="{rule}"{name}', **scores}
 
 
 def black_boxes(features, y, train, held_out, rare):
