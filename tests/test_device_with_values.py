@@ -1,5 +1,7 @@
 """Whole fits on a device that is not the CPU: nothing is left behind, and all comes out alike."""
 
+import warnings
+
 import numpy as np
 import pytest
 from device_with_values import OnDevice, device_with_values
@@ -53,7 +55,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*num_batches_tracked:UserWarnin
 
 @pytest.fixture(params=[True, pytest.param(False, marks=slow)], ids=["float64", "float32 alone"])
 def device(request):
-    with device_with_values(float64=request.param) as name:
+    with warnings.catch_warnings(), device_with_values(float64=request.param) as name:
+        if not request.param:  # whose digits may not reach as far as the solver asks for
+            warnings.filterwarnings("ignore", "last layer not solved")
         yield name
 
 
@@ -136,7 +140,6 @@ def test_edits_and_metrics(squares, device):
 
 
 # of the images, of a view, of the images again for `forbid`: how many have room on the device
-@pytest.mark.filterwarnings("ignore:last layer not solved")  # where there is float32 alone
 @pytest.mark.parametrize("room", [1, pytest.param(0, marks=slow)])
 def test_features_that_the_device_has_no_room_for(squares, device, monkeypatch, room):
     X, y = squares

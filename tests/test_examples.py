@@ -48,12 +48,8 @@ def test_confounders_are_found_and_forbidden(tmp_path):
     assert "without marks" in printed
 
 
-@pytest.fixture(scope="module")
-def birds(tmp_path_factory):
-    root = tmp_path_factory.mktemp("birds")
-    X, y, _ = make_birds(root / "train", 40, 128)
-    X_test, y_test, parts = make_birds(root / "test", 20, 128, start=40)
-    clf = ProtoPNetClassifier(
+def quickstart_classifier(seed):
+    return ProtoPNetClassifier(
         "small_cnn",
         image_size=128,
         prototypes_per_class=10,
@@ -62,24 +58,36 @@ def birds(tmp_path_factory):
         lr=2e-3,
         backbone_lr=2e-3,
         lambda_l1=1e-3,
-        random_state=0,
+        random_state=seed,
         verbose=0,
     )
-    return clf.fit(X, y), X_test, y_test, parts[parts["distinguishing"]].set_index("path")
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    root = tmp_path_factory.mktemp("birds")
+    train, test = make_birds(root / "train", 40, 128), make_birds(root / "test", 20, 128, start=40)
+    return train, test, quickstart_classifier(0).fit(*train[:2])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # the fixture trains, for minutes where the machine is busy
+@pytest.mark.timeout(900)  # it trains, for minutes where the machine is busy
 def test_quickstart_settings_reach_95_percent_on_new_birds(birds):
-    clf, X, y, _ = birds
-    assert clf.score(X, y) >= 0.95
+    """In two fits of three: from scratch, the end depends on how a processor rounds."""
+    (X, y, _), (X_test, y_test, _), clf = birds
+    scores = [clf.score(X_test, y_test)]
+    for seed in (1, 2):
+        if sum(score >= 0.95 for score in scores) < 2:
+            scores.append(quickstart_classifier(seed).fit(X, y).score(X_test, y_test))
+    assert sum(score >= 0.95 for score in scores) >= 2, scores
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("attribution", ["upsampled", "gradient"])
 def test_boxes_of_highest_contributions_overlap_the_part_that_tells_twins_apart(birds, attribution):
-    clf, X, _, parts = birds
+    _, (X, _, parts), clf = birds
+    parts = parts[parts["distinguishing"]].set_index("path")
     best = clf.explain(X, top=1, attribution=attribution)
     best = best[best["rank"] == 1]
     boxes, part = best[BOX].to_numpy(int), parts.loc[best["path"], BOX].to_numpy(int)
