@@ -682,8 +682,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
                 z = self.module_.latents(inputs["features"])
                 batch = self.module_.similarity_maps(z)  # (n, m, H', W')
             if upsampled:
-                size = self.module_.prototype_size
-                batch = torch.stack([covered_cells(one, size) for one in batch])  # (n, m, H, W)
+                batch = covered_cells(batch, self.module_.prototype_size)  # (n, m, H, W)
                 done = range(len(maps), len(maps) + len(y))
                 regions = dataset.preprocessing.region(dataset.sizes(done))
                 for one, (x0, y0, x1, y1) in zip(batch, regions, strict=True):

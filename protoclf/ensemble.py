@@ -287,7 +287,7 @@ class ProtoPNetEnsemble(
         given = {"top": top, "attribution": attribution, "percentile": percentile}
         check_rules(given, EXPLAIN_RULES)
         asked = self.estimators_[0]._class_indices(classes)
-        X, _ = unpacked(X.to_numpy() if isinstance(X, pd.Index) else X, None)
+        X, _ = unpacked(X, None)
         logits = self._logits(X)  # (n, C)
         sheets = []
         for codes, samples in _alike(_chosen_classes(logits, asked)):

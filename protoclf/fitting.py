@@ -149,15 +149,7 @@ class StagedNet(SkorchProtoPNet):
             return_freed_memory()
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
         self.module_.eval()
-        bare = (self.module_.last_layer.weight == 0).all(1).cpu().numpy()  # (C,)
-        if bare.any():
-            names = first_few([repr(label) for label in self.classes_[bare].tolist()])
-            warn(
-                f"lambda_l1={self.lambda_l1_:g} leaves no weight for the classes {names}: their "
-                "logit is always 0, and sheets have no row for them. A smaller one may leave some.",
-                UserWarning,
-                stacklevel=4,
-            )
+        self._warn_of_bare_classes()
         changed = changes_since(paths, before)
         if changed:
             warn(
@@ -166,6 +158,18 @@ class StagedNet(SkorchProtoPNet):
                 stacklevel=4,
             )
         return self
+
+    def _warn_of_bare_classes(self) -> None:
+        bare = (self.module_.last_layer.weight == 0).all(1).cpu().numpy()  # (C,)
+        if not bare.any():
+            return
+        names = first_few([repr(label) for label in self.classes_[bare].tolist()])
+        warn(
+            f"lambda_l1={self.lambda_l1_:g} leaves no weight for the classes {names}: their logit "
+            "is always 0, and sheets have no row for them. A smaller one may leave some.",
+            UserWarning,
+            stacklevel=5,
+        )
 
     def _check_callbacks(self) -> None:
         """Raise ValueError for callbacks that would fail after an epoch, or not be heeded."""

@@ -36,6 +36,7 @@ from protoclf.plot_data import (
     images_of,
     nearest_rows,
     prototypes_of,
+    source_images,
 )
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _add_prototypes(
     display: PrototypesDisplay, clf: ProtoPNetClassifier, rows: pd.DataFrame
 ) -> None:
     ids, index = rows["prototype"].tolist(), rows["source_index"].tolist()
-    images = {i: clf.source_image(j) for i, j in dict(zip(index, ids, strict=True)).items()}
+    images = source_images(clf, ids)
     place = {i: k for k, i in enumerate(images)}
     sizes = [image.shape[1::-1] for image in images.values()]
     heats, _ = heat_maps(clf, list(images.values()), sizes, [place[i] for i in index], ids)

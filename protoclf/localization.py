@@ -60,19 +60,19 @@ def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
     Parameters
     ----------
-    maps : Tensor of shape (k, H - H1 + 1, W - W1 + 1)
+    maps : Tensor of shape (k, H - H1 + 1, W - W1 + 1), or with another dimension in front
         Similarity of one prototype to every patch, for k maps.
     size : (H1, W1)
         Cells of a patch.
 
     Returns
     -------
-    Tensor of shape (k, H, W)
+    Tensor of shape (k, H, W), or with that dimension
         For each cell, the similarity of the best patch that covers it.
     """
     rows, cols = size
     padded = F.pad(maps, (cols - 1, cols - 1, rows - 1, rows - 1), value=-torch.inf)
-    return F.max_pool2d(padded, size, stride=1)  # (k, H, W)
+    return F.max_pool2d(padded, size, stride=1)
 
 
 def upsample(maps: Tensor, height: int, width: int) -> Tensor:

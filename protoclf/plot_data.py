@@ -92,6 +92,13 @@ def check_top(top: Any) -> None:
     check_rules({"top": top}, {"top": EXPLAIN_RULES["top"]})
 
 
+def source_images(clf: ProtoPNetClassifier, prototypes: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return the training images of prototypes by `source_index`; each is read once."""
+    index = clf.prototypes_["source_index"].tolist()
+    of = {index[j]: j for j in prototypes}
+    return {i: clf.source_image(j) for i, j in of.items()}
+
+
 def heat_maps(
     clf: ProtoPNetClassifier,
     X: Sequence[Any],

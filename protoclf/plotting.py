@@ -40,7 +40,14 @@ from protoclf.gallery import (
 )
 from protoclf.images import Images
 from protoclf.logits import probabilities, ranking
-from protoclf.plot_data import check_one_of, check_top, class_index, heat_maps, known_ids
+from protoclf.plot_data import (
+    check_one_of,
+    check_top,
+    class_index,
+    heat_maps,
+    known_ids,
+    source_images,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,22 +120,16 @@ def plot_explanation(
     shown = sheet["prototype"].dropna().astype(int).unique().tolist()
     picture = np.asarray(Images([image]).open(0))
     heats, _ = heat_maps(clf, [image], [picture.shape[1::-1]], [0] * len(shown), shown)
+    images, index = source_images(clf, shown), clf.prototypes_["source_index"]
     display = ExplanationDisplay(
         sheet=sheet,
         verdicts=_verdicts(clf, image, classes, sheet),
         image=picture,
         region=tuple(clf.shown_region([picture.shape[1::-1]])[0].tolist()),
         maps={j: heat.pixels for j, heat in zip(shown, heats, strict=True)},
-        sources=_sources(clf, shown),
+        sources={j: images[index[j]] for j in shown},
     )
     return display.plot(figure)
-
-
-def _sources(clf: ProtoPNetClassifier, prototypes: Sequence[int]) -> dict[int, np.ndarray]:
-    """Return the training images of prototypes, each of which is read once."""
-    index = clf.prototypes_["source_index"]
-    images = {index[j]: clf.source_image(j) for j in {index[j]: j for j in prototypes}.values()}
-    return {j: images[index[j]] for j in prototypes}
 
 
 def _verdicts(

@@ -41,7 +41,8 @@ class RecentDistances:
 
     def get(self, digests: list[str]) -> tuple[Tensor, Tensor] | None:
         """Return distances (n, m) and cells (n, m) of a batch of images, or None."""
-        distance, cell = (recent_tensors.get((self._key(digests), name)) for name in _FOUND)
+        key = self._key(digests)
+        distance, cell = (recent_tensors.get((key, name)) for name in _FOUND)
         if distance is None or cell is None:
             return None
         return distance.to(self._device), cell.to(self._device)
@@ -49,8 +50,9 @@ class RecentDistances:
     def put(self, digests: list[str], distance: Tensor, cell: Tensor) -> None:
         """Keep what was found for a batch, if all its images are known by digests."""
         if all(digests):
+            key = self._key(digests)
             for name, values in zip(_FOUND, (distance, cell), strict=True):
-                recent_tensors.put((self._key(digests), name), values.cpu())
+                recent_tensors.put((key, name), values.cpu())
 
     def _key(self, digests: list[str]) -> bytes:
         return hashlib.blake2b(repr((self._of, digests)).encode(), digest_size=16).digest()

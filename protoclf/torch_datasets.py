@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import PIL.ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
@@ -25,7 +26,8 @@ def unpacked(X: Any, y: Any) -> tuple[Any, Any]:
     X : images, or a map-style Dataset
         Images in it are what X may be a list of, or tensors (3, H, W); they are all held in memory,
         other than those of a torchvision folder that only reads files, without a transform or a
-        loader of the user's, or of a part of one, which are read by their paths.
+        loader of the user's, or of a part of one, which are read by their paths. A pandas Index
+        becomes an array.
     y : array-like or None
         Labels in place of those of the Dataset.
 
@@ -34,6 +36,8 @@ def unpacked(X: Any, y: Any) -> tuple[Any, Any]:
     ImageError
         If the Dataset has no length, its items are no pairs, or a label is more than one number.
     """
+    if isinstance(X, pd.Index):  # of which scikit-learn takes no rows
+        return X.to_numpy(), y
     if not isinstance(X, Dataset):
         return X, y
     if isinstance(X, IterableDataset) or not hasattr(X, "__len__"):

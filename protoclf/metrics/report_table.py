@@ -175,7 +175,7 @@ def _some(data: Data, n: int) -> Data:
         return data
     draw = np.random.default_rng(data.random_state).permutation(len(data.y))[:n]
     index = np.sort(draw)
-    X = _safe_indexing(np.asarray(data.X) if isinstance(data.X, pd.Index) else data.X, index)
+    X = _safe_indexing(data.X, index)
     return data._replace(X=X, y=data.y[index], parts=None, masks=None)
 
 
