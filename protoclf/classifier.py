@@ -20,13 +20,14 @@ from torch import nn
 from protoclf.attribution import gradient_boxes, image_boxes
 from protoclf.explanation import (
     BOX,
+    EXPLAIN_RULES,
     SOURCE_BOX,
     explain_batch,
     receptive_fields,
     sheet_rows,
     without_answer,
 )
-from protoclf.features import FitData, distance_batches, feature_batches
+from protoclf.features import FitData, distance_batches, latent_batches
 from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.image_errors import ImageError
@@ -36,16 +37,11 @@ from protoclf.localization import covered_cells, upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet
-from protoclf.parameters import (
-    EXPLAIN_RULES,
-    PATH_RULES,
-    check_rules,
-    refuse_unknown,
-    with_parameters_of,
-)
+from protoclf.parameters import refuse_unknown, with_parameters_of
 from protoclf.patch_search import view_activations
-from protoclf.penalty import PENALTIES, Activations, penalty_path
+from protoclf.penalty import PATH_RULES, PENALTIES, Activations, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
+from protoclf.rules import check_rules
 from protoclf.torch_datasets import unpacked
 
 
@@ -529,23 +525,11 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         check_rules(given, EXPLAIN_RULES)
         dataset: Any = self.get_dataset(X)
         self.prepare_processor()
-        sheets, first = [], 0
-        for inputs, y in feature_batches(self, dataset):
-            batch = explain_batch(
-                *(self.module_, inputs["features"], chosen),
-                *(self.preprocessing_.image_size, percentile),
-            )
+        sheets, side = [], self.preprocessing_.image_size
+        for rows, z in latent_batches(self, dataset):
+            batch = explain_batch(self.module_, z, chosen, side, percentile)
             fields = receptive_fields(self.geometry_, batch, self.module_.prototype_size)
-            paths = dataset.images.paths
-            paths = None if paths is None else paths[first : first + len(y)]
-            sizes = dataset.sizes(range(first, first + len(y)))  # 0 where unreadable
-            sheets.append(
-                sheet_rows(
-                    *(batch, first, paths, sizes, dataset.preprocessing, fields),
-                    *(self.classes_, table, top),
-                )
-            )
-            first += len(y)
+            sheets.append(sheet_rows(batch, rows.start, dataset, fields, self.classes_, table, top))
         sheet = without_answer(
             pd.concat(sheets, ignore_index=True), list(dataset.failures), dataset.images.paths
         )
@@ -677,18 +661,16 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         images = Images(X)
         dataset = ImageDataset(images, self.preprocessing_)  # which no missing map could fit
         self.prepare_processor()
-        for inputs, y in feature_batches(self, dataset):
+        for rows, z in latent_batches(self, dataset):
             with torch.no_grad():
-                z = self.module_.latents(inputs["features"])
                 batch = self.module_.similarity_maps(z)  # (n, m, H', W')
-            if upsampled:
-                batch = covered_cells(batch, self.module_.prototype_size)  # (n, m, H, W)
-                done = range(len(maps), len(maps) + len(y))
-                regions = dataset.preprocessing.region(dataset.sizes(done))
-                for one, (x0, y0, x1, y1) in zip(batch, regions, strict=True):
-                    maps.append(upsample(one, round(y1 - y0), round(x1 - x0)).cpu().numpy())
-            else:
+            if not upsampled:
                 maps.append(batch.cpu().numpy())
+                continue
+            batch = covered_cells(batch, self.module_.prototype_size)  # (n, m, H, W)
+            regions = dataset.preprocessing.region(dataset.sizes(range(rows.start, rows.stop)))
+            for one, (x0, y0, x1, y1) in zip(batch, regions, strict=True):
+                maps.append(upsample(one, round(y1 - y0), round(x1 - x0)).cpu().numpy())
         return maps if upsampled else np.concatenate(maps)
 
     def source_image(self, prototype: int) -> np.ndarray:

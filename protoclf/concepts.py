@@ -88,7 +88,7 @@ class Concepts:
         z = module.latents(module.features(images))
         module.train(training)
         n = len(self)
-        return module.compare(z[:n])[1], module.compare(self._patches(module, z[n:]))[1]
+        return module.nearest(z[:n])[0], module.nearest(self._patches(module, z[n:]))[0]
 
     def alone(self) -> Tensor:
         """Return the patches on grounds of their images' mean colours, (F, 3, S, S), uint8."""

@@ -30,13 +30,21 @@ from protoclf.initialization import restart_prototypes
 from protoclf.labels import checked_weights, encode, read_groups, read_labels
 from protoclf.messages import first_few
 from protoclf.nearest_patches import find_concepts
-from protoclf.parameters import CONCEPT_RULES, EDIT_RULES, MERGE_RULES, check_rules
 from protoclf.penalty import Activations
+from protoclf.rules import COUNT, NON_NEGATIVE, Rule, check_rules, integer, optional
 from protoclf.stages import LastLayer, keep_prototypes
 from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
+
+
+_PRUNE_RULES: dict[str, Rule] = {"k": COUNT, "t": COUNT, "min_weight": optional(NON_NEGATIVE)}
+_CONCEPT_RULES: dict[str, Rule] = {
+    "k": COUNT,
+    "weight": NON_NEGATIVE,
+    "epochs": optional(integer(0)),
+}
 
 
 def select_prototypes(
@@ -153,7 +161,7 @@ def prune(
     than t images needs all of them among the nearest.
     """
     check_editable(clf)
-    check_rules({"k": k, "t": t, "min_weight": min_weight}, EDIT_RULES)
+    check_rules({"k": k, "t": t, "min_weight": min_weight}, _PRUNE_RULES)
     if t > k:
         raise ValueError(f"t must be at most k; got t={t} and k={k}.")
     table, activations = clf.prototypes_, activations_of(clf, X, y, views=False)
@@ -187,7 +195,7 @@ def merge_duplicates(
         As in `select_prototypes`.
     """
     check_editable(clf)
-    check_rules({"max_distance": max_distance}, MERGE_RULES)
+    check_rules({"max_distance": max_distance}, {"max_distance": NON_NEGATIVE})
     reasons: dict[int, str] = {}
     for mine, distance in distances_within_classes(clf.module_):
         first = repeated(distance, max_distance)
@@ -322,7 +330,7 @@ def _taught(
     """Find patches that prototypes show, and train with them as forbidden or encouraged."""
     check_editable(clf)
     _check_reason(reason)
-    check_rules(given, CONCEPT_RULES)
+    check_rules(given, _CONCEPT_RULES)
     chosen = sorted(_known(clf, ids))
     if not chosen:
         raise ValueError("ids names no prototype: give at least one.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import ArrayLike
 from sklearn.base import ClassifierMixin, MetaEstimatorMixin, TransformerMixin, clone
 from sklearn.ensemble import VotingClassifier
@@ -22,19 +23,18 @@ from sklearn.utils.validation import check_is_fitted
 from protoclf.augmentation import augmentation_of
 from protoclf.classifier import ProtoPNetClassifier
 from protoclf.decoding import check_files
-from protoclf.explanation import truncated, without_answer
+from protoclf.explanation import EXPLAIN_RULES, chosen_classes, truncated, without_answer
 from protoclf.images import Images, conflicting_labels
 from protoclf.labels import encode, read_labels
 from protoclf.logits import LogitsMixin, probabilities
 from protoclf.parameters import (
-    EXPLAIN_RULES,
     check_enough_images,
     check_parameters,
-    check_rules,
     normalization,
     prototype_counts,
     refuse_unknown_of_members,
 )
+from protoclf.rules import check_rules
 from protoclf.torch_datasets import unpacked
 
 _FITTED = ("estimators_", "named_estimators_", "classes_")
@@ -72,7 +72,8 @@ class ProtoPNetEnsemble(
     n_prototypes_ : int
         Prototypes of all members together.
     prototypes_ : DataFrame
-        One row a prototype of a member: see `prototypes_`.
+        One row a prototype: the members' tables, with `member` and `member_prototype`, its number
+        there.
     coef_ : ndarray of shape (C, m)
         The members' last layers, side by side.
 
@@ -290,7 +291,7 @@ class ProtoPNetEnsemble(
         X, _ = unpacked(X, None)
         logits = self._logits(X)  # (n, C)
         sheets = []
-        for codes, samples in _alike(_chosen_classes(logits, asked)):
+        for codes, samples in _alike(chosen_classes(torch.from_numpy(logits), asked).numpy()):
             images = _safe_indexing(X, samples)
             for name, member, first in self._members():
                 sheet = member.explain(
@@ -408,15 +409,6 @@ def _check_member(member: ProtoPNetClassifier, codes: np.ndarray, classes: np.nd
 
 def _fitted(member: ProtoPNetClassifier, X: Any, y: Any, sample_weight: Any, groups: Any):
     return member.fit(X, y, sample_weight, groups)
-
-
-def _chosen_classes(logits: np.ndarray, asked: str | list[int]) -> np.ndarray:
-    """Class indices (n, c) to explain for each sample, by the logits (n, C) of the ensemble."""
-    n, n_classes = logits.shape
-    if not isinstance(asked, str):
-        return np.tile(asked, (n, 1))
-    count = {"predicted": 1, "top2": 2, "all": n_classes}[asked]
-    return np.argsort(-logits, axis=1, kind="stable")[:, :count]
 
 
 def _alike(chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -14,11 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from protoclf.geometry import Preprocessing
+from protoclf.image_dataset import ImageDataset
 from protoclf.images import names_column
 from protoclf.localization import pair_boxes
 from protoclf.network import ProtoPNet
 from protoclf.receptive_field import BackboneGeometry
+from protoclf.rules import COUNT, PERCENTILE, Rule, one_of, optional
 
 BOX = ["x0", "y0", "x1", "y1"]
 FIELD = [f"rf_{side}" for side in BOX]
@@ -30,6 +31,11 @@ SHEET_COLUMNS = [
     *("source", "source_index", "source_class", *SOURCE_BOX),
 ]
 EDIT_COLUMNS = ["step", "action", "prototype", "class", "source", "source_index", "reason"]
+EXPLAIN_RULES: dict[str, Rule] = {
+    "top": optional(COUNT),
+    "attribution": one_of("upsampled", "gradient"),
+    "percentile": PERCENTILE,
+}
 REST = "(rest)"
 UNREADABLE = "(unreadable)"
 
@@ -53,19 +59,18 @@ class BatchExplanation(NamedTuple):
 @torch.no_grad()
 def explain_batch(
     module: ProtoPNet,
-    features: Tensor,
+    z: Tensor,
     classes: str | list[int],
     image_size: int,
     percentile: float,
 ) -> BatchExplanation:
-    """Explain images by their features (n, C, H, W); boxes are in pixels of the model input.
+    """Explain images by their latent maps (n, D, H, W); boxes are in pixels of the model input.
 
     `classes` is "predicted", "top2", "all" or class indices.
     """
-    z = module.latents(features)  # (n, D, H, W)
     logits, distance, cell = module.compare(z)  # (n, C), (n, m), (n, m)
     g, weight = module.activations(distance), module.last_layer.weight  # (n, m), (C, m)
-    chosen = _chosen_classes(logits, classes)  # (n, c)
+    chosen = chosen_classes(logits, classes)  # (n, c)
     sample, slot, prototype = torch.nonzero(g[:, None] * weight[chosen], as_tuple=True)
     class_index = chosen[sample, slot]
     boxes = pair_boxes(module, z, sample, prototype, image_size, percentile)
@@ -79,8 +84,8 @@ def explain_batch(
     return BatchExplanation(*(v.cpu().numpy() for v in values))
 
 
-def _chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
-    """Class indices (n, c) to explain for each sample."""
+def chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
+    """Return the class indices (n, c) to explain for each sample, by the logits (n, C)."""
     n, n_classes = logits.shape
     if classes == "predicted":
         return logits.argmax(1, keepdim=True)
@@ -97,24 +102,24 @@ def _row_col(cell: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def sheet_rows(
     batch: BatchExplanation,
     first: int,
-    paths: list[str] | None,
-    sizes: np.ndarray,
-    preprocessing: Preprocessing,
+    dataset: ImageDataset,
     fields: np.ndarray,
     class_names: np.ndarray,
     prototypes: pd.DataFrame,
     top: int | None,
 ) -> pd.DataFrame:
-    """Return the scoring sheet of a batch, whose first sample is number `first` of X.
+    """Return the scoring sheet of a batch, whose first sample is number `first` of the data set.
 
     `fields` (k, 4) are the receptive fields of its rows, in pixels of the model input.
     """
-    boxes = preprocessing.to_original_pixels(batch.box, sizes[batch.sample])
-    fields = preprocessing.to_original_pixels(fields, sizes[batch.sample])
+    sample = batch.sample + first
+    preprocessing, sizes = dataset.preprocessing, dataset.sizes(sample)  # 0 where unreadable
+    boxes = preprocessing.to_original_pixels(batch.box, sizes)
+    fields = preprocessing.to_original_pixels(fields, sizes)
     similarity, weight = batch.similarity.astype(float), batch.weight.astype(float)
     sheet = pd.DataFrame(
         {
-            "sample": batch.sample + first,
+            "sample": sample,
             "class": class_names[batch.class_index],
             "is_predicted": batch.is_predicted,
             "logit": batch.logit.astype(float),
@@ -129,7 +134,8 @@ def sheet_rows(
             **dict(zip(FIELD, fields.T, strict=True)),
         }
     )
-    sheet["path"] = None if paths is None else names_column(paths[i] for i in batch.sample)
+    paths = dataset.images.paths
+    sheet["path"] = None if paths is None else names_column(paths[i] for i in sample)
     owners = prototypes.set_index("prototype").loc[batch.prototype]
     sheet["prototype_class"] = owners["class"].to_numpy()
     sheet["source"] = names_column(owners["source"])

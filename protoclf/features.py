@@ -48,7 +48,7 @@ class FeatureDataset(Batches):
     index : Tensor of shape (N,), int64
         Which images of X these are.
     known : bool, default=False
-        Whether these are known to be of the images that the digests of their data set tell of.
+        Whether every image still held what its digest says when its features were computed.
     """
 
     takes_no_workers = True
@@ -154,8 +154,20 @@ def feature_batches(
         yield {n: v for n, v in inputs.items() if n in _KEPT}, y
 
 
+def latent_batches(
+    net: SkorchProtoPNet, dataset: Dataset, progress: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which images a batch holds, and their latent maps z (n, D, H, W)."""
+    first = 0
+    for inputs, y in feature_batches(net, dataset, progress):
+        with torch.no_grad():
+            z = net.module_.latents(inputs["features"])
+        yield slice(first, first + len(y)), z
+        first += len(y)
+
+
 def distance_batches(
-    net: SkorchProtoPNet, dataset: Dataset
+    net: SkorchProtoPNet, dataset: Dataset, progress: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield which images a batch holds (n,), and what `ProtoPNet.nearest` finds for them.
 
@@ -163,7 +175,7 @@ def distance_batches(
     """
     module, source = net.module_, _Source(net, dataset, len(cast(Sized, dataset)))
     recent = None if source.store is None else RecentDistances(source.store, module)
-    for inputs, _ in _with_progress(net, source.dataset):
+    for inputs, _ in _with_progress(net, source.dataset, progress):
         digests: Any = inputs.get("digests", [])
         with torch.no_grad():
             found = None if recent is None else recent.get(digests)
@@ -264,7 +276,14 @@ class FitData:
         Batches of images; `valid` may be None.
     groups : ndarray of shape (N,), optional
         What images of the training part belong together.
+
+    Attributes
+    ----------
+    train_distance : Tensor of shape (N, m)
+        Of the training images to the prototypes; there is none before the projection.
     """
+
+    train_distance: Tensor
 
     def __init__(
         self,
@@ -277,7 +296,6 @@ class FitData:
         self.train_images = train
         self.valid_images = valid
         self.groups = groups
-        self.train_distance = torch.empty(0, 0)  # (N, m), once prototypes are projected
         self._train_features: FeatureDataset | None = None
         self._valid_features: FeatureDataset | None = None
         self._view_features: list[FeatureDataset] | None = None

@@ -38,12 +38,7 @@ from protoclf.labels import (
 )
 from protoclf.messages import first_few
 from protoclf.net import NotFinite, SkorchProtoPNet
-from protoclf.parameters import (
-    check_apart,
-    check_enough_images,
-    check_parameters,
-    prototype_counts,
-)
+from protoclf.parameters import check_apart, check_enough_images, check_parameters, prototype_counts
 from protoclf.saved_sources import sources_among
 from protoclf.source_files import SourceFile
 from protoclf.stages import Stage, Training, drop_unused_prototypes, schedule
@@ -58,7 +53,7 @@ _IN_LESS_MEMORY = (
 
 _FITTED = (
     *("prototypes_", "source_images_", "last_layer_result_", "last_layer_path_", "lambda_l1_"),
-    *("classes_inferred_", "activations_", "edits_", "skipped_", "concepts_"),
+    *("classes_inferred_", "activations_", "edits_", "skipped_"),
 )
 
 
@@ -100,13 +95,8 @@ class StagedNet(SkorchProtoPNet):
     def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         check_parameters(vars(self))
         augmentation_of(self.augmentation)  # a wrong one is refused now
-        for name in () if first else ("image_size", "resize"):
-            now, before = getattr(self, name), getattr(self.preprocessing_, name)
-            if now != before:
-                raise ValueError(
-                    f"{name} is {now!r} now and was {before!r} in the fit that this one goes on "
-                    "from. Set it back, or fit anew (warm_start=False)."
-                )
+        if not first:
+            self._check_preprocessing()
         X, y = unpacked(X, y)
         images = Images(X)
         paths = images.paths or []
@@ -124,23 +114,8 @@ class StagedNet(SkorchProtoPNet):
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         begun = None if checkpoint is None else checkpoint.seed
         self.seed_ = self.processes.agreed(seed if begun is None else begun)
-        whole: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
         try:
-            device = torch.device(self.device)
-            with (
-                random_numbers_from(self.seed_, device),  # one fit at a time
-                without_autocast(device),  # `precision` is what says
-            ):
-                if first:
-                    self.initialize()
-                self.prepare_processor()
-                if not first:
-                    self.heed_parameters()
-                self._check_callbacks()
-                self.module_.keep_statistics(self.batch_norm == "keep")
-                self.notify("on_train_begin", **whole)
-                with self.plain_module.taking(self.images_at_once()):
-                    self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
+            self._train(dataset, first, groups, checkpoint)
         except NotFinite as error:
             raise FloatingPointError(self._about(error, dataset.images)) from error
         except torch.cuda.OutOfMemoryError as error:
@@ -158,6 +133,41 @@ class StagedNet(SkorchProtoPNet):
                 stacklevel=4,
             )
         return self
+
+    def _check_preprocessing(self) -> None:
+        """Raise ValueError where the network would see other images than those it was fitted to."""
+        for name in ("image_size", "resize"):
+            now, before = getattr(self, name), getattr(self.preprocessing_, name)
+            if now != before:
+                raise ValueError(
+                    f"{name} is {now!r} now and was {before!r} in the fit that this one goes on "
+                    "from. Set it back, or fit anew (warm_start=False)."
+                )
+
+    def _train(
+        self,
+        dataset: ImageDataset,
+        first: bool,
+        groups: np.ndarray | None,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Build the network, or take over parameters set since, and walk the stages."""
+        device = torch.device(self.device)
+        whole: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
+        with (
+            random_numbers_from(self.seed_, device),  # one fit at a time
+            without_autocast(device),  # `precision` is what says
+        ):
+            if first:
+                self.initialize()
+            self.prepare_processor()
+            if not first:
+                self.heed_parameters()
+            self._check_callbacks()
+            self.module_.keep_statistics(self.batch_norm == "keep")
+            self.notify("on_train_begin", **whole)
+            with self.plain_module.taking(self.images_at_once()):
+                self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
 
     def _warn_of_bare_classes(self) -> None:
         bare = (self.module_.last_layer.weight == 0).all(1).cpu().numpy()  # (C,)
@@ -216,6 +226,7 @@ class StagedNet(SkorchProtoPNet):
         """Drop what an earlier fit learned, so that an interrupted one cannot be taken for it."""
         for name in _FITTED:
             self.__dict__.pop(name, None)
+        self.concepts_ = None
 
     def _training_data(
         self, images: Images, y: Any, sample_weight: Any, groups: Any, first: bool

@@ -182,7 +182,7 @@ class ImageDataset(Batches):
     def unchanged(self, index: np.ndarray) -> np.ndarray:
         """Return whether n images can be read, and hold what their digests say, (n,) bool.
 
-        Those that were decoded and kept: what they held before.
+        Images that `keep` decoded are compared with what they held before that.
         """
         same = ~self.failed(index)
         before = self._digests[index]

@@ -80,7 +80,7 @@ def restart_prototypes(
 ) -> None:
     """Move some prototypes to patches of their classes, unlike what is forbidden.
 
-    Of images that are `usable` (N,), unless a class has none.
+    Only images that are `usable` (N,) are drawn from, unless a class has none.
 
     Drawn as k-means++ draws its centres: with probabilities as the squared distance to the nearest
     of the forbidden patches, of the prototypes that stay and of those drawn before.

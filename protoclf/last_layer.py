@@ -42,7 +42,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -158,9 +158,9 @@ def solve_last_layer(
     >>> (activations @ result.weight.T).argmax(axis=1)
     array([0, 0, 1, 1])
     """
-    problem = _Problem.build(
-        activations, y, prototype_class, lambda_l1, sample_weight, tol, n_classes, max_iter
-    )
+    _check_number("tol", tol, 0.0)
+    _check_number("max_iter", max_iter, 0)
+    problem = _Problem.build(activations, y, prototype_class, lambda_l1, sample_weight, n_classes)
     with _threads_for(problem):
         result = _minimise(problem, problem.start(warm_start), float(tol), max_iter)
     if not result.converged:
@@ -226,11 +226,9 @@ class _Problem:
     out_dtype: torch.dtype
 
     @classmethod
-    def build(cls, activations, y, prototype_class, lambda_l1, weight, tol, n_classes, max_iter):
+    def build(cls, activations, y, prototype_class, lambda_l1, weight, n_classes):
         """Check the input and bring it to one device and to the dtypes of the solver."""
         _check_number("lambda_l1", lambda_l1, 0.0)
-        _check_number("tol", tol, 0.0)
-        _check_number("max_iter", max_iter, 0)
         given = _check_activations(activations)
         n, m = given.shape
         device = given.device
@@ -278,7 +276,7 @@ class _Problem:
         entropy = logits.logsumexp(0) - (logits * self.onehot).sum(0)  # (n,)
         return float(entropy @ self.omega + penalty * v_sum)
 
-    def slope(self, probability: Tensor) -> Tensor:
+    def loss_gradient(self, probability: Tensor) -> Tensor:
         """Gradient of the cross-entropy with respect to V."""
         error = (probability - self.onehot.to(probability)) * self.omega  # (C, n)
         return self.sign * (error @ self.g)  # (C, m)
@@ -309,27 +307,28 @@ def _projected(v: Tensor, gradient: Tensor) -> Tensor:
 def _minimise(problem: _Problem, v: Tensor, tol: float, max_iter: int) -> LastLayerResult:
     """Proximal Newton steps on working sets until the projected gradient is within tol."""
     n_products = 0
-    least, lowest, idle = math.inf, 1e300, 0
+    best_residual, best_objective, stalled = math.inf, 1e300, 0  # not inf: inf - inf is NaN
     penalty = problem.lambda_l1 if v.any() else math.inf
     for n_iter in range(max_iter + 1):
         logits = problem.logits(v)
         probability = logits.softmax(0)
-        slope = problem.slope(probability)
-        residual = _residual(v, slope + problem.lambda_l1)
+        loss_gradient = problem.loss_gradient(probability)
+        residual = _residual(v, loss_gradient + problem.lambda_l1)
         objective = problem.objective(logits, v.sum(), problem.lambda_l1)
-        idle = 0 if residual < least or objective < lowest - 1e-9 * abs(lowest) else idle + 1
-        least, lowest = min(least, residual), min(lowest, objective)
-        if residual <= tol or n_iter == max_iter or idle == _PATIENCE:
+        better = objective < best_objective - 1e-9 * abs(best_objective)
+        stalled = 0 if better or residual < best_residual else stalled + 1
+        best_residual, best_objective = min(best_residual, residual), min(best_objective, objective)
+        if residual <= tol or n_iter == max_iter or stalled == _PATIENCE:
             break
-        penalty = _next_penalty(problem, v, slope, penalty, tol)
-        gradient = slope + penalty
+        penalty = _next_penalty(problem, v, loss_gradient, penalty, tol)
+        gradient = loss_gradient + penalty
         model = _Model(problem, probability, _working_set(problem, v, gradient, tol))
         step, products = model.minimise(v, gradient)
         n_products += products
         size = _line_search(problem, v, gradient, logits, model, step, penalty)
         if size > 0:
             v = problem.round((v + size * model.scatter(step)).clamp_min(0))
-        idle = 0 if penalty > problem.lambda_l1 else idle
+        stalled = 0 if penalty > problem.lambda_l1 else stalled
         del model  # before there is another: its copies can be large
     return LastLayerResult(
         weight=(problem.sign * v + 0.0).to(problem.out_dtype),  # + 0.0: no negative zeros
@@ -343,11 +342,11 @@ def _minimise(problem: _Problem, v: Tensor, tol: float, max_iter: int) -> LastLa
     )
 
 
-def _next_penalty(problem, v, slope, penalty, tol) -> float:
+def _next_penalty(problem, v, loss_gradient, penalty, tol) -> float:
     """Lower the penalty in stages: far from the optimum Newton steps would be cut to nothing."""
     if penalty == math.inf:
-        penalty = float((-slope).max()) / 3  # at three times that V = 0 is the optimum
-    while penalty > problem.lambda_l1 and _residual(v, slope + penalty) <= 0.7 * penalty:
+        penalty = float((-loss_gradient).max()) / 3  # at three times that V = 0 is the optimum
+    while penalty > problem.lambda_l1 and _residual(v, loss_gradient + penalty) <= 0.7 * penalty:
         penalty = penalty / 4 if penalty > tol else 0.0
     return max(penalty, problem.lambda_l1)
 
@@ -371,13 +370,13 @@ def _working_set(problem: _Problem, v: Tensor, gradient: Tensor, tol: float) -> 
 def _line_search(problem, v, gradient, logits, model, step, penalty) -> float:
     """Halve the step until the objective falls enough (Armijo); it is feasible throughout."""
     change = model.forward(step.to(model.g)).to(logits)  # (C, n)
-    slope = float((model.gather(gradient, 0.0) * step).sum())
+    derivative = float((model.gather(gradient, 0.0) * step).sum())
     v_sum, step_sum = v.sum(), step.sum()
     before = problem.objective(logits, v_sum, penalty)
     size = 1.0
     while size > 1e-10:
         after = problem.objective(logits + size * change, v_sum + size * step_sum, penalty)
-        if after <= before + 1e-4 * size * slope + 1e-15 * abs(before):
+        if after <= before + 1e-4 * size * derivative + 1e-15 * abs(before):
             return size
         size /= 2
     return 0.0
@@ -386,27 +385,31 @@ def _line_search(problem, v, gradient, logits, model, step, penalty) -> float:
 # ------------------------------------------------------------------------- the quadratic model
 
 
-@dataclass
 class _Model:
-    """Second-order model of the objective on a working set, padded to k weights per class."""
+    """Second-order model of the objective on a working set, padded to k weights per class.
 
-    problem: _Problem
-    probability: Tensor  # (C, n)
-    working: Tensor  # (C, m), bool
-    g: Tensor = field(init=False)  # (m, n)
+    Parameters
+    ----------
+    problem : _Problem
+    probability : Tensor of shape (C, n)
+        Of the classes, where the model is made.
+    working : Tensor of shape (C, m), bool
+        The working set.
+    """
 
-    def __post_init__(self):
-        problem = self.problem
-        k = max(1, int(self.working.sum(1).max()))
-        order = self.working.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    def __init__(self, problem: _Problem, probability: Tensor, working: Tensor) -> None:
+        self.problem = problem
+        k = max(1, int(working.sum(1).max()))
+        order = working.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         self.index = order[:, :k]  # (C, k)
-        self.valid = self.working.gather(1, self.index)  # (C, k)
+        self.valid = working.gather(1, self.index)  # (C, k)
+        self.flat = self.valid.flatten().nonzero()[:, 0]  # (F,)
         self.sign = problem.sign.gather(1, self.index)  # (C, k)
-        self.g = problem.g_model
-        self.p = self.probability.to(self.g)
-        self.omega = problem.omega.to(self.g)
+        self.g = problem.g_model  # (m, n)
+        self.p = probability.to(self.g)  # (C, n)
+        self.omega = problem.omega.to(self.g)  # (n,)
         # a gathered copy saves work while k is small; a large one is worse than all of g
-        n_classes, m = self.working.shape
+        n_classes, m = working.shape
         few = n_classes * k <= min(_GATHERED * m, _MOST_GATHERED // self.g.shape[1])
         self.gathered = self._gather_rows(slice(None)) if few else None
         blocks = self._blocks()
@@ -440,7 +443,6 @@ class _Model:
 
     def _hessian(self, blocks: Tensor) -> Tensor | None:
         """All F x F second derivatives, where the F weights of the working set are few."""
-        self.flat = self.valid.flatten().nonzero()[:, 0]  # (F,)
         if len(self.flat) > _EXPLICIT:
             return None
         k = self.index.shape[1]
@@ -489,55 +491,61 @@ class _Model:
 
     def minimise(self, v: Tensor, gradient: Tensor) -> tuple[Tensor, int]:
         """Minimise the model within the bounds; returns the step from v, which goes downhill."""
-        start, slope = self.gather(v, 0.0), self.gather(gradient, 1.0)  # (C, k)
-        goal = self._residual(start, slope)
+        start, gradient = self.gather(v, 0.0), self.gather(gradient, 1.0)  # (C, k)
+        goal = self._residual(start, gradient)
         goal *= min(0.1, math.sqrt(goal))
         products = 0
         if self.hessian is not None:
-            x = self._exactly(start, slope)
-            bend = self.product(x - start)
-            if self._residual(x, slope + bend) <= goal and _gain(x - start, slope, bend) < 0:
+            x = self._exactly(start, gradient)
+            h_step = self.product(x - start)
+            solved = self._residual(x, gradient + h_step) <= goal
+            if solved and _model_change(x - start, gradient, h_step) < 0:
                 return x - start, 1
             products = 1
-        x, bend, used = self._iteratively(start, slope, goal)
+        x, h_step, used = self._iteratively(start, gradient, goal)
         products += used
-        if not _gain(x - start, slope, bend) < 0:  # too close to singular for what rounding allows
-            x, _ = self._proximal(start, slope, self.valid, 2.0)
+        if not _model_change(x - start, gradient, h_step) < 0:  # all but singular, for rounding
+            x, _ = self._proximal(start, gradient, self.valid, 2.0)
         return x - start, products
 
-    def _exactly(self, start: Tensor, slope: Tensor) -> Tensor:
+    def _exactly(self, start: Tensor, gradient: Tensor) -> Tensor:
         """Minimise by pivoting on the whole Hessian, the way that proximal steps go by blocks."""
         assert self.hessian is not None
         hessian = self.hessian.clone()[None]  # (1, F, F)
         diagonal = hessian.diagonal(dim1=1, dim2=2)
         diagonal += _RIDGE * diagonal.mean()
-        x, linear = (part.flatten()[None, self.flat] for part in (start, slope))  # (1, F)
+        x, linear = (part.flatten()[None, self.flat] for part in (start, gradient))  # (1, F)
         linear = linear - _times(hessian, x)
         x, _ = _nonnegative_quadratic(hessian, linear, x > 0)
         return self._unflatten(x[0])
 
-    def _iteratively(self, start: Tensor, slope: Tensor, goal: float) -> tuple[Tensor, Tensor, int]:
-        """Alternate proximal steps, which find the face, and CG on it; also returns the bend."""
-        x, gradient, free = start, slope, self.valid
+    def _iteratively(
+        self, start: Tensor, gradient: Tensor, goal: float
+    ) -> tuple[Tensor, Tensor, int]:
+        """Alternate proximal steps, which find the face, and CG on it.
+
+        Returns x, the Hessian times the step from start to x, and the number of products.
+        """
+        x, free, at_start = start, self.valid, gradient
         scale, products = 1.0, 0
         while products < _MODEL_STEPS:
             new, free = self._proximal(x, gradient, free, scale)
-            bend = self.product(new - x)
+            h_step = self.product(new - x)
             products += 1
-            if not torch.isfinite(bend).all():  # activations too large to be squared
+            if not torch.isfinite(h_step).all():  # activations too large to be squared
                 break
             length = float(((new - x) * _times(self.blocks, new - x)).sum())
-            if scale < 2 and float(((new - x) * bend).sum()) > scale * length:
+            if scale < 2 and float(((new - x) * h_step).sum()) > scale * length:
                 scale = 2.0  # the metric was too short; twice the blocks bound the Hessian
                 continue
-            x, gradient = new, gradient + bend
+            x, gradient = new, gradient + h_step
             if self._residual(x, gradient) <= goal:
                 break
             x, gradient, used = self._on_face(x, gradient, goal)
             products += used
             if self._residual(x, gradient) <= goal:
                 break
-        return x, gradient - slope, products
+        return x, gradient - at_start, products
 
     def _residual(self, x: Tensor, gradient: Tensor) -> float:
         return float(_projected(x, gradient).where(self.valid, 0.0).abs().max())
@@ -550,23 +558,23 @@ class _Model:
 
     def _on_face(self, x: Tensor, gradient: Tensor, goal: float) -> tuple[Tensor, Tensor, int]:
         """Minimise the model over the weights above zero, then come back within the bounds."""
-        step, bend, products = self._conjugate_gradients(gradient, x > 0, 0.5 * goal)
+        step, h_step, products = self._conjugate_gradients(gradient, x > 0, 0.5 * goal)
         if bool((x + step >= 0).all()):
-            return x + step, gradient + bend, products
+            return x + step, gradient + h_step, products
         # up to the first bound the model falls; beyond it, bent at the bounds, mostly further
         size = float(torch.where(step < 0, -x / step, math.inf).amin())
-        best, best_bend = size * step, size * bend
-        lowest = _gain(best, gradient, best_bend)
+        best, h_best = size * step, size * h_step
+        lowest = _model_change(best, gradient, h_best)
         size = 1.0
         for _ in range(_BENT_STEPS):
             bent = (x + size * step).clamp_min(0) - x
-            bend = self.product(bent)
+            h_bent = self.product(bent)
             products += 1
-            gain = _gain(bent, gradient, bend)
-            if gain < lowest:
-                best, best_bend, lowest = bent, bend, gain
+            change = _model_change(bent, gradient, h_bent)
+            if change < lowest:
+                best, h_best, lowest = bent, h_bent, change
             size *= 0.4
-        return (x + best).clamp_min(0), gradient + best_bend, products
+        return (x + best).clamp_min(0), gradient + h_best, products
 
     def _preconditioner(self, mask: Tensor) -> Callable[[Tensor], Tensor]:
         """Invert the Hessian on a face, or its blocks where it is not written out."""
@@ -583,26 +591,27 @@ class _Model:
         mask = face.to(gradient)
         precondition = self._preconditioner(mask)
         rest = -gradient * mask
-        step, bend = torch.zeros_like(rest), torch.zeros_like(rest)
+        step, h_step = torch.zeros_like(rest), torch.zeros_like(rest)
         conjugate, energy = torch.zeros_like(rest), 1.0
         for products in range(1, _CG_STEPS + 1):
             scaled = precondition(rest) * mask
             before, energy = energy, float((rest * scaled).sum())
             conjugate = scaled + (energy / before if products > 1 else 0.0) * conjugate
-            image = self.product(conjugate)
-            curvature = float((conjugate * image).sum())
+            h_conjugate = self.product(conjugate)
+            curvature = float((conjugate * h_conjugate).sum())
             if curvature <= 0:  # flat to rounding: nothing left to gain
                 break
             step = step + energy / curvature * conjugate
-            bend = bend + energy / curvature * image
-            rest = rest - energy / curvature * image * mask
+            h_step = h_step + energy / curvature * h_conjugate
+            rest = rest - energy / curvature * h_conjugate * mask
             if float(rest.abs().max()) <= goal:
                 break
-        return step, bend, products
+        return step, h_step, products
 
 
-def _gain(step: Tensor, gradient: Tensor, bend: Tensor) -> float:
-    return float((step * (gradient + 0.5 * bend)).sum())
+def _model_change(step: Tensor, gradient: Tensor, h_step: Tensor) -> float:
+    """Return what the model says that a step changes; `h_step` is the Hessian times it."""
+    return float((step * (gradient + 0.5 * h_step)).sum())
 
 
 def _times(blocks: Tensor, part: Tensor) -> Tensor:

@@ -42,10 +42,10 @@ class LogitsMixin:
         return labels
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Return the accuracy; of images that cannot be read it leaves those out that are skipped.
+        """Return the accuracy; images that are skipped, as they cannot be read, do not count.
 
-        It warns where it does, and raises ValueError where none is left. Without y, X is a torch
-        Dataset that holds the labels too.
+        It warns where there are such, and raises ValueError where no other is left. Without y, X is
+        a torch Dataset that holds the labels too.
         """
         X, y = unpacked(X, y)
         answers = self.predict(X)

@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor
 
-from protoclf.parameters import Rule
+from protoclf.rules import Rule
 
 MODEL, TENSORS, THUMBNAILS = "model.json", "tensors.safetensors", "thumbnails"
 

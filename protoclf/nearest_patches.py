@@ -12,22 +12,24 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from protoclf.attribution import input_boxes
 from protoclf.concepts import Concepts
 from protoclf.explanation import BOX
-from protoclf.features import FeatureDataset, feature_batches
+from protoclf.features import FeatureDataset, latent_batches
 from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images, names_column
 from protoclf.labels import read_labels
 from protoclf.localization import activation_boxes, pair_maps
-from protoclf.parameters import NEAREST_RULES, check_rules
+from protoclf.rules import COUNT, PERCENTILE, Rule, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
+
+
+_RULES: dict[str, Rule] = {"k": COUNT, "percentile": PERCENTILE}
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def nearest_patches(
     Images stream through the network in one pass: memory grows with prototypes x k, not with the
     number of images.
     """
-    check_rules({"k": k, "percentile": percentile}, NEAREST_RULES)
+    check_rules({"k": k, "percentile": percentile}, _RULES)
     check_classifier(clf)
     owners = clf.prototypes_
     images = Images(X)
@@ -143,15 +145,16 @@ class BestPatches(NamedTuple):
 
 @torch.no_grad()
 def best_patches(
-    clf: ProtoPNetClassifier, dataset: Dataset, k: int, own_class: bool = False
+    clf: ProtoPNetClassifier,
+    dataset: ImageDataset | FeatureDataset,
+    k: int,
+    own_class: bool = False,
 ) -> BestPatches:
     """Search images, or features, in one pass; with `own_class`, prefer a prototype's class."""
-    module, best, first = clf.module_, None, 0
-    for inputs, y in feature_batches(clf, dataset, progress=bool(clf.verbose)):
-        z = module.latents(inputs["features"])
-        others = (y.to(z.device)[:, None] != module.owner) & own_class  # (n, m)
-        best = _merged(best, _best_of_batch(module, z, others, first, k), k)
-        first += len(y)
+    module, best = clf.module_, None
+    for rows, z in latent_batches(clf, dataset, progress=bool(clf.verbose)):
+        others = (dataset.y[rows].to(z.device)[:, None] != module.owner) & own_class  # (n, m)
+        best = _merged(best, _best_of_batch(module, z, others, rows.start, k), k)
     assert best is not None, "X has at least one image"
     similarity, sample, cell, maps = best  # (m, k), (m, k), (m, k), (m, k, H, W)
     width = maps.shape[3] - module.prototype_size[1] + 1
@@ -164,7 +167,7 @@ Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _best_of_batch(module: Any, z: torch.Tensor, others: torch.Tensor, first: int, k: int) -> Best:
-    _, distance, cell = module.compare(z)  # (n, m)
+    distance, cell = module.nearest(z)  # (n, m)
     g = module.activations(distance.masked_fill(others, torch.finfo(distance.dtype).max))
     order = g.argsort(dim=0, descending=True, stable=True)[:k].T  # (m, k)
     sample, prototype = order.flatten(), torch.arange(len(order)).repeat_interleave(order.shape[1])

@@ -92,7 +92,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
     last_layer_path_: pd.DataFrame
     activations_: Activations
     lambda_l1_: float
-    concepts_: Concepts | None = None
+    concepts_: Concepts | None
     _piece_size: int | None = None
 
     def initialize_module(self):

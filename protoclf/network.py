@@ -204,9 +204,9 @@ class ProtoPNet(nn.Module):
         return self.logits(distance), distance, cell
 
     def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each prototype's distance to its nearest patch of latent maps, and the cell.
+        """Return each prototype's distance to its nearest patch, and the cell: (N, m), (N, m).
 
-        z (N, D, H, W) to (N, m), (N, m).
+        Of latent maps z (N, D, H, W).
         """
         with without_autocast(z.device):
             return min_distances(z, self.scaled_prototypes())

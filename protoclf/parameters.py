@@ -14,48 +14,14 @@ import numpy as np
 import torch
 
 from protoclf.messages import first_few
+from protoclf.rules import Rule, check_rules, either, integer, non_negative, one_of, optional
 
 T = TypeVar("T")
-Rule = tuple[Callable[[Any], bool], str]
 Triple = tuple[float, float, float]  # red, green, blue
 
 _MOST_AUTO = 20  # prototypes of a class
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
-
-
-def integer(least: int) -> Rule:
-    """Return the rule of ints, Python's or numpy's, that are at least so large."""
-
-    def holds(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-    return holds, f"an int >= {least}"
-
-
-def _non_negative() -> Rule:
-    def holds(value: Any) -> bool:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            return False
-        return 0 <= float(value) < np.inf
-
-    return holds, "a finite number >= 0"
-
-
-def _one_of(*options: Any) -> Rule:
-    names = ", ".join(map(repr, options))
-    return lambda value: isinstance(value, str | None) and value in options, f"one of {names}"
-
-
-def _either(word: str, rule: Rule) -> Rule:
-    def holds(value: Any) -> bool:
-        return value == word if isinstance(value, str) else rule[0](value)
-
-    return holds, f'"{word}" or {rule[1]}'
-
-
-def _optional(rule: Rule) -> Rule:
-    return lambda value: value is None or rule[0](value), f"{rule[1]}, or None"
 
 
 def _is_size(value: Any) -> bool:
@@ -71,10 +37,6 @@ def _is_count(value: Any) -> bool:
     holds = integer(1)[0]
     counts = value.values() if isinstance(value, Mapping) else [value]
     return all(map(holds, counts))
-
-
-def _is_percentile(value: Any) -> bool:
-    return isinstance(value, Real) and (value == 0 or 1 <= float(value) < 100)
 
 
 def _is_class_weight(value: Any) -> bool:
@@ -120,14 +82,6 @@ def _is_seed(value: Any) -> bool:
     return value is None or isinstance(value, np.random.RandomState) or _SEED[0](value)
 
 
-def _is_number_of_folds(value: Any) -> bool:
-    return integer(0)[0](value) and value != 1
-
-
-def _are_penalties(value: list[Any]) -> bool:
-    return len(value) > 0 and all(map(_non_negative()[0], value))
-
-
 _SEED = integer(0)
 _OTHER_NAMES = {  # of what is ours by another name, elsewhere
     **dict.fromkeys(("max_epochs", "n_epochs", "num_epochs", "epochs"), "joint_epochs"),
@@ -143,88 +97,46 @@ NOT_OURS = ("module", "criterion", "dataset", "max_epochs", "predict_nonlinearit
 _NESTED = ("optimizer", "iterator_train", "iterator_valid", "callbacks", "compile")
 
 RULES: dict[str, Rule] = {
-    "on_bad_image": _one_of("raise", "skip"),
+    "on_bad_image": one_of("raise", "skip"),
     "train_backbone": (_is_flag, "True or False"),
     "image_size": integer(1),
-    "resize": _one_of("crop", "squash"),
+    "resize": one_of("crop", "squash"),
     "prototypes_per_class": (_is_count, '"auto", an int >= 1, or a dict of one for each class'),
     "prototype_size": (_is_size, '"full" or (rows, columns), ints >= 1'),
-    "latent_dim": _optional(integer(1)),
-    "similarity": _one_of("log", "cosine"),
-    "prototype_init": _one_of("selected", "kmeans", "random"),
-    "distinct": _one_of(None, "patches", "images"),
-    "self_matches": _one_of("auto", "median", "keep"),
+    "latent_dim": optional(integer(1)),
+    "similarity": one_of("log", "cosine"),
+    "prototype_init": one_of("selected", "kmeans", "random"),
+    "distinct": one_of(None, "patches", "images"),
+    "self_matches": one_of("auto", "median", "keep"),
     "class_weight": (_is_class_weight, 'None, "balanced" or a dict of a number for each class'),
-    "lambda_clst": _non_negative(),
-    "lambda_sep": _non_negative(),
-    "lambda_patch": _non_negative(),
-    "lambda_l1": _either("cv", _non_negative()),
+    "lambda_clst": non_negative(),
+    "lambda_sep": non_negative(),
+    "lambda_patch": non_negative(),
+    "lambda_l1": either("cv", non_negative()),
     "warmup_epochs": integer(0),
     "joint_epochs": integer(0),
     "cycles": integer(1),
-    "augmented_views": _either("auto", integer(0)),
-    "batch_norm": _one_of("keep", "train"),
-    "lr": _non_negative(),
-    "backbone_lr": _non_negative(),
-    "lr_schedule": _one_of("cosine", "step", None),
+    "augmented_views": either("auto", integer(0)),
+    "batch_norm": one_of("keep", "train"),
+    "lr": non_negative(),
+    "backbone_lr": non_negative(),
+    "lr_schedule": one_of("cosine", "step", None),
     "batch_size": integer(1),
-    "micro_batch_size": _optional(_either("auto", integer(1))),
-    "precision": _one_of("auto", "float32", "bfloat16"),
+    "micro_batch_size": optional(either("auto", integer(1))),
+    "precision": one_of("auto", "float32", "bfloat16"),
     "memory": (_is_memory, "None, a folder or a joblib.Memory"),
     "checkpoint": (_is_folder, "None or a folder"),
     "device": (_is_device, '"auto" or a device of torch, such as "cpu" or "cuda:0"'),
     "verbose": (lambda value: isinstance(value, Integral), "an int, 0 or more"),
     "tune_allocator": (_is_flag, "True or False"),
     "optimizer": (callable, "a class of optimizers, such as torch.optim.Adam"),
-    "train_split": _optional((callable, "callable, such as skorch.dataset.ValidSplit(5)")),
+    "train_split": optional((callable, "callable, such as skorch.dataset.ValidSplit(5)")),
     "callbacks": (_are_callbacks, 'None, "disable" or a list of skorch callbacks'),
     "random_state": (_is_seed, "None, an int >= 0 or a numpy.random.RandomState"),
     "iterator_train": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
     "iterator_valid": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
     "warm_start": (_is_flag, "True or False"),
 }
-
-
-PATH_RULES: dict[str, Rule] = {
-    "folds": (_is_number_of_folds, "0 or an int >= 2"),
-    "penalties": (_are_penalties, "one or more finite numbers >= 0"),
-}
-
-
-EXPLAIN_RULES: dict[str, Rule] = {
-    "top": _optional(integer(1)),
-    "attribution": _one_of("upsampled", "gradient"),
-    "percentile": (_is_percentile, "0, or a number >= 1 and < 100 (95, not 0.95)"),
-}
-
-
-REPORT_RULES: dict[str, Rule] = {
-    "top": integer(1),
-    "thumbnail": integer(16),
-    "attribution": EXPLAIN_RULES["attribution"],
-}
-NEAREST_RULES: dict[str, Rule] = {"k": integer(1), "percentile": EXPLAIN_RULES["percentile"]}
-
-
-EDIT_RULES: dict[str, Rule] = {
-    "k": integer(1),
-    "t": integer(1),
-    "min_weight": _optional(_non_negative()),
-}
-CONCEPT_RULES: dict[str, Rule] = {
-    "k": integer(1),
-    "weight": _non_negative(),
-    "epochs": _optional(integer(0)),
-}
-DELETION_RULES: dict[str, Rule] = {"top": integer(1), "n_controls": integer(1)}
-MERGE_RULES: dict[str, Rule] = {"max_distance": _non_negative()}
-
-
-def check_rules(params: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """Raise ValueError that names the parameter, what is allowed and what was given."""
-    for name, (holds, allowed) in rules.items():
-        if not holds(params[name]):
-            raise ValueError(f"{name} must be {allowed}; got {params[name]!r}.")
 
 
 def check_parameters(params: Mapping[str, Any]) -> None:

@@ -71,7 +71,7 @@ def image_distances(
 
     `latents` are those of this process's rows of the n.
     """
-    distance = torch.cat([net.module_.compare(z)[1] for z, _ in with_progress(net, latents, n)])
+    distance = torch.cat([net.module_.nearest(z)[0] for z, _ in with_progress(net, latents, n)])
     return net.processes.in_order(distance, n)
 
 

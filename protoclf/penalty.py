@@ -15,9 +15,18 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from protoclf.last_layer import LastLayerResult, last_layer_path
+from protoclf.rules import NON_NEGATIVE, SEED, Rule
 
 PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
 """What `lambda_l1="cv"` chooses from, for activations of at most 1."""
+
+PATH_RULES: dict[str, Rule] = {
+    "folds": (lambda value: SEED[0](value) and value != 1, "0 or an int >= 2"),
+    "penalties": (
+        lambda values: len(values) > 0 and all(map(NON_NEGATIVE[0], values)),
+        "one or more finite numbers >= 0",
+    ),
+}
 
 _TOLERANCE = 1e-4  # of held-out solves
 

@@ -43,8 +43,9 @@ from protoclf.network_structure import (
     layers_of,
     probe,
 )
-from protoclf.parameters import check_parameters, check_rules
+from protoclf.parameters import check_parameters
 from protoclf.penalty import Activations
+from protoclf.rules import check_rules
 from protoclf.saved_labels import labels_to_json
 from protoclf.saved_model import FORMAT, PATH_COLUMNS, VERSION, SavedModel
 from protoclf.saved_parameters import parameters_to_json
@@ -306,7 +307,7 @@ def _restore_fit(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     """Set what a fit leaves behind, beside the network."""
     clf.preprocessing_ = Preprocessing(saved.network["image_size"], saved.network["resize"])
     clf.seed_, clf.backbone_trained_ = saved.fit["seed"], saved.fit["backbone_trained"]
-    clf.lambda_l1_ = float(saved.fit["lambda_l1"])
+    clf.lambda_l1_, clf.concepts_ = float(saved.fit["lambda_l1"]), None
     weight = saved.tensors["last_layer_result.weight"].clone()
     clf.last_layer_result_ = LastLayerResult(weight=weight, **saved.last_layer_result)
     if "last_layer_path.weight" in saved.tensors:

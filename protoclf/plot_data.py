@@ -11,11 +11,11 @@ import torch
 from numpy.typing import ArrayLike
 
 from protoclf.canvas import View
-from protoclf.explanation import BOX
+from protoclf.explanation import BOX, EXPLAIN_RULES
 from protoclf.fitted import check_classifier
 from protoclf.images import Images
 from protoclf.localization import activation_boxes, covered_cells, upsample
-from protoclf.parameters import EXPLAIN_RULES, check_rules
+from protoclf.rules import check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier

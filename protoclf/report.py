@@ -23,15 +23,15 @@ import PIL.Image
 from numpy.typing import ArrayLike
 
 from protoclf.decoding import check_files
-from protoclf.explanation import BOX
+from protoclf.explanation import BOX, EXPLAIN_RULES
 from protoclf.files import replaced
 from protoclf.fitted import check_classifier
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
 from protoclf.labels import read_labels
 from protoclf.messages import installed_version
-from protoclf.parameters import REPORT_RULES, check_rules
 from protoclf.report_cards import Card, Truth, explained_cards, progress
+from protoclf.rules import COUNT, Rule, check_rules, integer
 from protoclf.thumbnails import Thumbnail, thumbnail_of
 
 if TYPE_CHECKING:
@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 _SOURCES = 200  # training images at the full thumbnail size; more of them share its pixels
 _UNFOLDED = 40  # prototypes up to which the gallery starts unfolded
 _LONGEST_VALUE = 60  # characters of a parameter
+
+
+_RULES: dict[str, Rule] = {
+    "top": COUNT,
+    "thumbnail": integer(16),
+    "attribution": EXPLAIN_RULES["attribution"],
+}
 
 
 def write_report(
@@ -115,7 +122,7 @@ def write_report(
     environment = _environment()
     check_classifier(clf)
     given = {"top": top, "thumbnail": thumbnail, "attribution": attribution}
-    check_rules(given, REPORT_RULES)
+    check_rules(given, _RULES)
     target = _target(path)
     images = Images(X)
     y = None if y is None else read_labels(y, len(images))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from protoclf.model_files import Record, refusal
-from protoclf.parameters import Rule
+from protoclf.rules import Rule
 
 _MOST_LABEL = 10_000  # characters
 _MOST_BYTES = 2**26  # of an array of strings

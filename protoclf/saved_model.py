@@ -18,7 +18,8 @@ from protoclf.explanation import EDIT_COLUMNS
 from protoclf.model_files import MODEL, TENSORS, Record, decode, read_json, read_tensors, refusal
 from protoclf.network import ProtoPNet, PrototypeSpec
 from protoclf.network_structure import Kind, is_finite, kind_of, kinds_of, layers_of
-from protoclf.parameters import RULES, Rule, normalization
+from protoclf.parameters import RULES, normalization
+from protoclf.rules import Rule
 from protoclf.saved_labels import labels_from_json
 from protoclf.saved_parameters import checked_parameters
 from protoclf.saved_sources import MOST_SIDE

@@ -12,7 +12,7 @@ import PIL.Image
 
 from protoclf.decoding import in_threads
 from protoclf.model_files import THUMBNAILS, read_bytes, refusal, write_bytes
-from protoclf.parameters import Rule, integer
+from protoclf.rules import Rule, integer
 
 MOST_SIDE = 4096  # pixels
 

@@ -10,7 +10,7 @@ from sklearn.pipeline import Pipeline
 from protoclf.metrics.catalogue import METRICS
 from protoclf.metrics.prototype_metrics import global_size
 from protoclf.metrics.report_table import RULES, score
-from protoclf.parameters import check_rules
+from protoclf.rules import check_rules
 
 
 def n_prototypes_scorer(estimator: Any, X: Any = None, y: Any = None) -> float:

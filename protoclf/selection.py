@@ -98,11 +98,11 @@ def _candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -> tupl
 
 
 def _distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tensor:
-    """Return squared distances (N, M) of all images to the candidates, maybe rough ones.
+    """Return squared distances (N, M) of all images to the candidates, perhaps approximate ones.
 
-    Where classes and channels are many, as if patches met candidates in the latters' principal
-    components alone; otherwise, of a backbone that computes in bfloat16, by products in bfloat16.
-    Enough to choose by, for a part of the work.
+    Where that saves half of the work, in the principal components of the candidates alone;
+    otherwise, of a backbone that computes in bfloat16, by products in bfloat16. That is enough to
+    choose by.
     """
     flat = candidates.flatten(1)  # (M, K)
     sizes = zip(data.train_features.features.shape[2:], candidates.shape[2:], strict=True)

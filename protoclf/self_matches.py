@@ -69,9 +69,9 @@ def rare_classes(y: Tensor, n_classes: int) -> Tensor:
 
 
 def _median(values: Tensor) -> Tensor:
-    """Return the lower median of each column (n, k) but for NaN, as `nanmedian`: (k,).
+    """Return the lower median of each column (n, k), NaN left out: (k,).
 
-    Of which GPUs have no deterministic form.
+    As `torch.nanmedian`, which has no deterministic form on GPUs.
     """
     known = (~values.isnan()).sum(0, keepdim=True)  # (1, k); sorted, NaN comes last
     return values.sort(0).values.gather(0, (known - 1).clamp_min(0) // 2)[0]

@@ -282,9 +282,10 @@ class LastLayer:
         return a.changed(lambda g: g.to(widest_float(g.device)))
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
-        """Return the penalty; where it is to be chosen, no image left out may be a source.
+        """Return the penalty.
 
-        Nor of the group of one.
+        Where it is chosen by cross-validation, no held-out image, nor one of its group, may be the
+        source of a prototype.
         """
         if not isinstance(self.lambda_l1, str):
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit

@@ -138,7 +138,7 @@ def test_the_search_of_the_projection_stays_on_the_device(
 @pytest.mark.parametrize("classes", ["predicted", "top2", "all", [1]])
 def test_explanation_stays_on_the_device(gpu, size, similarity, classes):
     net, images, _ = make(gpu, size, similarity)
-    batch = explain_batch(net.eval(), net.features(images), classes, 32, 95)
+    batch = explain_batch(net.eval(), net.latents(net.features(images)), classes, 32, 95)
     assert batch.box.shape == (PAIRS, 4)
     assert all(len(values) == PAIRS for values in batch)
 
@@ -220,9 +220,9 @@ def test_a_tensor_left_behind_on_the_cpu_is_found(gpu, monkeypatch):
 @pytest.mark.usefixtures("values")
 def test_a_tensor_left_behind_by_the_explanation_is_found(gpu, monkeypatch):
     net, images, _ = make(gpu)
-    monkeypatch.setattr(explanation, "_chosen_classes", lambda *args: torch.zeros(5, 1, dtype=int))
+    monkeypatch.setattr(explanation, "chosen_classes", lambda *args: torch.zeros(5, 1, dtype=int))
     with pytest.raises(RuntimeError, match="device"):
-        explain_batch(net.eval(), net.features(images), "all", 32, 95)
+        explain_batch(net.eval(), net.latents(net.features(images)), "all", 32, 95)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from protoclf import ProtoPNetClassifier
-from protoclf.explanation import BOX, REST, SHEET_COLUMNS, _chosen_classes
+from protoclf.explanation import BOX, REST, SHEET_COLUMNS, chosen_classes
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 
@@ -270,6 +270,6 @@ def test_prototype_table_is_that_of_loops(fitted, fitted_on_paths, squares):
 def test_of_equal_logits_the_top_two_are_those_that_prediction_names_first(n_classes):
     logits = torch.zeros(2, n_classes)
     logits[1, 1] = 1
-    chosen = _chosen_classes(logits, "top2")
+    chosen = chosen_classes(logits, "top2")
     assert chosen.tolist() == [[0, 1], [1, 0]]
-    assert _chosen_classes(logits, "predicted").tolist() == [[0], [1]]
+    assert chosen_classes(logits, "predicted").tolist() == [[0], [1]]

@@ -309,7 +309,7 @@ def test_a_step_in_pieces_on_the_meta_device(weighted):
         imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         module = ProtoPNet(copy.deepcopy(clf.backbone).to("meta"), 12, spec, None, imagenet)
     clf.__dict__ |= {"module_": module, "criterion_": ProtoPNetLoss(module.owner, 0.8, 0.1, 0.8)}
-    clf._modules = ["module"]
+    clf._modules, clf.concepts_ = ["module"], None
     inputs = {"images": torch.zeros(6, 3, 64, 64, dtype=torch.uint8)}
     if weighted:
         inputs["sample_weight"] = torch.ones(6)

@@ -14,12 +14,11 @@ from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.localization import pair_boxes
-from protoclf.metrics.rules import SEED
 from protoclf.metrics.streams import codes_of
-from protoclf.parameters import check_rules
 from protoclf.patch_search import view_activations
 from protoclf.penalty import Activations
 from protoclf.projection import Sources, read_patches
+from protoclf.rules import SEED, check_rules
 from protoclf.self_matches import replace_self_matches
 from protoclf.stages import LastLayer
 from protoclf.torch_datasets import unpacked

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from protoclf.metrics.rules import COUNT, SEED, SHARE
-from protoclf.parameters import Rule, check_rules
+from protoclf.rules import COUNT, SEED, SHARE, Rule, check_rules
 
 RULES: dict[str, Rule] = {"level": SHARE, "n_resamples": COUNT, "random_state": SEED}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from protoclf.features import distance_batches
 from protoclf.metrics.curves import deletion_insertion
 from protoclf.metrics.faithfulness import deletion_score
 from protoclf.metrics.misalignment import spatial_misalignment
@@ -17,7 +18,7 @@ from protoclf.metrics.part_metrics import consistency, stability
 from protoclf.metrics.prototype_metrics import distinctness, global_size, sparsity
 from protoclf.metrics.purity import part_purity
 from protoclf.metrics.ranks import rank_stability
-from protoclf.metrics.streams import codes_of, latent_batches, opened
+from protoclf.metrics.streams import codes_of, opened
 from protoclf.nearest_patches import nearest_patches, purity
 
 
@@ -86,9 +87,9 @@ def _where(change: str) -> Callable[[pd.DataFrame], pd.Series]:
 
 
 def _right(clf: Any, data: Data) -> pd.DataFrame:
-    batches = latent_batches(clf, opened(clf, data.X))
+    batches = distance_batches(clf, opened(clf, data.X), bool(clf.verbose))
     with torch.no_grad():
-        codes = [clf.module_.compare(z)[0].argmax(1).cpu().numpy() for _, z in batches]
+        codes = [clf.module_.logits(d).argmax(1).cpu().numpy() for _, d, _ in batches]
     right = np.concatenate(codes) == codes_of(clf, data.y, len(data.y))
     return pd.DataFrame({"sample": np.arange(len(right)), "right": right.astype(float)})
 

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.metrics import roc_auc_score
 
+from protoclf.features import distance_batches
 from protoclf.image_dataset import ImageDataset
 from protoclf.metrics.masks import Masks, check_number, cover, mask_of, on_input
-from protoclf.metrics.streams import image_batches, latent_batches, latents_of, opened_with_labels
+from protoclf.metrics.streams import image_batches, latents_of, opened_with_labels
 from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
@@ -167,8 +168,7 @@ def _check_classes(clf: ProtoPNetClassifier, own: np.ndarray, owner: np.ndarray)
 def _activations(clf: ProtoPNetClassifier, dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     """Return g, and in which cell each prototype is found, both (N, m)."""
     parts, cells = [], []
-    for _, z in latent_batches(clf, dataset):
-        _, distance, cell = clf.module_.compare(z)
+    for _, distance, cell in distance_batches(clf, dataset, bool(clf.verbose)):
         parts.append(clf.module_.activations(distance).cpu())
         cells.append(cell.cpu())
     return torch.cat(parts).numpy(), torch.cat(cells).numpy()
@@ -186,7 +186,7 @@ def _covered_activations(
             mask = torch.from_numpy(on_input(dataset, i, mask_of(masks, dataset, i)))
             objects.append(bool(mask.any()))
             covered.append(cover(image, mask[None]))
-        _, distance, _ = clf.module_.compare(latents_of(clf, torch.cat(covered)))
+        distance, _ = clf.module_.nearest(latents_of(clf, torch.cat(covered)))
         parts.append(clf.module_.activations(distance).cpu())
     return torch.cat(parts).numpy(), np.array(objects)
 

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from protoclf.localization import covered_cells, upsample
 from protoclf.metrics.masks import cover
-from protoclf.metrics.rules import COUNT, SEED
 from protoclf.metrics.streams import opened, paths_of
-from protoclf.parameters import Rule, check_rules
+from protoclf.rules import COUNT, SEED, Rule, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier

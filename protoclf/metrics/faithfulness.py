@@ -14,7 +14,7 @@ from protoclf.explanation import BOX
 from protoclf.localization import box_masks
 from protoclf.metrics.masks import cover
 from protoclf.metrics.streams import opened, sheet_of
-from protoclf.parameters import DELETION_RULES, check_rules
+from protoclf.rules import COUNT, check_rules
 
 DELETION_COLUMNS = [
     *("area", "similarity_drop", "control_similarity_drop", "logit_drop", "control_logit_drop")
@@ -74,7 +74,7 @@ def deletion_score(
     overlap the box, a large one more than a small one: that pulls its scores towards 0, which
     they are for a box that fills the input. Compare ways to find boxes at like areas.
     """
-    check_rules({"top": top, "n_controls": n_controls}, DELETION_RULES)
+    check_rules({"top": top, "n_controls": n_controls}, {"top": COUNT, "n_controls": COUNT})
     dataset = opened(clf, X)
     table = sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile)
     table = table[table["prototype"].notna() & (table["weight"] > 0)].reset_index(drop=True)

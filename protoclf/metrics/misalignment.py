@@ -15,9 +15,8 @@ from torch import Tensor
 
 from protoclf.localization import box_masks, order_statistic, pair_boxes, pair_maps, upsample
 from protoclf.metrics.perturbations import UNIT
-from protoclf.metrics.rules import COUNT, NON_NEGATIVE, PERCENTILE, SEED
 from protoclf.metrics.streams import image_batches, latents_of, opened, paths_of
-from protoclf.parameters import Rule, check_rules
+from protoclf.rules import COUNT, NON_NEGATIVE, PERCENTILE, SEED, Rule, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -172,7 +171,7 @@ def _attacked(
     for _ in range(n_steps):
         change.requires_grad_()
         with torch.enable_grad():
-            _, distance, _ = module.compare(module.latents(module.features(changed())))
+            distance, _ = module.nearest(module.latents(module.features(changed())))
             g = module.activations(distance).gather(1, j[:, None])  # (n, 1)
             (slope,) = torch.autograd.grad(g.sum(), change)
         change = (change.detach() - step_size * slope.sign()).clamp(-epsilon, epsilon)

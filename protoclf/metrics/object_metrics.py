@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from protoclf.explanation import BOX
+from protoclf.explanation import BOX, EXPLAIN_RULES
 from protoclf.image_dataset import ImageDataset
 from protoclf.metrics.masks import Masks, check_number, mask_of, shown
 from protoclf.metrics.part_labels import located
 from protoclf.metrics.streams import opened, paths_of, sheet_of
-from protoclf.parameters import EXPLAIN_RULES, check_rules
+from protoclf.rules import check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier

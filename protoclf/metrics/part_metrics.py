@@ -14,12 +14,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from protoclf.features import latent_batches
 from protoclf.metrics.part_labels import PartLabels
 from protoclf.metrics.perturbations import with_noise
 from protoclf.metrics.regions import pair_regions
-from protoclf.metrics.rules import NON_NEGATIVE, PERCENTILE, REGION, SEED, SHARE
-from protoclf.metrics.streams import image_batches, latent_batches, latents_of, opened_with_labels
-from protoclf.parameters import Rule, check_rules
+from protoclf.metrics.streams import image_batches, latents_of, opened_with_labels
+from protoclf.rules import NON_NEGATIVE, PERCENTILE, REGION, SEED, SHARE, Rule, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -90,7 +90,7 @@ def consistency(
     labels = PartLabels(parts, dataset)
     m = clf.n_prototypes_
     hits, seen = np.zeros((m, len(labels.names))), np.zeros((m, len(labels.names)))
-    for rows, z in latent_batches(clf, dataset):
+    for rows, z in latent_batches(clf, dataset, bool(clf.verbose)):
         sample, prototype = _own_pairs(clf, codes[rows])
         boxes = _regions(clf, z, sample, prototype, region, percentile)
         image, j = sample.numpy() + rows.start, prototype.numpy()

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 
 from protoclf.duplicates import distances_within_classes, repeated
+from protoclf.features import distance_batches
 from protoclf.fitted import check_classifier
-from protoclf.metrics.rules import NON_NEGATIVE, SHARE
-from protoclf.metrics.streams import latent_batches, opened, paths_of
-from protoclf.parameters import check_rules
+from protoclf.metrics.streams import opened, paths_of
+from protoclf.rules import NON_NEGATIVE, SHARE, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -56,9 +56,8 @@ def sparsity(clf: ProtoPNetClassifier, X: Any, *, share: float = 0.9) -> pd.Data
     check_rules({"share": share}, {"share": SHARE})
     dataset, module = opened(clf, X), clf.module_
     classes, sizes, rows = [], [], []
-    for _, z in latent_batches(clf, dataset):
-        logits, distance, _ = module.compare(z)
-        c = logits.argmax(1)  # (n,)
+    for _, distance, _ in distance_batches(clf, dataset, bool(clf.verbose)):
+        c = module.logits(distance).argmax(1)  # (n,)
         parts = (module.activations(distance) * module.last_layer.weight[c]).abs().cpu().double()
         descending = parts.sort(1, descending=True).values.cumsum(1)  # (n, m)
         wanted = (share - _ROUNDING) * descending[:, -1:]

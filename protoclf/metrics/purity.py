@@ -13,10 +13,9 @@ import pandas as pd
 
 from protoclf.explanation import BOX
 from protoclf.metrics.part_labels import PartLabels
-from protoclf.metrics.rules import COUNT, PERCENTILE, REGION
 from protoclf.metrics.streams import opened
 from protoclf.nearest_patches import nearest_patches
-from protoclf.parameters import Rule, check_rules
+from protoclf.rules import COUNT, PERCENTILE, REGION, Rule, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier

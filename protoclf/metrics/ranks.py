@@ -15,9 +15,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from protoclf.metrics.perturbations import as_jpeg, with_noise
-from protoclf.metrics.rules import COUNT, NON_NEGATIVE, QUALITY, SEED
 from protoclf.metrics.streams import image_batches, latents_of, opened, paths_of
-from protoclf.parameters import Rule, check_rules
+from protoclf.rules import COUNT, NON_NEGATIVE, QUALITY, SEED, Rule, check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier

@@ -20,8 +20,7 @@ from protoclf.metrics.bootstrap import RULES as BOOTSTRAP_RULES
 from protoclf.metrics.bootstrap import bootstrap_interval
 from protoclf.metrics.catalogue import METRICS, Data, Metric, Row
 from protoclf.metrics.object_metrics import Masks, PartMasks
-from protoclf.metrics.rules import COUNT
-from protoclf.parameters import Rule, check_rules
+from protoclf.rules import COUNT, Rule, check_rules
 from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclf.explanation import UNREADABLE
-from protoclf.features import feature_batches
 from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
 from protoclf.image_errors import ImageError
@@ -61,18 +60,6 @@ def sheet_of(clf: ProtoPNetClassifier, X: Any, **options: Any) -> pd.DataFrame:
 def codes_of(clf: ProtoPNetClassifier, y: Any, n: int) -> np.ndarray:
     """Return the labels of n images as indices into `classes_`."""
     return encode(read_labels(y, n), clf.classes_)[1]
-
-
-def latent_batches(
-    clf: ProtoPNetClassifier, dataset: ImageDataset
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield which images a batch holds, and their latent maps z (n, D, H, W)."""
-    first = 0
-    for inputs, y in feature_batches(clf, dataset, progress=bool(clf.verbose)):
-        with torch.no_grad():
-            z = clf.module_.latents(inputs["features"])
-        yield slice(first, first + len(y)), z
-        first += len(y)
 
 
 def image_batches(
