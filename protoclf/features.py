@@ -18,6 +18,7 @@ from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_o
 from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
 from protoclf.fingerprints import state_digest
 from protoclf.image_dataset import Batch, Batches, ImageDataset, in_whole
+from protoclf.messages import first_few
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.recent_distances import RecentDistances
 from protoclf.storage import allocate
@@ -157,11 +158,18 @@ def feature_batches(
 def latent_batches(
     net: SkorchProtoPNet, dataset: Dataset, progress: bool = False
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield which images a batch holds, and their latent maps z (n, D, H, W)."""
+    """Yield which images a batch holds, and their latent maps z (n, D, H, W).
+
+    Raises
+    ------
+    FloatingPointError
+        If a map is not finite, as `distance_batches` does for distances.
+    """
     first = 0
     for inputs, y in feature_batches(net, dataset, progress):
         with torch.no_grad():
             z = net.module_.latents(inputs["features"])
+        _refuse_unless(z.sum((1, 2, 3)).isfinite(), dataset, first)
         yield slice(first, first + len(y)), z
         first += len(y)
 
@@ -172,7 +180,13 @@ def distance_batches(
     """Yield which images a batch holds (n,), and what `ProtoPNet.nearest` finds for them.
 
     Under `memory` those that this process has found a short while ago are not computed again.
+
+    Raises
+    ------
+    FloatingPointError
+        Behind the last batch, if distances are NaN: names the images.
     """
+    known = [torch.empty(0, dtype=torch.bool, device=net.device)]
     module, source = net.module_, _Source(net, dataset, len(cast(Sized, dataset)))
     recent = None if source.store is None else RecentDistances(source.store, module)
     for inputs, _ in _with_progress(net, source.dataset, progress):
@@ -183,7 +197,23 @@ def distance_batches(
                 found = module.nearest(module.latents(source.features(inputs)))
                 if recent is not None:
                     recent.put(digests, *found)
+        known.append(~found[0].isnan().any(1))
         yield inputs["index"], *found
+    _refuse_unless(torch.cat(known), dataset)  # now, as no batch is to wait for it
+
+
+def _refuse_unless(finite: Tensor, dataset: Dataset, first: int = 0) -> None:
+    """Raise FloatingPointError that names the images, from number `first` on, which are not."""
+    if finite.all():
+        return
+    bad = first + (~finite).nonzero()[:, 0].cpu().numpy()
+    whole, index = in_whole(dataset)
+    images = isinstance(whole, ImageDataset)
+    names = [whole.images.name(i) if images else f"number {i}" for i in index[bad].tolist()]
+    raise FloatingPointError(
+        f"The network makes NaN or infinity of the images {first_few(names)}, so that there is no "
+        'answer for them. precision="float32" may help; otherwise leave them out.'
+    )
 
 
 class _Source:

@@ -43,6 +43,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -159,14 +160,17 @@ def solve_last_layer(
     array([0, 0, 1, 1])
     """
     _check_number("tol", tol, 0.0)
-    _check_number("max_iter", max_iter, 0)
+    if not isinstance(max_iter, Integral) or max_iter < 0:
+        raise ValueError(f"max_iter must be an int >= 0, got {max_iter!r}.")
     problem = _Problem.build(activations, y, prototype_class, lambda_l1, sample_weight, n_classes)
     with _threads_for(problem):
         result = _minimise(problem, problem.start(warm_start), float(tol), max_iter)
     if not result.converged:
+        stalled = result.n_iter < max_iter
         warnings.warn(
             f"last layer not solved to tol={tol:g}: residual {result.residual:.3g} after "
-            f"{result.n_iter} iterations. Raise max_iter or tol"
+            f"{result.n_iter} iterations{', which make it no smaller' if stalled else ''}. Raise "
+            f"{'tol' if stalled else 'max_iter or tol'}"
             + (", or use lambda_l1 > 0." if lambda_l1 == 0 else "."),
             ConvergenceWarning,
             stacklevel=2,
@@ -320,6 +324,10 @@ def _minimise(problem: _Problem, v: Tensor, tol: float, max_iter: int) -> LastLa
         best_residual, best_objective = min(best_residual, residual), min(best_objective, objective)
         if residual <= tol or n_iter == max_iter or stalled == _PATIENCE:
             break
+        if n_iter == 0 and v.any() and not objective < math.log(len(v)):
+            v, penalty = torch.zeros_like(v), math.inf  # which is better than that warm start
+            best_residual, best_objective = math.inf, 1e300
+            continue
         penalty = _next_penalty(problem, v, loss_gradient, penalty, tol)
         gradient = loss_gradient + penalty
         model = _Model(problem, probability, _working_set(problem, v, gradient, tol))
@@ -678,7 +686,8 @@ def _tensor(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach()
     # torch warns about arrays that it could not write to, such as joblib's memory maps
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    array = np.require(values, requirements=["C", "W"])
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _check_activations(activations: Any) -> Tensor:
@@ -706,9 +715,10 @@ def _check_indices(name: str, indices: Any, length: int, what: str) -> Tensor:
         raise ValueError(f"{name} must have shape ({length},), {what}, got {tuple(indices.shape)}.")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise ValueError(f"{name} must hold integer class indices, got dtype {indices.dtype}.")
+    indices = indices.long()
     if int(indices.min()) < 0:
         raise ValueError(f"{name} must hold class indices >= 0, got {int(indices.min())}.")
-    return indices.long()
+    return indices
 
 
 def _check_n_classes(n_classes: int | None, y: Tensor, owner: Tensor) -> int:
@@ -738,4 +748,5 @@ def _check_sample_weight(weight: Any, length: int) -> Tensor:
         raise ValueError("sample_weight must be finite and >= 0.")
     if not weight.any():
         raise ValueError("sample_weight must hold at least one weight above 0.")
+    weight = weight / weight.max()  # their sum may overflow
     return weight / weight.sum()

@@ -28,7 +28,7 @@ PATH_RULES: dict[str, Rule] = {
     ),
 }
 
-_TOLERANCE = 1e-4  # of held-out solves
+_TOLERANCE = 0.01  # of held-out solves, as a share of the smallest penalty
 
 
 class Activations:
@@ -178,9 +178,9 @@ def _held_out_scores(
     activations: Activations, penalties: list[float], splits: Splits
 ) -> np.ndarray:
     """Accuracy and cross-entropy of images left out, (folds, penalties, 2)."""
-    scores = []
+    scores, tol = [], _TOLERANCE * min((p for p in penalties if p > 0), default=1e-4)
     for train, test in splits:
-        results = activations.take(train).solve(penalties, tol=_TOLERANCE)
+        results = activations.take(train).solve(penalties, tol=tol)
         left_out = activations.take(test)
         scores.append([left_out.scores(result.weight) for result in results])
     return np.array(scores).reshape(len(splits), len(penalties), 2)

@@ -25,6 +25,7 @@ _BLOCK_GPU = 2**25  # 128 MiB: few launches matter more than caches
 _PER_PAIR = 16  # numbers that the backward pass makes for an image and a prototype, at most
 _CLOSE = 0.25  # of ||p||^2: of nearer patches, the difference is computed
 _SPARE = 8  # candidates beyond the k nearest, at most, for what rounding puts in the wrong order
+_USUAL = 16  # times the median length of the prototypes: of longer ones, none is in the centre
 _ROUNDING = 64  # times the last place of ||z||^2 + ||p||^2: what a matrix product may be off
 
 
@@ -45,10 +46,12 @@ def min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     distance : Tensor of shape (N, m)
-        Distance to the nearest patch: never negative, and 0 where the prototype equals it.
+        Distance to the nearest patch: never negative, and 0 where the prototype equals it. NaN
+        where a map holds NaN, or infinity that leaves open which patch is nearest.
     cell : Tensor of shape (N, m), int64
         Which patch that is, as the flat index in the map of (H - H1 + 1) x (W - W1 + 1) patches;
-        among equally near ones the lowest.
+        among equally near ones the lowest. Which is nearest a matrix product tells, so that the
+        patch may be another one that is as near as its rounding.
     """
     _check_shapes(z, prototypes)
     return torch.ops.protoclf.min_distances(*_as_float(z, prototypes))
@@ -188,7 +191,7 @@ def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     p, shape = prototypes.flatten(1), _map_shape(z, prototypes)  # (m, K)
     buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes), p.shape[1]))
     with without_autocast(z.device):
-        centre = p.mean(0)  # (K,)
+        centre = _centre(p)  # (K,)
         centred = p - centre  # (m, K)
         squares = torch.linalg.vector_norm(centred, dim=1).square_()  # (m,)
         for i in range(0, len(z), size):
@@ -196,9 +199,21 @@ def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
             patches = patches_of(z[block], prototypes)  # (n, L, K)
             for j, score in _scores(patches - centre, centred, buffer):
                 cell[block, j], distance[block, j] = _argmax(score.unflatten(1, shape))
+            unknown = distance[block].isnan()
             distance[block].mul_(-2).add_(squares).clamp_(min=0)
             _sharpen(distance[block], cell[block], patches, p, squares, buffer)
+            distance[block].masked_fill_(unknown, torch.nan)
     return distance, cell
+
+
+def _centre(p: Tensor) -> Tensor:
+    """Mean (K,) of the prototypes (m, K), without those that are far larger than most.
+
+    Seen from the mean of all, one of them would leave the others no digits.
+    """
+    length = torch.linalg.vector_norm(p, dim=1, keepdim=True)  # (m, 1)
+    usual = length <= _USUAL * length.median()
+    return torch.where(usual, p, 0).sum(0) / usual.sum()
 
 
 def _grad_z(g: Tensor, z: Tensor, prototypes: Tensor, cell: Tensor) -> Tensor:

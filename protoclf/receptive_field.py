@@ -101,7 +101,11 @@ class BackboneGeometry:
     @cached_property
     def _measured(self) -> tuple[tuple[_Intervals, _Intervals], bool]:
         try:
-            return _in_fresh_thread(_measure_fields, self._structure, self.image_size)
+            found = _in_fresh_thread(_measure_fields, self._structure, self.image_size)
+            cells = tuple(len(first) for first, _ in found[0])
+            if cells != (self.height, self.width):
+                raise ValueError(f"stand-ins for its layers lead to {cells[0]} x {cells[1]} cells")
+            return found
         except Exception as error:
             warn(
                 f"The receptive field of the backbone could not be measured ({error}); every cell "
@@ -358,8 +362,11 @@ def _max_pool2d(
         return _one(F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode))
     sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
     kernel = x.new_ones(x.shape[1], 1, *sides)
+    rows, cols = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode).shape[2:]
+    x = F.pad(x, (0, x.shape[3], 0, x.shape[2]))  # for windows that end beyond it
     stride = kernel_size if stride is None else stride
-    return _one(F.conv2d(x, kernel, None, stride, padding, dilation, x.shape[1]))
+    out = F.conv2d(x, kernel, None, stride, padding, dilation, x.shape[1])
+    return _one(out[..., :rows, :cols])
 
 
 def _max_pool2d_with_indices(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

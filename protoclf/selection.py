@@ -30,7 +30,7 @@ _MOST_PRODUCTS = 2**27  # of numbers, of an image with all candidates: a third o
 _BLOCK = 2**22  # numbers in patches of images that are compared at once: 16 MiB
 _AT_ONCE = 512  # candidates that such a block is compared with: few enough for the caches
 _L1 = 3e-3  # for activations of at most 1
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-4  # likewise
 
 
 @torch.no_grad()
@@ -71,10 +71,11 @@ def _rated_candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -
     candidates, owner = _candidates(net, data, numbers)
     g = net.module_.activations(_distances(net, data, candidates))  # (N, M)
     y = data.train_y.to(g.device)
+    largest = float(g.amax().clamp_min(1e-6))
     weight = solve_last_layer(
-        *(g, y, owner, _L1 * float(g.amax().clamp_min(1e-6))),
+        *(g, y, owner, _L1 * largest),
         sample_weight=data.train_weight,
-        tol=_TOLERANCE,
+        tol=_TOLERANCE * largest,
         n_classes=len(numbers),
     ).weight  # (C, M)
     own = weight[owner, torch.arange(len(owner), device=owner.device)]

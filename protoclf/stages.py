@@ -290,9 +290,9 @@ class LastLayer:
         if not isinstance(self.lambda_l1, str):
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
             return self.lambda_l1
-        largest = float(net.activations_.g.amax().clamp_min(1e-6))
-        penalties = [p * largest for p in PENALTIES]
         shown = self._shown(net, median=True, groups=data.groups)
+        largest = float(shown.g.amax().clamp_min(1e-6))
+        penalties = [p * largest for p in PENALTIES]
         path = penalty_path(shown, penalties, 4, net.seed_, data.groups)
         if path["cross_entropy"].isna().all():
             raise ValueError(

@@ -270,6 +270,35 @@ def test_what_is_not_a_number_stops_the_fit_and_names_the_images(squares, always
     assert not hasattr(clf, "prototypes_")
 
 
+class BrokenLater(Broken):
+    """Makes NaN of bright images once it is told to."""
+
+    broken = False
+
+    def forward(self, x):
+        return super().forward(x) if self.broken else self.convolution(x)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_what_is_not_a_number_is_no_answer(squares, memory, tmp_path):
+    clf = small(memory=str(tmp_path) if memory else None, **FROZEN)
+    clf.set_params(backbone=BrokenLater(True))
+    clf.fit(*squares)
+    X = [*squares[0][:2] // 2, np.full((40, 60, 3), 255, np.uint8)]
+    clf.predict(X[:2])
+    clf.module_.backbone.broken = True
+    clf.predict(X[:2])
+    for ask in (
+        clf.predict,
+        clf.decision_function,
+        clf.transform,
+        clf.explain,
+        clf.similarity_maps,
+    ):
+        with pytest.raises(FloatingPointError, match="NaN or infinity of the images 2,"):
+            ask(X)
+
+
 # ---- scores and last layers of the images that are left ------------------------------------------
 
 

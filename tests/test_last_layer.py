@@ -365,7 +365,8 @@ G, Y, OWNER = similarities()
         ({"lambda_l1": -1e-4}, "lambda_l1 must be a finite number >= 0, got -0.0001"),
         ({"lambda_l1": float("nan")}, "lambda_l1 must be a finite number"),
         ({"tol": -1.0}, "tol must be a finite number >= 0, got -1.0"),
-        ({"max_iter": -1}, "max_iter must be a finite number >= 0, got -1"),
+        ({"max_iter": -1}, "max_iter must be an int >= 0, got -1"),
+        ({"max_iter": 2.0}, "max_iter must be an int >= 0, got 2.0"),
         ({"sample_weight": np.ones(5)}, r"sample_weight must have shape \(60,\)"),
         ({"sample_weight": set_entry(Y, 0, -1)}, "sample_weight must be finite and >= 0"),
         ({"sample_weight": set_entry(Y, 0, np.nan)}, "sample_weight must be finite and >= 0"),
@@ -393,3 +394,34 @@ def test_small_and_nearly_separable_problems_are_solved(seed):
         result = solve_last_layer(g, y, owner, 10 ** rng.uniform(-5, -2))
     assert result.residual <= 1e-6
     assert result.n_iter < 60
+
+
+def test_a_warm_start_worse_than_none_is_left_out():
+    g, y, owner = similarities(n=200, m=24, n_classes=6)
+    cold = solve_last_layer(g, y, owner, 1e-3)
+    sign = np.where(owner == np.arange(6)[:, None], 1, -1)
+    for scale in (10, 100, 1e308):
+        far = sign * scale * np.random.default_rng(0).random((6, 24))
+        result = solve_last_layer(g, y, owner, 1e-3, warm_start=far)
+        assert result.converged
+        assert result.objective == pytest.approx(cold.objective, abs=1e-6)
+
+
+def test_weights_whose_sum_overflows():
+    g, y, owner = similarities()
+    huge = solve_last_layer(g, y, owner, 1e-2, sample_weight=np.full(len(y), 1e308))
+    np.testing.assert_allclose(huge.weight, solve_last_layer(g, y, owner, 1e-2).weight, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint64", ">i4", "<i2"])
+def test_class_indices_of_any_integers(kind):
+    g, y, owner = similarities()
+    found = solve_last_layer(g.astype(">f8"), y.astype(kind), owner.astype(kind), 1e-2)
+    np.testing.assert_array_equal(found.weight, solve_last_layer(g, y, owner, 1e-2).weight)
+
+
+def test_what_is_stuck_is_not_told_to_go_on():
+    with pytest.warns(ConvergenceWarning, match=r"which make it no smaller. Raise tol\."):
+        solve_last_layer(*similarities(), 0.01, tol=0.0)
+    with pytest.warns(ConvergenceWarning, match=r"after 1 iterations. Raise max_iter or tol\."):
+        solve_last_layer(*similarities(), 0.01, max_iter=1)

@@ -89,6 +89,32 @@ def test_a_fit_chooses_the_penalty_of_the_lowest_cross_entropy(chosen):
     assert chosen.last_layer_result_.residual <= 1e-6
 
 
+def test_penalties_are_for_what_the_solver_is_shown(squares):
+    """Not for the matches of prototypes with their own images, which it is not shown."""
+    common = {"image_size": 48, "prototypes_per_class": 2, "random_state": 0, "verbose": 0}
+    clf = ProtoPNetClassifier(
+        "small_cnn", similarity="log", lambda_l1="cv", joint_epochs=1, **common
+    ).fit(*squares)
+    g = clf.activations_.g.clone()
+    largest = float(g.amax())
+    g[clf.sources_["image"], np.arange(clf.n_prototypes_)] = 0
+    assert largest == pytest.approx(np.log(1e4), rel=1e-3)
+    assert clf.last_layer_path_["lambda_l1"].max() < PENALTIES[0] * largest / 2
+    assert clf.last_layer_path_["lambda_l1"].max() == pytest.approx(
+        PENALTIES[0] * float(g.amax()), rel=0.05
+    )
+
+
+@pytest.mark.parametrize("scale", [1, 0.1, 0.02])
+def test_held_out_scores_are_solved_as_penalties_need_it(scale):
+    data = activations(n=80).changed(lambda g: scale * g)
+    penalties = [scale * p for p in PENALTIES]
+    path = penalty_path(data, penalties, 2, seed=0)
+    for i, penalty in enumerate(penalties):
+        alone = penalty_path(data, [penalty * 1e-3, penalty], 2, seed=0)  # solved more closely
+        assert path["cross_entropy"][i] == pytest.approx(alone["cross_entropy"][0], abs=5e-3)
+
+
 def test_a_fixed_penalty_has_no_path(fitted):
     assert fitted.lambda_l1_ == fitted.lambda_l1
     assert not hasattr(fitted, "last_layer_path_")

@@ -494,3 +494,27 @@ def test_second_derivatives_are_refused(of, by):
     gradients = torch.autograd.grad(min_distances(*inputs)[0].sum(), inputs, create_graph=True)
     with pytest.raises(NotImplementedError, match="once"):
         gradients[of].square().sum().backward(inputs=[inputs[by]])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_map_that_is_not_finite_has_no_arbitrary_nearest_patch(value):
+    z, p = torch.randn(4, 8, 5, 5), torch.randn(6, 8, 1, 1)
+    expected = min_distances(z[1:], p)
+    z[0, 2, 0, 0] = value
+    distance, cell = min_distances(z, p)
+    torch.testing.assert_close(distance[1:], expected[0])
+    rest = torch.cat([min_distances(z[:1, :, 1:], p)[0], min_distances(z[:1, :, :1, 1:], p)[0]])
+    known = ~distance[0].isnan()
+    torch.testing.assert_close(distance[0][known], rest.amin(0)[known])
+    assert value == math.inf or not known.any()
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e8, math.inf])
+def test_a_prototype_far_away_takes_no_digits_from_the_others(scale):
+    z, p = torch.rand(4, 128, 7, 7), torch.rand(10, 128, 1, 1)
+    p[3] *= scale
+    distance, cell = min_distances(z, p)
+    others = torch.arange(10) != 3
+    expected = distance_maps(z, p[others]).flatten(2).min(2)
+    torch.testing.assert_close(distance[:, others], expected.values)
+    torch.testing.assert_close(cell[:, others], expected.indices)

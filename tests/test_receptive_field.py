@@ -77,6 +77,7 @@ class _FirstOfTwo(nn.Module):
         ([nn.Conv2d(3, 4, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)], 4, -5, 11),
         ([nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2), nn.Conv2d(4, 4, 5)], 2, -1, 13),
         ([nn.AvgPool2d(2), nn.MaxPool2d(3, 1, dilation=2)], 2, 0, 10),
+        ([nn.MaxPool2d(3, 5, 0, 2, ceil_mode=True)], 5, 0, 5),
         ([nn.PixelUnshuffle(4)], 4, 0, 4),
         ([nn.AdaptiveMaxPool2d(12)], 4, 0, 4),
         ([_FirstOfTwo(nn.MaxPool2d(3, 2, 1, return_indices=True))], 2, -1, 3),
