@@ -501,7 +501,7 @@ def test_a_map_that_is_not_finite_has_no_arbitrary_nearest_patch(value):
     z, p = torch.randn(4, 8, 5, 5), torch.randn(6, 8, 1, 1)
     expected = min_distances(z[1:], p)
     z[0, 2, 0, 0] = value
-    distance, cell = min_distances(z, p)
+    distance, _ = min_distances(z, p)
     torch.testing.assert_close(distance[1:], expected[0])
     rest = torch.cat([min_distances(z[:1, :, 1:], p)[0], min_distances(z[:1, :, :1, 1:], p)[0]])
     known = ~distance[0].isnan()
