@@ -207,7 +207,7 @@ class SeveralProcesses(OneProcess):
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
         self.is_first = accelerator.is_main_process
-        self.is_alone = accelerator.num_processes == 1
+        self.count = accelerator.num_processes
 
     def own_rows(self, n: int, batch_size: int) -> Sequence[int]:
         """Return the positions, of n, that this process computes.
@@ -215,11 +215,10 @@ class SeveralProcesses(OneProcess):
         The batches are those of one process, so that not even rounding differs. Where there are
         fewer of them than processes, each process computes them all.
         """
-        count = self.accelerator.num_processes
         starts = np.arange(0, n, batch_size)
-        if len(starts) < count:
+        if len(starts) < self.count:
             return range(n)
-        own = np.array_split(starts, count)[self.accelerator.process_index]
+        own = np.array_split(starts, self.count)[self.accelerator.process_index]
         return range(int(own[0]), min(int(own[-1]) + batch_size, n))
 
     def in_order(self, rows: Tensor, n: int) -> Tensor:

@@ -48,15 +48,27 @@ def fit_key(
         For each parameter and each part of the data: what it is, or a digest of it.
     """
     key = {name: described(value) for name, value in params.items() if name not in _NO_MATTER}
-    return key | {
+    return (
+        key
+        | data_key(dataset, classes, groups)
+        | {
+            "the fitted network": "None" if network is None else _weights_of(network),
+            "forbidden and encouraged patches": described(concepts),
+            "the version of torch": str(torch.__version__),
+            "the version of protoclf": code_digest(),
+        }
+    )
+
+
+def data_key(
+    dataset: ImageDataset, classes: np.ndarray, groups: np.ndarray | None
+) -> dict[str, str]:
+    """Describe what a fit learns from, as `fit_key` does."""
+    return {
         "the images": described(np.array(dataset.digests(range(len(dataset))))),
         "y": described([classes, dataset.y]),
         "sample_weight": described(dataset.sample_weight),
         "groups": described(groups),
-        "the fitted network": "None" if network is None else _weights_of(network),
-        "forbidden and encouraged patches": described(concepts),
-        "the version of torch": str(torch.__version__),
-        "the version of protoclf": code_digest(),
     }
 
 

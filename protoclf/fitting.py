@@ -24,7 +24,7 @@ from protoclf.checkpoint import Checkpoint
 from protoclf.explanation import prototype_table
 from protoclf.features import FitData
 from protoclf.file_changes import changes_since, stamps
-from protoclf.fit_key import fit_key
+from protoclf.fit_key import changes, data_key, fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import Images, conflicting_labels, skipped_images
@@ -110,6 +110,7 @@ class StagedNet(SkorchProtoPNet):
         if self.on_bad_image == "skip":
             self.skipped_ = skipped
         self.preprocessing_ = dataset.preprocessing
+        self._check_agreement(dataset, labels, groups)
         checkpoint = self._checkpoint(dataset, labels, groups, first)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         begun = None if checkpoint is None else checkpoint.seed
@@ -308,6 +309,7 @@ class StagedNet(SkorchProtoPNet):
         self._keep_sources(train)
         if checkpoint is not None:
             checkpoint.remove()
+            self.processes.agreed(None)  # another fit of a process finds none: it waited
         return self
 
     def _images_needed(self, first: bool) -> list[int]:
@@ -349,7 +351,22 @@ class StagedNet(SkorchProtoPNet):
         key = fit_key(
             self.get_params(deep=False), dataset, classes, groups, network, self.concepts_
         )
+        key["the number of processes"] = str(self.processes.count)
         return Checkpoint(self.checkpoint, key, writes=self.processes.is_first)
+
+    def _check_agreement(
+        self, dataset: ImageDataset, classes: np.ndarray, groups: np.ndarray | None
+    ) -> None:
+        """Raise ValueError where several processes were given different data."""
+        if self.processes.count == 1:
+            return
+        key = data_key(dataset, classes, groups)
+        differing = changes(self.processes.agreed(key), key)
+        if differing:
+            raise ValueError(
+                f"The processes of this fit have different data: compared with the first, "
+                f"{differing}. Give each of them the same, in the same order."
+            )
 
     def _is_settled(self, settled: list[torch.Tensor]) -> bool:
         now = (self.module_.prototypes, self.module_.last_layer.weight)

@@ -222,7 +222,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         backbone = self.plain_module.backbone
         if self.compile:
             return "compile=True compiles for batches of one size"
-        if not self.processes.is_alone:
+        if self.processes.count > 1:
             return "several processes have a part of each batch"
         if type(self).get_loss is not SkorchProtoPNet.get_loss:
             return f"{type(self).__name__} has a get_loss of its own"

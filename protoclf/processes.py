@@ -15,12 +15,12 @@ class OneProcess:
     ----------
     is_first : bool
         Whether it is the one that shows progress.
-    is_alone : bool
-        Whether there is no other.
+    count : int
+        How many processes there are.
     """
 
     is_first = True
-    is_alone = True
+    count = 1
 
     def own_rows(self, n: int, batch_size: int) -> Sequence[int]:
         """Return the positions, of n, that this process computes: batches in a row."""

@@ -67,7 +67,7 @@ def remembered(
 
 def _key(net: SkorchProtoPNet, data: FitData, what: Any, state: Mapping[str, Tensor]) -> str | None:
     """Digest all that the result depends on; None where it cannot be kept."""
-    if net.memory_folder is None or net.backbone_trained_ or not net.processes.is_alone:
+    if net.memory_folder is None or net.backbone_trained_ or net.processes.count > 1:
         return None
     try:
         images = data.image_digests

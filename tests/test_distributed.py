@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from fit_and_die import Stop
 from fit_together import FITS, backbone, parameters, photos
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -22,7 +23,9 @@ from test_sklearn import OnTables as OfOneProcess
 from test_sklearn import on_tables as as_for_one_process
 
 from protoclf import ProtoPNetClassifier
+from protoclf.checkpoint import CheckpointError
 from protoclf.distributed import DistributedProtoPNetClassifier, PartOfBatch, SeveralProcesses
+from protoclf.processes import OneProcess
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +205,38 @@ def test_mixed_precision_computes_with_the_weights_of_each_step(mixed):
     settings |= {"train_backbone": True, "augmentation": None, "batch_size": 8}
     losses = classifier(mixed, **settings).fit(X, y).history[:5, "train_loss"]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_processes_with_different_data_are_refused(monkeypatch):
+    class First(OneProcess):
+        count = 2
+
+        def agreed(self, value):
+            return value | {"y": "other labels"} if isinstance(value, dict) else value
+
+    monkeypatch.setattr(ProtoPNetClassifier, "processes", First())
+    X, y, _ = photos()
+    with pytest.raises(ValueError, match="compared with the first, y was other labels, is"):
+        ProtoPNetClassifier(**parameters("frozen")).fit(X, y)
+
+
+def test_processes_wait_until_the_checkpoint_of_a_fit_is_gone(monkeypatch, tmp_path):
+    waited = []
+
+    class Waits(OneProcess):
+        def agreed(self, value):
+            if value is None:
+                waited.append((tmp_path / "checkpoint.pt").exists())
+            return value
+
+    monkeypatch.setattr(ProtoPNetClassifier, "processes", Waits())
+    X, y, _ = photos()
+    clf = ProtoPNetClassifier(**parameters("joint"), checkpoint=tmp_path, callbacks=[Stop()])
+    clf.fit(X, y)
+    assert waited == [False]
+    clf.callbacks = [Stop(2)]
+    with pytest.raises(RuntimeError, match="stopped"):
+        clf.fit(X, y)
+    monkeypatch.setattr(Waits, "count", 2)
+    with pytest.raises(CheckpointError, match="the number of processes was 1, is 2"):
+        clf.fit(X, y)
