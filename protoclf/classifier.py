@@ -17,6 +17,7 @@ from sklearn.exceptions import NotFittedError
 from skorch import NeuralNet
 from torch import nn
 
+from protoclf.activations import Activations
 from protoclf.attribution import gradient_boxes, image_boxes
 from protoclf.explanation import (
     BOX,
@@ -39,7 +40,7 @@ from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import refuse_unknown, with_parameters_of
 from protoclf.patch_search import view_activations
-from protoclf.penalty import PATH_RULES, PENALTIES, Activations, penalty_path
+from protoclf.penalty import PATH_RULES, PENALTIES, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
 from protoclf.rules import check_rules
 from protoclf.torch_datasets import unpacked
@@ -215,6 +216,12 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         After an edit: the prototypes that went, or started again, when, how and why.
     concepts_ : Concepts or None
         What further training heeds, after `protoclf.editing.forbid` or `encourage`.
+    seed_ : int
+        What every random draw of the fit starts from.
+    preprocessing_ : protoclf.geometry.Preprocessing
+        What the network sees of an image.
+    geometry_ : protoclf.receptive_field.BackboneGeometry
+        Cells of the latent map, and what each of them sees.
     history : skorch.history.History
         One row an epoch, with its stage, and one for each projection and last layer.
     module_ : ProtoPNet

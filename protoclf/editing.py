@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 
+from protoclf.activations import Activations
 from protoclf.concepts import ForbiddenPatches
 from protoclf.duplicates import distances_within_classes, repeated
 from protoclf.explanation import EDIT_COLUMNS
@@ -30,7 +31,6 @@ from protoclf.initialization import restart_prototypes
 from protoclf.labels import checked_weights, encode, read_groups, read_labels
 from protoclf.messages import first_few
 from protoclf.nearest_patches import find_concepts
-from protoclf.penalty import Activations
 from protoclf.rules import COUNT, NON_NEGATIVE, Rule, check_rules, integer, optional
 from protoclf.stages import LastLayer, keep_prototypes
 from protoclf.torch_datasets import unpacked

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory
+from protoclf.activations import Activations
 from protoclf.array_store import folder_of
 from protoclf.backbone_facts import (
     evaluation_folds_of,
@@ -42,7 +43,6 @@ from protoclf.parameters import (
     prototype_counts,
     refuse_unknown,
 )
-from protoclf.penalty import Activations
 from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry
 

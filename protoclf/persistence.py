@@ -19,6 +19,7 @@ import torch
 from skorch.history import History
 from torch import Tensor, nn
 
+from protoclf.activations import Activations
 from protoclf.backbones import build_backbone
 from protoclf.explanation import BOX, EDIT_COLUMNS, prototype_table
 from protoclf.geometry import Preprocessing
@@ -44,7 +45,6 @@ from protoclf.network_structure import (
     probe,
 )
 from protoclf.parameters import check_parameters
-from protoclf.penalty import Activations
 from protoclf.rules import check_rules
 from protoclf.saved_labels import labels_to_json
 from protoclf.saved_model import FORMAT, PATH_COLUMNS, VERSION, SavedModel

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
+from protoclf.activations import Activations
 from protoclf.features import Arrays, FitData
 from protoclf.fingerprints import described
 from protoclf.image_dataset import in_whole
@@ -29,7 +30,7 @@ from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
-from protoclf.penalty import PENALTIES, Activations, penalty_path
+from protoclf.penalty import PENALTIES, penalty_path
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import rare_classes, replace_self_matches
 from protoclf.stage_cache import remembered

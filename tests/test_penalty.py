@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from protoclf import ProtoPNetClassifier
+from protoclf.activations import Activations
 from protoclf.last_layer import solve_last_layer
-from protoclf.penalty import PENALTIES, Activations, penalty_path
+from protoclf.penalty import PENALTIES, penalty_path
 
 
 def activations(n=60, m=12, n_classes=3, seed=0, weight=None):

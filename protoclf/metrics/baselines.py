@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from protoclf.activations import Activations
 from protoclf.features import FeatureDataset, FitData
 from protoclf.fitted import check_classifier
 from protoclf.image_dataset import ImageDataset
@@ -16,7 +17,6 @@ from protoclf.images import Images
 from protoclf.localization import pair_boxes
 from protoclf.metrics.streams import codes_of
 from protoclf.patch_search import view_activations
-from protoclf.penalty import Activations
 from protoclf.projection import Sources, read_patches
 from protoclf.rules import SEED, check_rules
 from protoclf.self_matches import replace_self_matches

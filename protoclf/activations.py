@@ -1,0 +1,86 @@
+"""What the last layer is solved for: activations of images, and what goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protoclf.last_layer import LastLayerResult, last_layer_path
+
+
+class Activations:
+    """What the last layer is solved for.
+
+    Parameters
+    ----------
+    g : Tensor of shape (N, m)
+    y : Tensor of shape (N,), int64
+        Class indices.
+    owner : Tensor of shape (m,), int64
+        The class of each prototype.
+    n_classes : int
+    weight : Tensor of shape (N,) or None
+        Sample weights.
+    views : Tensor of shape (V, N, m) or None
+        Of random transforms of the same images.
+    """
+
+    def __init__(
+        self,
+        g: Tensor,
+        y: Tensor,
+        owner: Tensor,
+        n_classes: int,
+        weight: Tensor | None = None,
+        views: Tensor | None = None,
+    ) -> None:
+        self.g, self.y, self.owner, self.n_classes, self.weight = g, y, owner, n_classes, weight
+        self.views = g.new_empty(0, *g.shape) if views is None else views
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Activations:
+        """Return the same with changed activations (N, m), of the images and of each view."""
+        views = [change(view) for view in self.views]
+        return self._with(g=change(self.g), views=torch.stack(views) if views else None)
+
+    def of_prototypes(self, index: Tensor) -> Activations:
+        """Return the activations of some prototypes."""
+        columns = index.to(self.g.device)
+        owner = self.owner[index.to(self.owner.device)]
+        return self._with(g=self.g[:, columns], owner=owner, views=self.views[..., columns])
+
+    def cpu(self) -> Activations:
+        """Return the activations in main memory."""
+        return self._with(**{k: v.cpu() for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+    def take(self, index: np.ndarray) -> Activations:
+        """Return the activations of some images."""
+        rows = torch.from_numpy(index).to(self.g.device)
+        weight = None if self.weight is None else self.weight[rows.to(self.weight.device)]
+        return self._with(g=self.g[rows], y=self.y[rows], weight=weight, views=self.views[:, rows])
+
+    def _with(self, **others: Tensor | None) -> Activations:
+        return Activations(**{**vars(self), **others})
+
+    def solve(self, penalties: Sequence[float], tol: float = 1e-6) -> list[LastLayerResult]:
+        """Solve for each penalty, the largest first, on images and views alike."""
+        times = 1 + len(self.views)
+        return last_layer_path(
+            torch.cat([self.g, *self.views]),
+            self.y.repeat(times),
+            *(self.owner, penalties),
+            sample_weight=None if self.weight is None else self.weight.repeat(times),
+            n_classes=self.n_classes,
+            tol=tol,
+        )
+
+    def scores(self, weight: Tensor) -> tuple[float, float]:
+        """Return accuracy and mean cross-entropy of a last layer on the images, weighted."""
+        logits = self.g @ weight.to(self.g).T  # (N, C)
+        entropy = torch.nn.functional.cross_entropy(logits, self.y, reduction="none")
+        right = (logits.argmax(1) == self.y).to(entropy)
+        share = torch.ones_like(entropy) if self.weight is None else self.weight.to(entropy)
+        share = share / share.sum()
+        return float(right @ share), float(entropy @ share)
