@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 from scipy.io import loadmat, savemat
 
-from protoclf import ProtoPNetClassifier
+from protoclf import ImageError, ProtoPNetClassifier
 from protoclf.explanation import BOX
 from protoclf.fine_grained import crops, read_cars, read_cub, read_dogs
 from protoclf.geometry import Preprocessing
@@ -131,7 +132,23 @@ def test_a_file_of_cub_that_is_missing_is_named(cub, name):
             "train_test_split.txt' says nothing of .*3",
         ),
         ("images.txt", ["1 a.jpg", "two b.jpg"], "images.txt', line 2: expected a number"),
-        ("image_class_labels.txt", ["1 1", "2 1", "3 7", "4 2"], "classes.txt' has no class 7"),
+        (
+            "image_class_labels.txt",
+            ["1 1", "2 1", "3 7", "4 2"],
+            "image_class_labels.txt', image 3: expected one of 1, 2, got '7'",
+        ),
+        (
+            "train_test_split.txt",
+            ["1 0", "2 1", "3 x", "4 7"],
+            "train_test_split.txt', image 3: expected one of 0, 1, got 'x'",
+        ),
+        ("classes.txt", ["1 Albatross"], "classes.txt', class 1: expected a name after '.'"),
+        ("classes.txt", ["1 001.A", "1 002.B"], "classes.txt', line 2: expected a number that is"),
+        (
+            "bounding_boxes.txt",
+            ["1 0 0 9 9", "2 nan 0 9 9", "3 0 0 9 9", "4 0 0 9 9"],
+            "bounding_boxes.txt', image 2: expected numbers for x, y, width, height",
+        ),
         ("bounding_boxes.txt", ["1 0 0 9", "2 0 0 9 9", "3 0 0 9 9", "4 0 0 9 9"], "bounding_boxe"),
         ("parts/part_locs.txt", ["1 1 2.0 3.0"], "part_locs.txt' is not as it should be"),
         ("parts/part_locs.txt", ["9 1 2.0 3.0 1"], "part_locs.txt' has an unknown image, number 9"),
@@ -146,6 +163,39 @@ def test_a_file_of_cub_that_is_damaged_is_named(cub, name, lines, message):
     (cub / name).write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         read_cub(cub)
+
+
+def test_a_text_of_cub_in_another_encoding_is_named(cub):
+    (cub / "classes.txt").write_bytes(b"1 001.Caf\xe9\n2 002.B\n")
+    with pytest.raises(ValueError, match=r"classes\.txt', byte 9: expected text in UTF-8"):
+        read_cub(cub)
+
+
+# Photos that EXIF data turns ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_crops_and_parts_turn_with_their_photo(cub, tmp_path, orientation):
+    """Annotations count stored pixels: what they show is what stands there once it is upright."""
+    path = cub / "images" / CUB["images.txt"][0].split()[1]
+    stored, exif = PIL.Image.open(path).convert("RGB"), PIL.Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(path, exif=exif, quality=95, subsampling=0)
+    locations = cub / "parts" / "part_locs.txt"
+    locations.write_text(locations.read_text().replace("1 1 12.0 7.5", "1 1 12.0 7.0"))
+    part = stored.crop((10, 5, 40, 25))
+    part.getexif()[0x0112] = orientation
+    expected = np.asarray(PIL.ImageOps.exif_transpose(part), float)
+
+    (images, parts), (crops, parts_of_crops) = read_cub(cub), read_cub(cub, tmp_path / "cropped")
+    upright = Images(images["path"]).open(0).crop(images[BOX].iloc[0].tolist())
+    for picture in (upright, PIL.Image.open(crops["path"].iloc[0])):
+        np.testing.assert_allclose(np.asarray(picture, float), expected, atol=12)
+    for table, whole in ((parts, images), (parts_of_crops, crops)):
+        pixels = Images(whole["path"]).open(0)
+        red, green, _ = pixels.getpixel(tuple(table[["x", "y"]].iloc[0].astype(int)))
+        assert (round(red / 4), round(green / 6)) == (12, 7)
+        assert table["visible"].iloc[0]
 
 
 # Crops --------------------------------------------------------------------------------------------
@@ -190,10 +240,11 @@ def test_a_box_beside_the_photo_and_crops_over_the_originals_are_refused(cub, tm
         read_cub(cub, crop_to=tmp_path / "cropped")
 
 
-def test_a_photo_that_is_missing_is_named(cub, tmp_path):
+@pytest.mark.parametrize("folder", [None, "cropped"])
+def test_a_photo_that_is_missing_is_named(cub, tmp_path, folder):
     (cub / "images" / CUB["images.txt"][2].split()[1]).unlink()
-    with pytest.raises(ValueError, match=r"Laysan_0001_545\.jpg.*no such file"):
-        read_cub(cub, crop_to=tmp_path / "cropped")
+    with pytest.raises(ImageError, match=r"Laysan_0001_545\.jpg.*no such file"):
+        read_cub(cub, crop_to=folder and tmp_path / folder)
 
 
 # Stanford Cars ------------------------------------------------------------------------------------
@@ -312,6 +363,56 @@ def test_what_cars_lack_is_named(tmp_path):
         read_cars(root)
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_class_of_cars_that_is_not_there_is_named(tmp_path, number):
+    cars_with_devkit(tmp_path)
+    file = tmp_path / "cars_test_annos_withlabels.mat"
+    savemat(file, {"annotations": structs([car(BOXES[2], number, fname="00001.jpg")])})
+    message = rf"{file.name}', image '.*00001\.jpg': expected a class from 1 to 2, got {number}"
+    with pytest.raises(ValueError, match=message):
+        read_cars(tmp_path)
+
+
+def test_annotations_of_cars_without_classes_are_named(tmp_path):
+    cars_with_devkit(tmp_path)
+    unlabelled = {n: v for n, v in car(BOXES[2], 2, fname="00001.jpg").items() if n != "class"}
+    file = tmp_path / "cars_test_annos_withlabels.mat"
+    savemat(file, {"annotations": structs([unlabelled])})
+    with pytest.raises(
+        ValueError, match=rf"{file.name}', annotations: expected the fields .*class"
+    ):
+        read_cars(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["00001.jpg,5,3", "00002.jpg,1,1,60,40,1"], "line 1: expected numbers for bbox_x1"),
+        (["00001.jpg,5,3,30,20,2"] * 2, "line 2: expected an image that is new"),
+        (["00001.jpg,5,3,30,,2"], "line 1: expected numbers for bbox_x1"),
+    ],
+)
+def test_a_table_of_cars_that_is_damaged_is_named(tmp_path, lines, message):
+    cars_in_class_folders(tmp_path)
+    (tmp_path / "anno_train.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"anno_train\.csv', {message}"):
+        read_cars(tmp_path)
+
+
+def test_images_of_cars_are_all_there_whatever_the_case_of_their_ending(tmp_path):
+    cars_in_class_folders(tmp_path)
+    before = read_cars(tmp_path)
+    path = Path(before["path"].iloc[0])
+    path.rename(path.with_suffix(".JPG"))
+    after = read_cars(tmp_path)
+    assert after["path"].iloc[0] == str(path.with_suffix(".JPG"))
+    assert after.drop(columns="path").equals(before.drop(columns="path"))
+    path.with_suffix(".JPG").unlink()
+    message = rf"anno_train\.csv' names '{path.name}', .*\(1 of 2 missing\)"
+    with pytest.raises(FileNotFoundError, match=message):
+        read_cars(tmp_path)
+
+
 # Stanford Dogs ------------------------------------------------------------------------------------
 
 DOGS = {
@@ -372,6 +473,9 @@ def test_what_dogs_lack_is_named(dogs):
             read_dogs(dogs)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="n02085620_5927"):
+        read_dogs(dogs)
+    savemat(dogs / "lists" / "train_list.mat", {"file_list": cells(["Chihuahua/1.jpg"]).T})
+    with pytest.raises(ValueError, match=r"train_list\.mat', image .*: expected a name after '-'"):
         read_dogs(dogs)
     (dogs / "lists" / "train_list.mat").write_bytes(b"no Matlab file")
     with pytest.raises(ValueError, match=r"train_list\.mat' is no Matlab file"):

@@ -5,7 +5,9 @@ Krause et al., "3D Object Representations for Fine-Grained Categorization", 3dRR
 
 from __future__ import annotations
 
+import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import numpy as np
 import pandas as pd
 
 from protoclf.fine_grained.crops import write_crops
-from protoclf.fine_grained.files import COLUMNS, found, variable
+from protoclf.fine_grained.files import COLUMNS, found, lines, numbers, unexpected, variable
+from protoclf.fine_grained.upright import upright
 
 _DEVKIT = ("devkit", "car_devkit/devkit")
 _TEST = "cars_test_annos_withlabels.mat"  # the devkit's own cars_test_annos.mat has no classes
-_SIDES = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2"]
+_NUMBERS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class")
 
 
 def read_cars(
@@ -44,14 +47,14 @@ def read_cars(
     -------
     DataFrame
         One row an image: path, class, split ("train" or "test"), and the box of the car x0, y0,
-        x1, y1, int64, half-open, in pixels of the file.
+        x1, y1, int64, half-open, in pixels of the photo, turned upright.
 
     Raises
     ------
     FileNotFoundError
         If a file of the data set is missing.
     ValueError
-        If a file cannot be read, or says nothing of an image.
+        If a file cannot be read, or says nothing of an image; `ImageError` if a photo cannot.
     """
     root = Path(root)
     if (root / "cars_annos.mat").exists():
@@ -60,6 +63,7 @@ def read_cars(
         images = _in_class_folders(root)
     else:
         images = _with_devkit(root)
+    images = upright(images)
     return images if crop_to is None else write_crops(images, root, crop_to)[0]
 
 
@@ -72,8 +76,8 @@ def _with_devkit(root: Path) -> pd.DataFrame:
     rows: list[tuple] = []
     for split, file in files.items():
         folder = found(root, f"cars_{split}/cars_{split}", f"cars_{split}")
-        for car in variable(file, "annotations"):
-            rows.append((str(folder / car["fname"]), _name(names, car), split, *_box(car)))
+        for car in variable(file, "annotations", "fname", *_NUMBERS):
+            rows.append(_row(file, car, folder / car["fname"], split, names))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -81,10 +85,9 @@ def _in_one_folder(root: Path) -> pd.DataFrame:
     file = root / "cars_annos.mat"
     names = variable(file, "class_names")
     rows: list[tuple] = []
-    for car in variable(file, "annotations"):
+    for car in variable(file, "annotations", "relative_im_path", "test", *_NUMBERS):
         split = "test" if car["test"] else "train"
-        path = str(root / car["relative_im_path"])
-        rows.append((path, _name(names, car), split, *_box(car)))
+        rows.append(_row(file, car, root / car["relative_im_path"], split, names))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -94,19 +97,43 @@ def _in_class_folders(root: Path) -> pd.DataFrame:
     for split in ("train", "test"):
         folder = found(root, f"car_data/car_data/{split}", f"car_data/{split}", split)
         file = found(root, f"anno_{split}.csv")
-        cars = pd.read_csv(file, header=None, names=["fname", *_SIDES, "class"], index_col="fname")
-        for path in sorted(folder.glob("*/*.jpg")):
-            if path.name not in cars.index:
+        boxes = _boxes_by_name(file)
+        paths = [path for path in sorted(folder.glob("*/*")) if path.suffix.lower() == ".jpg"]
+        for path in paths:
+            if path.name.lower() not in boxes:
                 raise ValueError(f"'{file}' says nothing of '{path}'.")
-            rows.append((str(path), path.parent.name, split, *_box(cars.loc[path.name])))
+            rows.append((str(path), path.parent.name, split, *boxes[path.name.lower()]))
+        missing = boxes.keys() - {path.name.lower() for path in paths}
+        if missing:
+            raise FileNotFoundError(
+                f"'{file}' names '{min(missing)}', which is in no class folder of '{folder}' "
+                f"({len(missing)} of {len(boxes)} missing). Unpack the images again."
+            )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _name(names: np.ndarray, car: Any) -> str:
-    return str(names[int(car["class"]) - 1])
+def _boxes_by_name(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the boxes of a table of images, by their names in lower case."""
+    boxes: dict[str, tuple[int, ...]] = {}
+    table = csv.reader(lines(file))
+    for name, *values in filter(None, table):
+        where = f"line {table.line_num}"
+        if name.lower() in boxes:
+            raise unexpected(file, where, "an image that is new", name)
+        boxes[name.lower()] = _box(numbers(file, where, values, _NUMBERS))
+    return boxes
 
 
-def _box(car: Any) -> tuple[int, int, int, int]:
+def _row(file: Path, car: Any, path: Path, split: str, names: np.ndarray) -> tuple:
+    where = f"image '{path}'"
+    values = numbers(file, where, [car[name] for name in _NUMBERS], _NUMBERS)
+    number = int(values[-1])
+    if not 1 <= number <= len(names):
+        raise unexpected(file, where, f"a class from 1 to {len(names)}", number)
+    return str(path), str(names[number - 1]), split, *_box(values)
+
+
+def _box(values: Sequence[float]) -> tuple[int, ...]:
     """Return a half-open box: Matlab counts pixels from 1, and the last one belongs to the car."""
-    x1, y1, x2, y2 = (int(car[side]) for side in _SIDES)
+    x1, y1, x2, y2 = map(int, values[:4])
     return x1 - 1, y1 - 1, x2, y2

@@ -27,7 +27,7 @@ def write_crops(
     Parameters
     ----------
     images : DataFrame
-        Columns path and x0, y0, x1, y1, in pixels of the file; other columns are kept.
+        Columns path and x0, y0, x1, y1, in pixels of the photo, upright; other columns are kept.
     root : Path
         Folder that all paths begin with; what follows it names the crop.
     folder : str or path
@@ -38,7 +38,7 @@ def write_crops(
     cropped : DataFrame
         The same table with the paths of the crops, and boxes that cover them.
     start : ndarray of shape (n, 2), int64
-        The pixel of each original at which its crop begins: x, y.
+        The pixel of each original, upright, at which its crop begins: x, y.
     """
     target = Path(folder)
     if target.resolve() == root.resolve():

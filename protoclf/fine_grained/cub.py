@@ -13,7 +13,8 @@ import pandas as pd
 
 from protoclf.explanation import BOX
 from protoclf.fine_grained.crops import write_crops
-from protoclf.fine_grained.files import COLUMNS, found, numbered
+from protoclf.fine_grained.files import COLUMNS, found, looked_up, name_after, numbered, numbers
+from protoclf.fine_grained.upright import Turns
 
 _FILES = {
     "path": "images.txt",
@@ -21,6 +22,8 @@ _FILES = {
     "split": "train_test_split.txt",
     "box": "bounding_boxes.txt",
 }
+_POINT = ["x", "y"]
+_SPLITS = {"0": "test", "1": "train"}
 
 
 def read_cub(
@@ -44,11 +47,12 @@ def read_cub(
         - path
         - class : name of the class, without its number and with spaces
         - split : "train" or "test"
-        - x0, y0, x1, y1 : box of the bird, int64, half-open, in pixels of the file
+        - x0, y0, x1, y1 : box of the bird, int64, half-open, in pixels of the photo, turned
+          upright
 
     parts : DataFrame
         One row for each image and each of the 15 parts: path, class, part, the point x, y in
-        pixels of the file, and visible, False where the part is not to be seen. It is what
+        the same pixels, and visible, False where the part is not to be seen. It is what
         `protoclf.metrics` takes.
 
     Raises
@@ -56,7 +60,7 @@ def read_cub(
     FileNotFoundError
         If a file of the data set is missing.
     ValueError
-        If a file cannot be read, or says nothing of an image.
+        If a file cannot be read, or says nothing of an image; `ImageError` if a photo cannot.
 
     Examples
     --------
@@ -67,10 +71,13 @@ def read_cub(
     folder = found(root, "images.txt", "CUB_200_2011/images.txt").parent
     table = _images(folder)
     parts = _parts(folder, table)
-    images = table[COLUMNS].reset_index(drop=True)
+    row = table.index.get_indexer(parts.index)
+    turns = Turns(table["path"].tolist())
+    images = turns.table(table[COLUMNS].reset_index(drop=True))
+    parts[_POINT] = turns.points(parts[_POINT].to_numpy(), row)
     if crop_to is not None:
         images, start = write_crops(images, folder / "images", crop_to)
-        parts = _moved(parts, images, start, table.index.get_indexer(parts.index))
+        parts = _moved(parts, images, start, row)
     return images, parts.reset_index(drop=True)
 
 
@@ -81,24 +88,25 @@ def _images(root: Path) -> pd.DataFrame:
         bare = table.index[table[name].isna()]
         if len(bare):
             raise ValueError(f"'{root / file}' says nothing of image {bare[0]}.")
-    classes = numbered(found(root, "classes.txt"))
-    try:
-        names = [classes[int(number)] for number in table["class"]]
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"'{root / 'classes.txt'}' has no class {error}.") from error
+    classes = _class_names(found(root, "classes.txt"))
     table["path"] = [str(root / "images" / path) for path in table["path"]]
-    table["class"] = [name.partition(".")[2].replace("_", " ") for name in names]
-    table["split"] = np.where(table["split"] == "1", "train", "test")
+    table["class"] = looked_up(root / _FILES["class"], table["class"], classes)
+    table["split"] = looked_up(root / _FILES["split"], table["split"], _SPLITS)
     table[BOX] = _boxes(root / _FILES["box"], table["box"])
     return table
 
 
+def _class_names(file: Path) -> dict[str, str]:
+    """Return the names of classes by their numbers, both as texts."""
+    texts = numbered(file)
+    return {str(i): name_after(".", file, f"class {i}", text) for i, text in texts.items()}
+
+
 def _boxes(file: Path, texts: pd.Series) -> np.ndarray:
     """Return boxes (n, 4) of texts "x y width height"."""
-    try:
-        boxes = np.array([text.split() for text in texts], dtype=float).reshape(-1, 4)
-    except ValueError as error:
-        raise ValueError(f"'{file}' has a line that is no box: {error}.") from error
+    names = ("x", "y", "width", "height")
+    rows = [numbers(file, f"image {i}", text.split(), names) for i, text in texts.items()]
+    boxes = np.array(rows).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return boxes.round().astype(np.int64)
 
@@ -132,7 +140,7 @@ def _moved(
     parts: pd.DataFrame, crops: pd.DataFrame, start: np.ndarray, row: np.ndarray
 ) -> pd.DataFrame:
     """Return parts in pixels of the crops; `row` is the crop of each."""
-    xy = parts[["x", "y"]].to_numpy() - start[row]
+    xy = parts[_POINT].to_numpy() - start[row]
     inside = ((xy >= 0) & (xy < crops[["x1", "y1"]].to_numpy()[row])).all(1)
     path = crops["path"].to_numpy()[row]
     visible = parts["visible"] & inside

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from protoclf.fine_grained.crops import write_crops
-from protoclf.fine_grained.files import COLUMNS, found, variable
+from protoclf.fine_grained.files import COLUMNS, found, name_after, variable
+from protoclf.fine_grained.upright import upright
 
 
 def read_dogs(
@@ -34,14 +35,14 @@ def read_dogs(
     -------
     DataFrame
         One row an image: path, class, split ("train" or "test"), and the box around all its dogs
-        x0, y0, x1, y1, int64, half-open, in pixels of the file.
+        x0, y0, x1, y1, int64, half-open, in pixels of the photo, turned upright.
 
     Raises
     ------
     FileNotFoundError
         If a file of the data set is missing.
     ValueError
-        If a file cannot be read.
+        If a file cannot be read; `ImageError` if it is a photo.
     """
     pictures = found(root, "Images", "images/Images", "images")
     annotations = found(root, "Annotation", "annotations/Annotation", "annotation")
@@ -49,10 +50,10 @@ def read_dogs(
     for split in ("train", "test"):
         file = found(root, f"{split}_list.mat", f"lists/{split}_list.mat")
         for name in map(Path, variable(file, "file_list")):
-            breed = name.parent.name.partition("-")[2].replace("_", " ")  # after WordNet's number
+            breed = name_after("-", file, f"image '{name}'", name.parent.name)  # WordNet's number
             box = _box(found(annotations, str(name.with_suffix(""))))
             rows.append((str(pictures / name), breed, split, *box))
-    images = pd.DataFrame(rows, columns=COLUMNS)
+    images = upright(pd.DataFrame(rows, columns=COLUMNS))
     return images if crop_to is None else write_crops(images, pictures, crop_to)[0]
 
 
