@@ -8,7 +8,8 @@
 
 Each row is written to the folder results (or --output) as JSON, beside its model, and is skipped
 once it is there; so are the members of an ensemble. One that was interrupted goes on from its last
-epoch. Table 1 of Chen et al., NeurIPS 2019, has the figures to compare with.
+epoch, or with the scoring if its model is there. Table 1 of Chen et al., NeurIPS 2019, has the
+figures to compare with.
 
 A tenth of each class's training images is held out. Of the cycles of joint training, projection and
 last layer, the one that is best on them is delivered; the test images are scored once.
@@ -90,15 +91,18 @@ def row(args, backbone, images, make) -> None:
 
 
 def fitted(args, backbone, images, folder):
-    """Return a classifier, which is saved to a folder, and what is to be said of it."""
+    """Return a classifier, which a folder holds then or already, and what is to be said of it."""
     train = images[images["split"] == "train"]
     unfinished = folder.with_name(f"{folder.name}-unfinished")
-    clf = classifier(args, backbone, unfinished).fit(train["path"], train["class"])
+    if folder.exists():
+        clf = ProtoPNetClassifier.load(folder)
+    else:
+        clf = classifier(args, backbone, unfinished).fit(train["path"], train["class"])
+        with warnings.catch_warnings():  # files hold no callbacks, transforms and loaders
+            warnings.filterwarnings("ignore", "Not saved")
+            clf.save(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
     cycles = accuracies_of_cycles(clf)[: clf.cycles]
-    with warnings.catch_warnings():  # files hold no callbacks, transforms and loaders
-        warnings.filterwarnings("ignore", "Not saved")
-        clf.save(folder, overwrite=True)
-    shutil.rmtree(unfinished)
     about = {
         "train_images": len(train),
         "validation_accuracy": float(max(cycles)),

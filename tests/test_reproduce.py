@@ -131,6 +131,29 @@ def test_a_row_that_was_interrupted_goes_on_to_the_same_end(script, birds, tmp_p
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*distinct patches only:UserWarning")
+def test_a_row_that_was_interrupted_while_it_was_scored_is_not_fitted_again(
+    script, birds, tmp_path, monkeypatch
+):
+    args, images = birds
+    with monkeypatch.context() as patched:
+        patched.setattr(ProtoPNetClassifier, "score", killed)
+        patched.setattr(script.shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(KeyboardInterrupt):
+            script.row(args, "small_cnn", images, script.fitted)
+    monkeypatch.setattr(ProtoPNetClassifier, "fit", killed)
+    script.row(args, "small_cnn", images, script.fitted)
+    ((name, row),) = rows_in(tmp_path).items()
+    cycles = script.accuracies_of_cycles(ProtoPNetClassifier.load(tmp_path / name))[:2]
+    assert row["validation_accuracy"] == max(cycles)
+    assert row["cycle"] == np.argmax(cycles) + 1
+    assert not (tmp_path / f"{name}-unfinished").exists()
+
+
+def killed(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def test_only_a_cycle_better_than_all_before_is_the_best(script):
     net = SimpleNamespace(history=History())
     found = []
