@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
 from protoclf.birds import LOOKS, MARKS, PARTS, TWINS, draw_picture
+from protoclf.files import replaced
 from protoclf.messages import first_few
 
 __all__ = ["BIRD_CLASSES", "bird_part", "bird_twin", "load_folder", "make_birds"]
@@ -92,8 +93,8 @@ def make_birds(
 
     Eight classes come in four pairs of twins, which differ in one part only: the crown, the
     wing, the beak or the tail. Pose, size, side, plumage colour, light and background vary from
-    picture to picture. Pictures are written as ``root/<class>/<number>.jpg``; files of that
-    name are overwritten, others are left alone.
+    picture to picture. Pictures are written as ``root/<class>/<number>.jpg``, each whole or not at
+    all; files of that name are replaced, others are left alone.
 
     Parameters
     ----------
@@ -151,8 +152,10 @@ def make_birds(
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(start, start + n_per_class):
             image, boxes = draw_picture(name, (seed, c, number), image_size, marks.get(name))
-            path = str(folder / f"{number:03d}.jpg")
-            image.save(path, quality=93, subsampling=0)
+            file = folder / f"{number:03d}.jpg"
+            with replaced(file) as temporary:
+                image.save(temporary, quality=93, subsampling=0)
+            path = str(file)
             paths.append(path)
             labels.append(name)
             rows += [(path, name, part, *box, part == PARTS[name]) for part, box in boxes.items()]

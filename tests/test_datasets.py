@@ -71,6 +71,21 @@ def test_files_labels_and_table_agree(birds):
     assert all(pixels(p).shape == (SIZE, SIZE, 3) for p in paths[::23])
 
 
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    paths = make_birds(tmp_path, 1, 32)[0]
+    before = digests(paths)
+
+    def interrupted(image, file, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_birds(tmp_path, 1, 32, random_state=1)
+    assert digests(paths) == before
+    assert sorted(map(str, tmp_path.rglob("*.jpg"))) == sorted(paths)
+
+
 def test_boxes_lie_inside_the_picture(birds):
     for _, _, parts in birds:
         assert (parts[["x0", "y0"]] >= 0).all(axis=None)
