@@ -10,6 +10,7 @@ an image sum to the difference of the two logits. Needs pyarrow.
 
 import argparse
 import tempfile
+from pathlib import Path
 
 import pandas as pd
 from sklearn.model_selection import train_test_split
@@ -64,9 +65,14 @@ def classifier_and_images(args):
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", help="folder of class folders; default: drawn birds")
-    parser.add_argument("--output", default="sheets.parquet", help="where to write the sheets")
+    parser.add_argument(
+        "--output", type=Path, default="sheets.parquet", help="where to write the sheets"
+    )
     parser.add_argument("--epochs", type=int, default=10, help="for drawn birds")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.output.parent.is_dir():
+        parser.error(f"--output: there is no folder '{args.output.parent}'; make it first")
+    return args
 
 
 if __name__ == "__main__":

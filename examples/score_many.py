@@ -40,7 +40,8 @@ def main() -> None:
     claim(
         Path(args.output, "job.json"),
         {"model": job.digest, "images": images, "partition": args.partition}
-        | {"what": job.what, "classes": job.classes, "top": job.top},
+        | {"what": job.what, "classes": job.classes, "top": job.top}
+        | ({"working folder": job.root} if any_relative(args) else {}),
     )
     if args.retry:
         for number in partitions(job, "failures"):
@@ -164,6 +165,11 @@ def image_paths(args: argparse.Namespace) -> Iterator[str]:
         yield from filter(None, (row[args.column] for row in rows))
 
 
+def any_relative(args: argparse.Namespace) -> bool:
+    """Tell whether a path is meant as seen from the working folder."""
+    return any(not os.path.isabs(path) for path in image_paths(args))
+
+
 def images_below(folder: Path) -> Iterator[str]:
     """Yield the images of a folder, at any depth, but for hidden ones."""
     for parent, folders, names in os.walk(folder, onerror=stop):
@@ -203,14 +209,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--column", default="path", help="of the CSV file")
     parser.add_argument("--what", choices=["sheets", "predictions"], default="sheets")
     parser.add_argument("--classes", choices=["predicted", "top2", "all"], default="predicted")
-    parser.add_argument("--top", type=int, help="rows of each class; the others are summed up")
+    parser.add_argument("--top", type=count, help="rows of each class; the others are summed up")
     parser.add_argument("--retry", action="store_true", help="partitions with failures once more")
-    parser.add_argument("--partition", type=int, default=10_000, help="images in a file")
-    parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--partition", type=count, default=10_000, help="images in a file")
+    parser.add_argument("--workers", type=count, default=1, help="processes on this machine")
     parser.add_argument("--scheduler", help="address of a Dask scheduler, in place of --workers")
-    parser.add_argument("--threads", type=int, help="of torch in each worker; default: its share")
+    parser.add_argument("--threads", type=count, help="of torch in each worker; default: its share")
     parser.add_argument("--backbone", help="module.name of what makes a backbone of your own")
     return parser.parse_args()
+
+
+def count(text: str) -> int:
+    """Return a number of things, at least one."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

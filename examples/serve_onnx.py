@@ -3,11 +3,13 @@
     python examples/serve_onnx.py model.onnx photo.jpg [...] [--top 5]
 
 `model.onnx` is what `protoclf.onnx_export.export_onnx` wrote. Prints the scoring sheet of each
-photo: the one that `ProtoPNetClassifier.explain` gives.
+photo: the one that `ProtoPNetClassifier.explain` gives. What went wrong with a photo is said at the
+end, with exit status 1.
 """
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import onnxruntime
@@ -135,9 +137,13 @@ def main():
     parser.add_argument("photos", nargs="+")
     parser.add_argument("--top", type=int, default=5, help="rows of a sheet")
     args = parser.parse_args()
-    service = Service(args.model)
+    service, failed = Service(args.model), []
     for photo in args.photos:
-        (label, logit, probability), rows = service.explain(photo)
+        try:
+            (label, logit, probability), rows = service.explain(photo)
+        except Exception as error:  # a damaged file can raise nearly anything in a decoder
+            failed.append(f"{photo}: {type(error).__name__}: {error}")
+            continue
         print(f"{photo}: {label}, logit {logit:.3f}, probability {probability:.3f}")
         for row in rows[: args.top]:
             print(
@@ -147,6 +153,8 @@ def main():
             )
         rest = sum(row["contribution"] for row in rows[args.top :])
         print(f"  {rest:8.3f}   {max(0, len(rows) - args.top)} more")
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The examples and benchmarks run, and the quickstart keeps what it promises."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +110,46 @@ def test_sheets_are_exported_and_asked(tmp_path):
     assert "48 test images" in printed
     assert "blame" in printed
     assert pd.read_parquet(tmp_path / "sheets.parquet")["sample"].nunique() == 48
+
+
+def test_a_folder_for_sheets_that_is_not_there_is_told_before_the_fit(tmp_path):
+    output = tmp_path / "gone" / "sheets.parquet"
+    command = [sys.executable, EXAMPLES / "export_sheets.py", "--epochs", "0", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"--output: there is no folder '{output.parent}'" in done.stderr
+
+
+DRAWN_BY = """
+import os
+import pathlib
+import protoclf.datasets
+
+draw = protoclf.datasets.make_birds
+
+def make_birds(*args, **kwargs):
+    pathlib.Path("drawn by " + os.environ["RANK"]).touch()
+    return draw(*args, **kwargs)
+
+protoclf.datasets.make_birds = make_birds
+"""
+
+
+@pytest.mark.slow  # two processes
+def test_the_first_of_several_processes_draws_the_birds_of_the_page_about_gpus(tmp_path):
+    pytest.importorskip("accelerate")
+    page = (EXAMPLES.parent / "docs" / "gpus.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "train.py").write_text(DRAWN_BY + block)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("drawn by *")] == ["drawn by 0"]
+    assert (tmp_path / "model").is_dir()
 
 
 BENCHMARKS = sorted(

@@ -246,6 +246,19 @@ def test_the_service_writes_the_sheets_that_explain_gives(
         assert np.abs(boxes - expected[BOX].to_numpy()).max() <= pixel
 
 
+def test_the_service_goes_on_after_a_bad_photo(
+    service_module, fitted, photos, tmp_path, monkeypatch, capsys
+):
+    path, bad = export_onnx(fitted, tmp_path / "model.onnx"), tmp_path / "bad.jpg"
+    bad.write_bytes(b"text")
+    given = [photos[2][0], bad, tmp_path / "gone.jpg", photos[2][1]]
+    monkeypatch.setattr(sys, "argv", ["serve_onnx.py", *map(str, (path, *given))])
+    with pytest.raises(SystemExit, match=r"bad\.jpg: UnidentifiedImageError(?s:.*)gone\.jpg: File"):
+        service_module.main()
+    printed = capsys.readouterr().out
+    assert all(f"{photo}: " in printed for photo in photos[2][:2])
+
+
 @pytest.mark.slow  # a process of its own
 def test_the_service_runs_without_torch(fitted, photos, tmp_path):
     path = export_onnx(fitted, tmp_path / "model.onnx")

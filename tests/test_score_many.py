@@ -122,6 +122,15 @@ def test_what_has_no_images_is_refused(script, saved, photos, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["--partition", "--workers", "--threads", "--top"])
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_numbers_start_at_one(script, tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit):
+        script("model", "images", tmp_path / "out", option, value)
+    message = f"argument {option}: expected a whole number from 1 on, got {value!r}"
+    assert message in capsys.readouterr().err
+
+
 # ---- what cannot be read ----------------------------------------------------------------------
 
 
@@ -233,6 +242,24 @@ def test_a_job_with_other_settings_is_refused(script, saved, photos, fitted, tmp
         script(*given, *options)
     assert files_of(tmp_path / "out")[0].stat().st_mtime_ns == before
     assert json.loads((tmp_path / "out" / "job.json").read_text())["partition"] == 10_000
+
+
+def test_relative_paths_go_on_in_their_folder_alone(script, saved, photos, tmp_path, monkeypatch):
+    names = [os.path.relpath(path, photos[0]) for path in photos[1]]
+    (tmp_path / "list.txt").write_text("\n".join(names), encoding="utf-8")
+    given = saved, tmp_path / "list.txt", tmp_path / "out", "--partition", 16
+    monkeypatch.chdir(photos[0])
+    script(*given)
+    last = files_of(tmp_path / "out")[-1]
+    last.unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="begun with other working folder: give another OUTPUT"):
+        script(*given)
+    assert not last.exists()
+    monkeypatch.chdir(photos[0])
+    script(*given)
+    assert last.exists()
+    assert not (tmp_path / "out" / "failures").exists()
 
 
 def test_a_worker_with_another_model_in_the_same_place_stops(script, saved, photos, tmp_path):
