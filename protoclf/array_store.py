@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +11,7 @@ from warnings import warn
 import joblib
 import numpy as np
 
-from protoclf.files import replaced
-
-_CHECKSUM = 4  # bytes
+from protoclf.files import replaced, with_checksum, without_checksum
 
 T = TypeVar("T")
 
@@ -64,11 +61,9 @@ class ArrayStore:
             return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            whole = io.BytesIO()
-            write(whole)
-            with replaced(file) as temporary, open(temporary, "wb") as out:
-                out.write(whole.getbuffer())
-                out.write(_checksum(whole.getbuffer()))
+            data = with_checksum(write)
+            with replaced(file) as temporary:
+                temporary.write_bytes(data)
         except OSError as error:
             self._writable = False
             warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=3)
@@ -80,14 +75,7 @@ class ArrayStore:
 def _loaded(file: Path, of: Callable[[Any], T]) -> T | None:
     """Return what a file holds, or None where it is missing or damaged."""
     try:
-        whole = memoryview(file.read_bytes())
-        written, checksum = whole[:-_CHECKSUM], whole[-_CHECKSUM:]
-        if _checksum(written) != checksum:
-            return None
+        written = without_checksum(file.read_bytes())
         return of(np.load(io.BytesIO(written), allow_pickle=False))
     except (OSError, ValueError, EOFError):
         return None
-
-
-def _checksum(data: memoryview) -> bytes:
-    return zlib.crc32(data).to_bytes(_CHECKSUM, "little")

@@ -1,13 +1,15 @@
 """The state of an unfinished fit on disk, from which the same fit goes on.
 
 One file, written whole or not at all, after the start and after every epoch. It holds tensors and
-plain values alone, so that reading one runs no code.
+plain values alone, so that reading one runs no code, and behind them a checksum.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclf.files import replaced
+from protoclf.files import replaced, with_checksum, without_checksum, write_bytes
 from protoclf.fingerprints import described
 from protoclf.fit_key import changes
 
 if TYPE_CHECKING:
     from protoclf.net import SkorchProtoPNet
+    from protoclf.stages import Stage
 
 FILE = "checkpoint.pt"
-_FORMAT = "protoclf checkpoint 1"
-_FIELDS = frozenset(
-    {
-        *("format", "key", "seed", "split", "stage", "epochs", "history", "backbone_trained"),
-        *("network", "optimizer", "callbacks"),
-    }
-)
+_FORMAT = "protoclf checkpoint 2"
+_TYPES = {
+    **dict.fromkeys(("format", "split", "history"), str),
+    **dict.fromkeys(("seed", "stage", "epochs"), int),
+    **dict.fromkeys(("key", "network", "optimizer", "callbacks"), dict),
+    "backbone_trained": bool,
+}
 
 
 class CheckpointError(ValueError):
@@ -75,10 +78,10 @@ class Checkpoint:
         self.epochs = self._state["epochs"] if self._state else 0
         self.seed: int | None = self._state["seed"] if self._state else None
 
-    def restore(self, net: SkorchProtoPNet, train: np.ndarray) -> None:
+    def restore(self, net: SkorchProtoPNet, stages: Sequence[Stage], train: np.ndarray) -> None:
         """Give a net, freshly initialized, the state that was kept, if there is one.
 
-        `train` are the positions of the training images.
+        `stages` are the schedule, `train` the positions of the training images.
         """
         self._split = described(train)
         if self._state is None:
@@ -86,6 +89,8 @@ class Checkpoint:
         state, self._state = self._state, None
         if state["split"] != self._split:
             raise self._refusal("is of another train_split, which may lack a random_state")
+        if not self._is_before_the_end_of(stages):
+            raise self._refusal("is of a step that this fit does not have")
         try:
             network = state["network"]
             shape = network["prototypes"].shape
@@ -93,7 +98,7 @@ class Checkpoint:
                 raise ValueError(f"prototypes of shape {tuple(shape)}")
             net.set_state(network)
             net.optimizer_.load_state_dict(state["optimizer"])
-            net.history[:] = json.loads(state["history"])
+            net.history[:] = map(dict, json.loads(state["history"]))
             net.backbone_trained_ = state["backbone_trained"]
             _restore_callbacks(net, state["callbacks"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -125,12 +130,11 @@ class Checkpoint:
         }
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(self.file) as temporary, open(temporary, "wb") as stream:
-                torch.save(state, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
-            if isinstance(error.__context__, KeyboardInterrupt):  # ... and Ctrl-C, on its way out
+            data = with_checksum(lambda stream: torch.save(state, stream))
+            with replaced(self.file) as temporary:
+                write_bytes(temporary, data)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # which torch's writer hides
                 raise error.__context__ from None
             raise CheckpointError(
                 f"The checkpoint {str(self.file)!r} cannot be written ({error}). The one before "
@@ -144,17 +148,19 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         try:
-            state = torch.load(self.file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever damage does to zip files and pickles
-            raise self._refusal("is damaged, or no checkpoint at all") from error
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise self._refusal("is not one of this version of protoclf")
-        if not state.keys() >= _FIELDS:
-            raise self._refusal("is damaged")
+            written = io.BytesIO(without_checksum(self.file.read_bytes()))
+            state = torch.load(written, map_location="cpu", weights_only=True)
+            _check_fields(state)
+        except Exception as error:  # whatever else may stand there
+            raise self._refusal("is damaged, or not one of this version of protoclf") from error
         differing = changes(state["key"], self.key)
         if differing:
             raise self._refusal(f"is of another fit: {differing}")
         return state
+
+    def _is_before_the_end_of(self, stages: Sequence[Stage]) -> bool:
+        left = stages[self.stage :]
+        return bool(left) and self.epochs <= getattr(left[0], "epochs", 0)
 
     def _refusal(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -162,6 +168,16 @@ class Checkpoint:
             "delete it to begin anew: unless a fit that runs now wrote it, such as one of a "
             "search, whose fits cannot share a folder."
         )
+
+
+def _check_fields(state: dict[str, Any]) -> None:
+    """Raise for fields that no `write` has kept."""
+    typed = all(isinstance(state[name], kind) for name, kind in _TYPES.items())
+    counts = [state[name] for name in ("seed", "stage", "epochs")]
+    if not typed or state["format"] != _FORMAT or not 0 <= min(counts) <= max(counts) < 2**31:
+        raise ValueError("fields of another format, or out of their range")
+    if not all(type(value) is str for value in state["key"].values()):
+        raise ValueError("a key that describes no fit")
 
 
 def _states_of_callbacks(net: SkorchProtoPNet) -> dict[str, dict[str, Any]]:
@@ -174,7 +190,10 @@ def _states_of_callbacks(net: SkorchProtoPNet) -> dict[str, dict[str, Any]]:
 
 def _restore_callbacks(net: SkorchProtoPNet, states: dict[str, dict[str, Any]]) -> None:
     for name, callback in net.callbacks_:
-        vars(callback).update(states.get(name, {}))
+        state = states.get(name, {})
+        if not _is_plain(state) or any(callable(getattr(callback, own, None)) for own in state):
+            raise ValueError(f"what the callback {name!r} remembers would replace its methods")
+        vars(callback).update(state)
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
+
+_CHECKSUM = 4  # bytes
 
 
 @contextlib.contextmanager
@@ -14,9 +19,51 @@ def replaced(file: Path) -> Iterator[Path]:
     """Give another name to write to, which takes the place of `file` once all is written."""
     temporary = file.with_name(f".{uuid4().hex}{file.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, file)
+        with errors_about(file, temporary):
+            yield temporary
+            os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def errors_about(target: Path, temporary: Path) -> Iterator[None]:
+    """Have errors name what is written to, not the hidden name that it has till then."""
+    try:
+        yield
+    except OSError as error:
+        hidden = error.filename is None or str(error.filename).startswith(str(temporary))
+        if error.errno is None or not hidden:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file, and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def with_checksum(write: Callable[[BinaryIO], None]) -> memoryview:
+    """Return what is written to a stream, and behind it a checksum."""
+    stream = io.BytesIO()
+    write(stream)
+    stream.write(_checksum(stream.getbuffer()))
+    return stream.getbuffer()
+
+
+def without_checksum(data: bytes) -> memoryview:
+    """Return what stands before the checksum, or raise ValueError where that is of other bytes."""
+    whole = memoryview(data)
+    written, checksum = whole[:-_CHECKSUM], whole[-_CHECKSUM:]
+    if _checksum(written) != checksum:
+        raise ValueError("the checksum is that of other bytes")
+    return written
+
+
+def _checksum(data: memoryview) -> bytes:
+    return zlib.crc32(data).to_bytes(_CHECKSUM, "little")

@@ -332,7 +332,7 @@ class StagedNet(SkorchProtoPNet):
             for stage in stages:
                 stage.run(self, data)
             return
-        checkpoint.restore(self, train)
+        checkpoint.restore(self, stages, train)
         for position in range(checkpoint.stage, len(stages)):
             stage = stages[position]
             if isinstance(stage, Training):

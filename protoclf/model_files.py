@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor
 
+from protoclf.files import errors_about, write_bytes
 from protoclf.rules import Rule
 
 MODEL, TENSORS, THUMBNAILS = "model.json", "tensors.safetensors", "thumbnails"
@@ -269,24 +270,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_bytes(path, safetensors.torch.save({n: t.clone() for n, t in copies.items()}))
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def written_whole(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     """Give an empty folder to write to; it takes the place of `folder` once all is written."""
     target = Path(os.path.realpath(folder))
     _check_target(target, overwrite)
     temporary = target.with_name(f".{uuid4().hex}.tmp")
-    temporary.mkdir()
     try:
-        yield temporary
-        _put_in_place(temporary, target)
+        with errors_about(target, temporary):
+            temporary.mkdir()
+            yield temporary
+            _put_in_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

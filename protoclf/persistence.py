@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from protoclf.activations import Activations
 from protoclf.backbones import build_backbone
 from protoclf.explanation import BOX, EDIT_COLUMNS, prototype_table
+from protoclf.files import write_bytes
 from protoclf.geometry import Preprocessing
 from protoclf.images import names_column
 from protoclf.last_layer import LastLayerResult
@@ -33,7 +34,6 @@ from protoclf.model_files import (
     as_json,
     encode,
     refusal,
-    write_bytes,
     write_tensors,
     written_whole,
 )

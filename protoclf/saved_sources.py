@@ -11,7 +11,8 @@ import numpy as np
 import PIL.Image
 
 from protoclf.decoding import in_threads
-from protoclf.model_files import THUMBNAILS, read_bytes, refusal, write_bytes
+from protoclf.files import write_bytes
+from protoclf.model_files import THUMBNAILS, read_bytes, refusal
 from protoclf.rules import Rule, integer
 
 MOST_SIDE = 4096  # pixels

@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from fit_and_die import Stop, classifier, pictures
 from skorch.callbacks import Callback, EarlyStopping
 from skorch.dataset import ValidSplit
 
-from protoclf import ProtoPNetClassifier, checkpoint
+from protoclf import ProtoPNetClassifier
 from protoclf.checkpoint import FILE, CheckpointError
+from protoclf.files import with_checksum, without_checksum
 
 WORKER = Path(__file__).parent / "fit_and_die.py"
 
@@ -225,26 +227,64 @@ def test_what_does_not_matter_may_change(begun):
     assert_same_model(never_stopped("joint"), clf.fit(X, y), X)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "other tensors", "code"])
-def test_what_is_no_checkpoint_is_refused(begun, damage):
-    X, y = pictures()
-    file = begun / FILE
-    whole = file.read_bytes()
-    state = torch.load(file, weights_only=True)
-    if damage == "cut":
-        file.write_bytes(whole[: len(whole) // 2])
-    elif damage == "empty":
-        file.write_bytes(b"")
-    elif damage == "foreign":
-        torch.save({"model": torch.ones(3)}, file)
-    elif damage == "other tensors":
-        state["network"]["prototypes"] = torch.ones(2, 2)
-        torch.save(state, file)
-    else:
-        torch.save(state | {"seed": Unpickled()}, file)
-    with pytest.raises(CheckpointError, match="delete it to begin anew"):
-        classifier("joint", checkpoint=begun, callbacks=[Stop()]).fit(X, y)
-    assert Unpickled.ran == []
+def refused(folder):
+    """Whether a fit names the checkpoint in its error, and runs nothing of it."""
+    with pytest.raises(CheckpointError, match="delete it to begin anew") as caught:
+        classifier("joint", checkpoint=folder, callbacks=[Stop()]).fit(*pictures())
+    return str(folder / FILE) in str(caught.value) and Unpickled.ran == []
+
+
+DAMAGE = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "one bit": lambda data: data[:-9000] + bytes([data[-9000] ^ 1]) + data[-8999:],
+    "zeros": lambda data: data[:-9000] + bytes(4096) + data[-4904:],
+    "no checksum": lambda data: data[:-4],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(begun, damage):
+    damaged = DAMAGE[damage]((begun / FILE).read_bytes())
+    (begun / FILE).write_bytes(damaged)
+    assert refused(begun)
+
+
+def put(file, content):
+    file.write_bytes(with_checksum(lambda stream: torch.save(content, stream)))
+
+
+def state_in(file):
+    return torch.load(io.BytesIO(without_checksum(file.read_bytes())), weights_only=True)
+
+
+@pytest.mark.parametrize("content", [{"model": torch.ones(3)}, [], torch.ones(3)], ids=type)
+def test_a_file_of_something_else_is_refused(begun, content):
+    put(begun / FILE, content)
+    assert refused(begun)
+
+
+FIELDS = [
+    *(("stage", value) for value in (99, -1, "a", 1.5)),
+    *(("epochs", value) for value in (99, -1, None)),
+    *(("seed", value) for value in (10**60, -1, "a")),
+    *(("history", value) for value in (5, "{", "5", "[[1, 2]]")),
+    *(("key", value) for value in (5, {"y": 5})),
+    *(("callbacks", {"epoch_timer": value}) for value in (5, {5: 1}, {"on_epoch_begin": 1})),
+    *(("network", value) for value in ({}, {"prototypes": torch.ones(2, 2)})),
+    *(("optimizer", {}), ("backbone_trained", "yes"), ("split", None), ("format", "x")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), FIELDS)
+def test_fields_that_no_fit_writes_are_refused(begun, name, value):
+    put(begun / FILE, state_in(begun / FILE) | {name: value})
+    assert refused(begun)
+
+
+def test_code_in_a_checkpoint_does_not_run(begun):
+    put(begun / FILE, state_in(begun / FILE) | {"seed": Unpickled()})
+    assert refused(begun)
 
 
 class Unpickled:
@@ -256,16 +296,15 @@ class Unpickled:
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     X, y = pictures()
-    save, writes = checkpoint.torch.save, []
+    fsync, writes = os.fsync, []
 
-    def full(state, stream):
-        writes.append(state["epochs"])
+    def full(file):
+        writes.append(file)
         if len(writes) == 3:
-            stream.write(b"some bytes")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(state, stream)
+        fsync(file)
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         classifier("joint", checkpoint=tmp_path).fit(X, y)
     assert os.listdir(tmp_path) == [FILE]
