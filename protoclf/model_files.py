@@ -26,6 +26,7 @@ from torch import Tensor
 from protoclf.files import errors_about, write_bytes
 from protoclf.rules import Rule
 
+FORMAT = "protoclf model"
 MODEL, TENSORS, THUMBNAILS = "model.json", "tensors.safetensors", "thumbnails"
 
 MOST_JSON = 64 * 2**20  # bytes
@@ -296,23 +297,40 @@ def _check_target(target: Path, overwrite: bool) -> None:
     foreign = _foreign(target)
     if foreign is not None:
         raise FileExistsError(
-            f"{str(target)!r} is no saved model, or holds more than that ({foreign!r}): it is not "
-            "replaced. Choose another folder, or clear this one yourself."
+            f"{str(target)!r} is no saved model, or holds more than that (see {foreign!r}): it is "
+            "not replaced. Choose another folder, or clear this one yourself."
+        )
+    if os.path.samefile(target, os.curdir):
+        raise FileExistsError(
+            f"{str(target)!r} is the working folder of this process: it is not replaced. Change "
+            "to another folder first."
         )
 
 
 def _foreign(target: Path) -> str | None:
-    """Return the name of something that no save has written."""
+    """Return the name of something that no save has written, or that describes no model."""
     if not target.is_dir():
         return target.name
-    names = {entry.name for entry in target.iterdir()}
-    others = sorted(names - {MODEL, TENSORS, THUMBNAILS})
-    if THUMBNAILS in names:
-        pictures = [entry.name for entry in (target / THUMBNAILS).iterdir()]
-        others += [name for name in pictures if not re.fullmatch(r"\d+\.jpg", name)]
-    if others or not names:
-        return others[0] if others else None
-    return None if MODEL in names else min(names)
+    others = (entry.name for entry in target.rglob("*") if not _is_part(target, entry))
+    foreign = next(others, None)
+    if foreign is None and any(target.iterdir()) and not _is_model(target / MODEL):
+        return MODEL
+    return foreign
+
+
+def _is_part(target: Path, entry: Path) -> bool:
+    name, mode = entry.relative_to(target).as_posix(), os.lstat(entry).st_mode
+    if name == THUMBNAILS:
+        return stat.S_ISDIR(mode)
+    known = name in (MODEL, TENSORS) or re.fullmatch(rf"{THUMBNAILS}/\d+\.jpg", name)
+    return bool(known) and stat.S_ISREG(mode)
+
+
+def _is_model(file: Path) -> bool:
+    try:
+        return read_json(file).get("format") == FORMAT
+    except ModelFileError:
+        return False
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -28,6 +28,7 @@ from protoclf.images import names_column
 from protoclf.last_layer import LastLayerResult
 from protoclf.messages import installed_version
 from protoclf.model_files import (
+    FORMAT,
     MODEL,
     MOST_JSON,
     TENSORS,
@@ -47,7 +48,7 @@ from protoclf.network_structure import (
 from protoclf.parameters import check_parameters
 from protoclf.rules import check_rules
 from protoclf.saved_labels import labels_to_json
-from protoclf.saved_model import FORMAT, PATH_COLUMNS, VERSION, SavedModel
+from protoclf.saved_model import PATH_COLUMNS, VERSION, SavedModel
 from protoclf.saved_parameters import parameters_to_json
 from protoclf.saved_sources import (
     THUMBNAILS_RULE,

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from protoclf.backbones import available_backbones, build_backbone
 from protoclf.explanation import EDIT_COLUMNS
-from protoclf.model_files import MODEL, TENSORS, Record, decode, read_json, read_tensors, refusal
+from protoclf.model_files import (
+    FORMAT,
+    MODEL,
+    TENSORS,
+    Record,
+    decode,
+    read_json,
+    read_tensors,
+    refusal,
+)
 from protoclf.network import ProtoPNet, PrototypeSpec
 from protoclf.network_structure import Kind, is_finite, kind_of, kinds_of, layers_of
 from protoclf.parameters import RULES, normalization
@@ -25,7 +34,6 @@ from protoclf.saved_parameters import checked_parameters
 from protoclf.saved_sources import MOST_SIDE
 from protoclf.torch_settings import ShapesOnly
 
-FORMAT = "protoclf model"
 VERSION = 2
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import runpy
 import shutil
@@ -1058,10 +1059,12 @@ def test_an_existing_folder_is_left_alone(clf, tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "thumbnails/portrait.jpg", ".git/config"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "thumbnails/portrait.jpg", "thumbnails/12.jpg/x", ".git/config"]
+)
 def test_what_is_no_saved_model_is_never_replaced(clf, tmp_path, name):
     folder = clf.save(tmp_path / "model")
-    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("mine")
     before = contents(tmp_path)
     for target in (folder, folder / name, folder.parent):
@@ -1069,6 +1072,36 @@ def test_what_is_no_saved_model_is_never_replaced(clf, tmp_path, name):
             clf.save(target, overwrite=True)
     assert contents(tmp_path) == before
     load(folder)  # a model with a note beside it is one
+
+
+OTHERS = {
+    "other JSON": {"model.json": '{"format": "mine"}', "thumbnails/1.jpg": "mine"},
+    "no JSON": {"model.json": "mine"},
+    "a folder as JSON": {"model.json/important.txt": "mine"},
+    "no description": {"tensors.safetensors": "mine"},
+    "a file as thumbnails": {"model.json": '{"format": "protoclf model"}', "thumbnails": "mine"},
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_folder_that_only_looks_like_a_saved_model_is_never_replaced(clf, tmp_path, case):
+    for name, text in OTHERS[case].items():
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text(text)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="is not replaced"):
+        clf.save(tmp_path / "mine", overwrite=True)
+    assert contents(tmp_path) == before
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_the_working_folder_is_never_replaced(clf, tmp_path, monkeypatch):
+    folder = clf.save(tmp_path / "model")
+    monkeypatch.chdir(folder)
+    with pytest.raises(FileExistsError, match="is the working folder of this process"):
+        clf.save(".", overwrite=True)
+    clf.save(tmp_path / "other")
+    assert sorted(os.listdir(".")) == ["model.json", "tensors.safetensors"]
 
 
 def test_a_model_is_replaced_whole(clf, images, tmp_path):
@@ -1119,7 +1152,10 @@ def test_an_interrupted_save_leaves_the_older_one(
         return real(*args)
 
     monkeypatch.setattr(os, function, fails_once)
-    with pytest.raises(type(error)):
+    named = (
+        re.escape(f"No space left on device: '{folder}'") if isinstance(error, OSError) else None
+    )
+    with pytest.raises(type(error), match=named):
         clf.save(folder, thumbnails=32, overwrite=True)
     monkeypatch.undo()
     assert contents(tmp_path) == before
