@@ -14,9 +14,10 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -33,7 +34,10 @@ MOST_JSON = 64 * 2**20  # bytes
 _MOST_HEADER = 16 * 2**20  # bytes of names, types and shapes of the tensors
 _MOST_DIGITS = 100  # of an integer
 _DEEPEST = 32  # levels of a value
+_MOST_READINGS = 10  # of a folder that others replace meanwhile
 _UNKNOWN_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+T = TypeVar("T")
 
 
 class ModelFileError(ValueError):
@@ -91,6 +95,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # whatever a damaged header makes a library raise
         raise refusal(path, f"holds no tensors that can be read: {error}") from error
+
+
+def read_in_one(folder: Path, read: Callable[[], T]) -> T:
+    """Return what is read of a folder's files, none of which is of a folder in its place."""
+    for _ in range(_MOST_READINGS):
+        before = _identity(folder)
+        try:
+            content = read()
+        except ModelFileError:
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return content
+    raise refusal(folder, "is saved anew each time that it is read. Load it once that is over.")
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """Return what tells a folder from another of its name, or None where there is none."""
+    for pause in (0.01, 0):  # there is none, for a moment, while one is replaced
+        try:
+            status = os.stat(folder)
+            return status.st_dev, status.st_ino, status.st_mtime_ns
+        except (OSError, ValueError):
+            time.sleep(pause)
+    return None
 
 
 def _parsed(data: bytes, path: Path) -> dict[str, Any]:

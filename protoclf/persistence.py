@@ -34,6 +34,7 @@ from protoclf.model_files import (
     TENSORS,
     as_json,
     encode,
+    read_in_one,
     refusal,
     write_tensors,
     written_whole,
@@ -234,11 +235,17 @@ def load_classifier(
     if backbone is not None and not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be the nn.Module that was fitted; got {backbone!r}.")
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        saved = SavedModel(Path(folder), backbone)
+        saved, images = read_in_one(Path(folder), lambda: _read(Path(folder), backbone))
         clf = _built(cls, saved, device)
         _fill_network(clf, saved)
-        _restore_fit(clf, saved)
+        _restore_fit(clf, saved, images)
     return clf
+
+
+def _read(folder: Path, backbone: nn.Module | None) -> tuple[SavedModel, Mapping[int, np.ndarray]]:
+    """Return what the files say, and the images of the sources."""
+    saved = SavedModel(folder, backbone)
+    return saved, _source_images(saved)
 
 
 def _built(cls: type[C], saved: SavedModel, device: Any) -> C:
@@ -304,7 +311,9 @@ def _as_given(backbone: nn.Module, module: ProtoPNet) -> nn.Module:
     return copied
 
 
-def _restore_fit(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
+def _restore_fit(
+    clf: ProtoPNetClassifier, saved: SavedModel, images: Mapping[int, np.ndarray]
+) -> None:
     """Set what a fit leaves behind, beside the network."""
     clf.preprocessing_ = Preprocessing(saved.network["image_size"], saved.network["resize"])
     clf.seed_, clf.backbone_trained_ = saved.fit["seed"], saved.fit["backbone_trained"]
@@ -321,7 +330,7 @@ def _restore_fit(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
         clf.edits_ = pd.DataFrame(saved.edits, columns=EDIT_COLUMNS, dtype=object)
     clf.strongest_share_ = _array(saved, "prototypes.strongest_share")
     clf.history = History(saved.history)
-    clf.source_images_, clf._source_boxes = _source_images(saved), {}
+    clf.source_images_, clf._source_boxes = images, {}
     files = map(SourceFile, saved.sources, [None] * len(saved.sources), saved.source_digests)
     clf._source_files = dict(zip(saved.indices, files, strict=True))
     _check_places(clf, saved)

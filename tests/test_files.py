@@ -19,7 +19,7 @@ def test_errors_name_the_file_that_is_meant(tmp_path):
         raise OSError(28, "No space left on device")
     with pytest.raises(FileNotFoundError, match="elsewhere"), replaced(tmp_path / "model.onnx"):
         (tmp_path / "elsewhere").read_bytes()
-    with pytest.raises(OSError, match="^no number$"), replaced(tmp_path / "model.onnx"):
+    with pytest.raises(OSError, match=r"^no number$"), replaced(tmp_path / "model.onnx"):
         raise OSError("no number")
     assert os.listdir(tmp_path) == ["folder"]
 

@@ -1115,6 +1115,46 @@ def test_a_model_is_replaced_whole(clf, images, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
+def save_before(monkeypatch, reading, models, folder, **options):
+    """Have a function that reads find the folder replaced: by one model each time, while any."""
+    models, read = list(models), getattr(saved_model, reading)
+
+    def replaced(*args):
+        if models:
+            models.pop().save(folder, overwrite=True, **options)
+        return read(*args)
+
+    monkeypatch.setattr(saved_model, reading, replaced)
+
+
+@pytest.mark.parametrize("thumbnails", [None, 16])
+def test_a_model_that_is_replaced_while_it_is_read_is_read_again(
+    clf, images, tmp_path, monkeypatch, thumbnails
+):
+    other = classifier(random_state=1, prototypes_per_class=1).fit(*images)
+    folder = clf.save(tmp_path / "model", thumbnails=16)
+    for models in ([other], [clf, other, clf]):
+        save_before(monkeypatch, "read_tensors", models, folder, thumbnails=thumbnails)
+        loaded = load(folder)
+        np.testing.assert_array_equal(loaded.coef_, models[0].coef_)
+        assert loaded.prototypes_["source"].tolist() == models[0].prototypes_["source"].tolist()
+
+
+def test_a_model_that_is_replaced_all_the_time_is_refused(clf, tmp_path, monkeypatch):
+    folder = clf.save(tmp_path / "model")
+    save_before(monkeypatch, "read_tensors", [clf] * 10, folder)
+    with pytest.raises(ModelFileError, match="saved anew each time that it is read"):
+        load(folder)
+    load(folder)
+
+
+def test_a_model_is_waited_for_between_two_renames(clf, tmp_path, monkeypatch):
+    folder = clf.save(tmp_path / "model")
+    folder.rename(tmp_path / "former")
+    monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "former").rename(folder))
+    load(folder)
+
+
 @pytest.mark.parametrize("call", [1, 2])
 def test_ctrl_c_behind_a_rename_leaves_one_model_whole(clf, tmp_path, monkeypatch, call):
     folder = clf.save(tmp_path / "model", thumbnails=16)
