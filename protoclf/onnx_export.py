@@ -94,6 +94,8 @@ def export_onnx(clf: ProtoPNetClassifier, path: str | os.PathLike[str]) -> Path:
     _import_runtime()
     check_classifier(clf)
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"path must be a file; {os.fspath(path)!r} is a folder.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {os.fspath(target.parent)!r} to write to.")
     exported = _Exported(clf.plain_module).eval()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,11 +173,13 @@ def test_a_missing_package_is_named(package, fitted, tmp_path, monkeypatch):
         export_onnx(fitted, tmp_path / "model.onnx")
 
 
-def test_an_unfitted_classifier_and_a_missing_folder_are_refused(fitted, tmp_path):
+def test_what_cannot_be_exported_or_written_is_refused(fitted, tmp_path):
     with pytest.raises(NotFittedError):
         export_onnx(ProtoPNetClassifier(), tmp_path / "model.onnx")
     with pytest.raises(FileNotFoundError, match="gone"):
         export_onnx(fitted, tmp_path / "gone" / "model.onnx")
+    with pytest.raises(IsADirectoryError, match=re.escape(f"'{tmp_path}' is a folder")):
+        export_onnx(fitted, tmp_path)
 
 
 # The service --------------------------------------------------------------------------------------
