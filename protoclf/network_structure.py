@@ -12,6 +12,8 @@ from protoclf.network import ProtoPNet
 Kind = tuple[str, tuple[Any, ...]]
 """Type and shape of a tensor; None is any length but 0."""
 
+_PART = 2**18  # numbers
+
 
 def layers_of(module: nn.Module) -> dict[str, str]:
     """Return the name of each layer's class."""
@@ -37,7 +39,16 @@ def is_finite(tensor: Tensor) -> bool:
 @torch.no_grad()
 def probe(module: ProtoPNet, image_size: int) -> Tensor:
     """Return what the backbone makes of a fixed pattern, averaged over cells: (channels,)."""
-    steps = torch.arange(3 * image_size**2, dtype=torch.float64) * 0.6180339887498949
-    pattern = (2 * (steps % 1) - 1).float().view(1, 3, image_size, image_size)
+    pattern = _pattern(3 * image_size**2).view(1, 3, image_size, image_size)
     features = module.eval().backbone(pattern.to(module.prototypes.device))
     return features.float().mean(dim=(2, 3))[0].nan_to_num().cpu()
+
+
+def _pattern(length: int) -> Tensor:
+    """Return numbers from -1 to 1, made in parts: in float64 they take twice their memory."""
+    pattern, start = torch.empty(length), 0
+    for part in pattern.split(_PART):
+        steps = torch.arange(start, start + len(part), dtype=torch.float64) * 0.6180339887498949
+        part.copy_(2 * (steps % 1) - 1)
+        start += len(part)
+    return pattern

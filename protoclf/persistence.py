@@ -49,7 +49,7 @@ from protoclf.network_structure import (
 from protoclf.parameters import check_parameters
 from protoclf.rules import check_rules
 from protoclf.saved_labels import labels_to_json
-from protoclf.saved_model import PATH_COLUMNS, VERSION, SavedModel
+from protoclf.saved_model import IMAGE_SIZE, PATH_COLUMNS, VERSION, SavedModel
 from protoclf.saved_parameters import parameters_to_json
 from protoclf.saved_sources import (
     THUMBNAILS_RULE,
@@ -80,6 +80,7 @@ def save_classifier(
     """Write a fitted classifier: see `ProtoPNetClassifier.save`."""
     check_rules({"thumbnails": thumbnails}, {"thumbnails": THUMBNAILS_RULE})
     check_parameters(vars(clf))
+    check_rules(vars(clf.preprocessing_), {"image_size": IMAGE_SIZE})
     with written_whole(folder, overwrite) as temporary:
         pictures = _pictures(clf, None if thumbnails is None else int(thumbnails))
         text, left_out = _description(clf, pictures)
@@ -294,7 +295,10 @@ def _fill_network(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     module.train_only(())
     if isinstance(clf.backbone, nn.Module) and not saved.fit["backbone_trained"]:
         clf.backbone = _as_given(clf.backbone, module)  # another fit and clones start from it
-    before, now = saved.tensors["probe"], probe(module.eval(), saved.network["image_size"])
+    try:
+        before, now = saved.tensors["probe"], probe(module, saved.network["image_size"])
+    except (MemoryError, RuntimeError) as error:
+        raise refusal(saved.file, f"has a network that cannot be run here: {error}") from error
     if before.shape != now.shape or (before - now).norm() > _SAME_FEATURES * before.norm() + 1e-6:
         raise refusal(
             saved.tensor_file,

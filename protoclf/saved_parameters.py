@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,10 @@ def checked_parameters(decoded: dict[Any, Any], file: Path) -> dict[str, Any]:
             raise refusal(file, f"sets {name!r} to what no file may.")
         if name.endswith("__num_workers") and not _is_few(value):
             raise refusal(file, f"asks for more than {_MOST_WORKERS} processes, {name!r}.")
+        if name.endswith("__timeout") and value and not decoded.get(f"{component}__num_workers"):
+            raise refusal(file, f"sets {name!r}, for processes that it does not ask for.")
+        if type(value) is int and abs(value) > sys.maxsize:
+            raise refusal(file, f"sets {name!r} to an integer out of all range.")
         if name == "optimizer":
             if type(value) is not str or value not in _OPTIMIZERS:
                 raise refusal(file, "names an optimizer that torch.optim does not have.")

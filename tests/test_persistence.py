@@ -27,10 +27,13 @@ from sklearn.exceptions import NotFittedError
 from skorch.callbacks import EarlyStopping, EpochScoring
 from skorch.dataset import ValidSplit
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclf import ImageError, ProtoPNetClassifier, saved_model
 from protoclf.editing import remove
+from protoclf.geometry import Preprocessing
 from protoclf.model_files import ModelFileError, as_json, decode, encode
+from protoclf.network_structure import probe
 from protoclf.plotting import plot_explanation, plot_prototypes
 from protoclf.report import write_report
 
@@ -630,7 +633,7 @@ JSON = {
     "deep history": (put("history", [{**ROW, "x": json.loads(INNER)}]), "too deeply"),
     "unknown value": (put("history", [{**ROW, "x": {"$call": "os"}}]), "nothing is written as"),
     "image_size 0": (put("network", "image_size", 0), "image_size; it must be"),
-    "huge image_size": (put("network", "image_size", 10**9), "image_size; it must be"),
+    "huge image_size": (put("network", "image_size", 4097), "it must be an int from 1 to 4096"),
     "small image_size": (put("network", "image_size", 4), "cannot be built"),
     "other image_size": (put("network", "image_size", 64), "not computed in the same way"),
     "resize": (put("network", "resize", "no"), "network.resize"),
@@ -668,6 +671,9 @@ JSON = {
     "workers": (parameter("iterator_train__num_workers", 10**6), "more than 256 processes"),
     "iterator value": (parameter("iterator_valid__x", 1), "sets 'iterator_valid__x' to what no"),
     "iterator code": (parameter("iterator_train__collate_fn", "x"), "__collate_fn' to what no"),
+    "timeout": (parameter("iterator_valid__timeout", 1), "for processes that it does not ask for"),
+    "huge batch": (parameter("batch_size", 10**60), "'batch_size' to an integer out of all range"),
+    "huge valid batch": (parameter("iterator_valid__batch_size", 2**63), "out of all range"),
     "no batch size": (parameter("iterator_valid__batch_size", None), "__batch_size' to what no"),
     "digests": (put("source_digests", ["x"]), "6 sources and 1 digests"),
     "frozen": (put("network", "frozen", ["x"]), "names frozen layers that the backbone does not"),
@@ -889,6 +895,44 @@ def test_lies_about_sizes_take_neither_time_nor_memory(saved):
     assert time.perf_counter() - start < 20
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that is made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.nbytes = max([self.nbytes, *(t.nbytes for t in [made] if isinstance(t, torch.Tensor))])
+        return made
+
+
+def test_a_probe_takes_no_more_memory_than_an_image(clf):
+    side = 600
+    steps = torch.arange(3 * side**2, dtype=torch.float64) * 0.6180339887498949
+    pattern = (2 * (steps % 1) - 1).float().view(1, 3, side, side)
+    with Largest() as largest:
+        found = probe(clf.module_, side)
+    assert largest.nbytes == pattern.nbytes
+    with torch.no_grad():
+        assert torch.equal(found, clf.module_.backbone(pattern).mean(dim=(2, 3))[0])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: no memory")])
+def test_a_network_for_which_memory_lacks_is_refused(saved, monkeypatch, error):
+    def lacks(*_):
+        raise error
+
+    monkeypatch.setattr("protoclf.persistence.probe", lacks)
+    with pytest.raises(ModelFileError, match=r"model\.json' has a network that cannot be run here"):
+        load(saved)
+
+
+def test_a_timeout_of_processes_that_there_are_is_kept(saved):
+    workers = {"iterator_valid__timeout": 9, "iterator_valid__num_workers": 1}
+    edit_json(saved, lambda content: content["parameters"].update(workers))
+    assert workers.items() <= load(saved).get_params().items()
+
+
 def test_another_backbone_than_the_one_saved(master):
     with pytest.raises(ModelFileError, match=r"has a backbone of its own.*backbone=module"):
         ProtoPNetClassifier.load(master)
@@ -919,6 +963,10 @@ def test_a_broken_classifier_is_not_saved(clf, tmp_path):
         broken.save(tmp_path / "model")
     with pytest.raises(ValueError, match="lambda_clst must be"):
         pickle.loads(pickle.dumps(clf)).set_params(lambda_clst=-1).save(tmp_path / "model")
+    large = pickle.loads(pickle.dumps(clf))
+    large.preprocessing_ = Preprocessing(4097)
+    with pytest.raises(ValueError, match="image_size must be an int from 1 to 4096; got 4097"):
+        large.save(tmp_path / "model")
     with pytest.raises(NotFittedError):
         classifier().save(tmp_path / "model")
     assert os.listdir(tmp_path) == []
