@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 from PIL import ExifTags
+
+from protoclf.file_digests import file_digest
 
 _FLOAT_DUST = 1e-6  # of intensities
 _JPEG = ("JPEG", "MPO")
@@ -83,8 +84,7 @@ def upright_size(item: Any) -> tuple[int, int]:
 def digest(item: Any) -> str:
     """Return a digest of a path's file, or of the pixels of a PIL image or an array."""
     if isinstance(item, str):
-        _check_regular(item)  # to read from others may take for ever
-        return hashlib.blake2b(Path(item).read_bytes(), digest_size=20).hexdigest()
+        return file_digest(item, _check_regular(item))  # to read from others may take for ever
     kind: tuple = ()
     if isinstance(item, PIL.Image.Image):
         palette, transparency = item.getpalette("RGBA"), item.info.get("transparency")
@@ -94,13 +94,14 @@ def digest(item: Any) -> str:
     return hashlib.blake2b(described + item.tobytes(), digest_size=20).hexdigest()
 
 
-def _check_regular(path: str) -> None:
+def _check_regular(path: str) -> os.stat_result:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         directory = stat.S_ISDIR(status.st_mode)
         raise Unreadable("is a directory, not a file" if directory else "is not a regular file")
     if status.st_size == 0:
         raise Unreadable("the file is empty")
+    return status
 
 
 def _draft(image: PIL.Image.Image, side: int | None) -> tuple[tuple[int, int] | None, float]:

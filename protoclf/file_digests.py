@@ -1,0 +1,39 @@
+"""Digests of files, which are read once for as long as the file system says that they stay.
+
+A search looks at all of its images in each of its fits, to see that they are what they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+_SETTLED = 2 * 10**9  # nanoseconds: no file system has coarser times
+_MOST_KNOWN = 2**16  # files, about 400 bytes each
+
+_Stamp = tuple[int, ...]
+
+_known: dict[str, tuple[_Stamp, str]] = {}
+
+
+def file_digest(path: str, status: os.stat_result) -> str:
+    """Return a digest of what a file holds; `status` is what `os.stat` says of it now.
+
+    One that was read before is not read again while its times, its size and which file it is are
+    the same. A file that has only just changed could change again within the grain of its times, so
+    that it is read each time; so are all files on Windows, where a change leaves no time that
+    programs cannot set.
+    """
+    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known = _known.get(path)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED
+    digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=20).hexdigest()
+    if settled and os.name != "nt":
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[path] = stamp, digest
+    return digest
