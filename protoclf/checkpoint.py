@@ -6,7 +6,6 @@ plain values alone, so that reading one runs no code, and behind them a checksum
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclf.files import replaced, with_checksum, without_checksum, write_bytes
+from protoclf.files import check, replaced, write_checked
 from protoclf.fingerprints import described
 from protoclf.fit_key import changes
 
@@ -130,9 +129,8 @@ class Checkpoint:
         }
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            data = with_checksum(lambda stream: torch.save(state, stream))
             with replaced(self.file) as temporary:
-                write_bytes(temporary, data)
+                write_checked(temporary, lambda stream: torch.save(state, stream))
         except (OSError, RuntimeError) as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # which torch's writer hides
                 raise error.__context__ from None
@@ -148,8 +146,8 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         try:
-            written = io.BytesIO(without_checksum(self.file.read_bytes()))
-            state = torch.load(written, map_location="cpu", weights_only=True)
+            check(self.file)
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
             _check_fields(state)
         except Exception as error:  # whatever else may stand there
             raise self._refusal("is damaged, or not one of this version of protoclf") from error

@@ -244,6 +244,12 @@ class SeveralProcesses(OneProcess):
 
         return broadcast_object_list([value])[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in order."""
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
     @torch.no_grad()
     def synchronize(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors the values that they have in the first process."""

@@ -184,7 +184,7 @@ def distance_batches(
     Raises
     ------
     FloatingPointError
-        Behind the last batch, if distances are NaN: names the images.
+        Behind the last batch, for images that have a distance of NaN, or none that is finite.
     """
     known = [torch.empty(0, dtype=torch.bool, device=net.device)]
     module, source = net.module_, _Source(net, dataset, len(cast(Sized, dataset)))
@@ -197,19 +197,25 @@ def distance_batches(
                 found = module.nearest(module.latents(source.features(inputs)))
                 if recent is not None:
                     recent.put(digests, *found)
-        known.append(~found[0].isnan().any(1))
+        known.append(found[0].isfinite().any(1) & ~found[0].isnan().any(1))
         yield inputs["index"], *found
     _refuse_unless(torch.cat(known), dataset)  # now, as no batch is to wait for it
 
 
 def _refuse_unless(finite: Tensor, dataset: Dataset, first: int = 0) -> None:
-    """Raise FloatingPointError that names the images, from number `first` on, which are not."""
+    """Raise FloatingPointError that names the images, from number `first` on, which are not.
+
+    But for those that could not be read: what stands in for them may be anything.
+    """
     if finite.all():
         return
-    bad = first + (~finite).nonzero()[:, 0].cpu().numpy()
     whole, index = in_whole(dataset)
-    images = isinstance(whole, ImageDataset)
-    names = [whole.images.name(i) if images else f"number {i}" for i in index[bad].tolist()]
+    bad = index[first + (~finite).nonzero()[:, 0].cpu().numpy()]
+    names = [f"number {i}" for i in bad.tolist()]
+    if isinstance(whole, ImageDataset):
+        names = [whole.images.name(i) for i in bad[~whole.failed(bad)].tolist()]
+    if not names:
+        return
     raise FloatingPointError(
         f"The network makes NaN or infinity of the images {first_few(names)}, so that there is no "
         'answer for them. precision="float32" may help; otherwise leave them out.'

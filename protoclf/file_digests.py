@@ -24,7 +24,9 @@ def file_digest(path: str, status: os.stat_result) -> str:
     One that was read before is not read again while its times, its size and which file it is are
     the same. A file that has only just changed could change again within the grain of its times, so
     that it is read each time; so are all files on Windows, where a change leaves no time that
-    programs cannot set.
+    programs cannot set. What is not seen is a change that leaves all times as they are: through
+    shared memory that was written to before, or on a disk of the network whose times are kept here
+    for a while, or behind by more than two seconds.
     """
     stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     known = _known.get(path)
@@ -32,8 +34,7 @@ def file_digest(path: str, status: os.stat_result) -> str:
         return known[1]
     settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED
     digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=20).hexdigest()
-    if settled and os.name != "nt":
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
+    room = path in _known or len(_known) < _MOST_KNOWN  # another scan finds the first again
+    if settled and room and os.name != "nt":
         _known[path] = stamp, digest
     return digest

@@ -8,10 +8,11 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 _CHECKSUM = 4  # bytes
+_PART = 2**20
 
 
 @contextlib.contextmanager
@@ -46,6 +47,41 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_checked(path: Path, write: Callable[[Any], object]) -> None:
+    """Write a file through a stream, and behind it a checksum, and wait until the disk has it."""
+    with open(path, "wb") as file:
+        stream = _Summed(file)
+        write(stream)
+        file.write(stream.checksum.to_bytes(_CHECKSUM, "little"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check(path: Path) -> None:
+    """Raise ValueError where the checksum of `write_checked` is that of other bytes."""
+    with open(path, "rb") as file:
+        left, checksum = os.fstat(file.fileno()).st_size - _CHECKSUM, 0
+        while left > 0 and (part := file.read(min(left, _PART))):
+            checksum, left = zlib.crc32(part, checksum), left - len(part)
+        if file.read() != checksum.to_bytes(_CHECKSUM, "little"):
+            raise ValueError("the checksum is that of other bytes")
+
+
+class _Summed:
+    """A stream that keeps a checksum of what it writes to another."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.checksum = 0
+
+    def write(self, data: bytes) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def with_checksum(write: Callable[[BinaryIO], None]) -> memoryview:

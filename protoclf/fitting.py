@@ -361,11 +361,12 @@ class StagedNet(SkorchProtoPNet):
         if self.processes.count == 1:
             return
         key = data_key(dataset, classes, groups)
-        differing = changes(self.processes.agreed(key), key)
+        found = self.processes.gathered(changes(self.processes.agreed(key), key))
+        differing = [f"in process {i} {text}" for i, text in enumerate(found) if text]
         if differing:
             raise ValueError(
                 f"The processes of this fit have different data: compared with the first, "
-                f"{differing}. Give each of them the same, in the same order."
+                f"{first_few(differing)}. Give each of them the same, in the same order."
             )
 
     def _is_settled(self, settled: list[torch.Tensor]) -> bool:

@@ -13,13 +13,13 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from protoclf.activations import Activations
-from protoclf.rules import NON_NEGATIVE, SEED, Rule
+from protoclf.rules import NON_NEGATIVE, Rule, integer
 
 PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
 """What `lambda_l1="cv"` chooses from, for activations of at most 1."""
 
 PATH_RULES: dict[str, Rule] = {
-    "folds": (lambda value: SEED[0](value) and value != 1, "0 or an int >= 2"),
+    "folds": (lambda value: integer(0)[0](value) and value != 1, "0 or an int >= 2"),
     "penalties": (
         lambda values: len(values) > 0 and all(map(NON_NEGATIVE[0], values)),
         "one or more finite numbers >= 0",
@@ -101,7 +101,7 @@ def _held_out_scores(
     activations: Activations, penalties: list[float], splits: Splits
 ) -> np.ndarray:
     """Accuracy and cross-entropy of images left out, (folds, penalties, 2)."""
-    scores, tol = [], _TOLERANCE * min((p for p in penalties if p > 0), default=1e-4)
+    scores, tol = [], _TOLERANCE * min((p for p in penalties if p > 0), default=PENALTIES[-1])
     for train, test in splits:
         results = activations.take(train).solve(penalties, tol=tol)
         left_out = activations.take(test)

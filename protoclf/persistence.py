@@ -80,7 +80,11 @@ def save_classifier(
     """Write a fitted classifier: see `ProtoPNetClassifier.save`."""
     check_rules({"thumbnails": thumbnails}, {"thumbnails": THUMBNAILS_RULE})
     check_parameters(vars(clf))
-    check_rules(vars(clf.preprocessing_), {"image_size": IMAGE_SIZE})
+    if not IMAGE_SIZE[0](clf.preprocessing_.image_size):
+        raise ValueError(
+            f"Saved models have an image_size of 4096 at most, and this one has "
+            f"{clf.preprocessing_.image_size}. A pickle holds it."
+        )
     with written_whole(folder, overwrite) as temporary:
         pictures = _pictures(clf, None if thumbnails is None else int(thumbnails))
         text, left_out = _description(clf, pictures)

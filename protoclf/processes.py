@@ -38,5 +38,9 @@ class OneProcess:
         """Return the first process's value."""
         return value
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in order."""
+        return [value]
+
     def synchronize(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors the values that they have in the first process."""

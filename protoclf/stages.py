@@ -292,7 +292,7 @@ class LastLayer:
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
             return self.lambda_l1
         shown = self._shown(net, median=True, groups=data.groups)
-        largest = float(shown.g.amax().clamp_min(1e-6))
+        largest = _largest(shown.g, net.sources_["image"], data.groups)
         penalties = [p * largest for p in PENALTIES]
         path = penalty_path(shown, penalties, 4, net.seed_, data.groups)
         if path["cross_entropy"].isna().all():
@@ -302,6 +302,17 @@ class LastLayer:
             )
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
+
+
+def _largest(g: Tensor, source: np.ndarray, groups: np.ndarray | None) -> float:
+    """Return the largest of the activations (N, m), matches of prototypes with sources left out.
+
+    Which stay as they are in a class that has no other images, or no other group of them.
+    """
+    groups = np.arange(len(g)) if groups is None else groups
+    own = torch.from_numpy(groups[:, None] == groups[source]).to(g.device)  # (N, m)
+    others = g.masked_fill(own, -torch.inf).amax()
+    return float(others if others > 0 else g.amax().clamp_min(1e-6))
 
 
 @torch.no_grad()

@@ -299,6 +299,49 @@ def test_what_is_not_a_number_is_no_answer(squares, memory, tmp_path):
             ask(X)
 
 
+class Louder(nn.Module):
+    """Multiplies its features once it is told to."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x):
+        return self.factor * self.convolution(x)
+
+
+def test_an_image_infinitely_far_from_all_prototypes_has_no_answer(squares):
+    clf = small(similarity="log", **FROZEN).set_params(backbone=Louder()).fit(*squares)
+    clf.module_.backbone.factor = 1e25
+    with pytest.raises(FloatingPointError, match="NaN or infinity of the images 0, 1,"):
+        clf.predict(squares[0][:2])
+
+
+class OfContrast(nn.Module):
+    """Makes NaN of images of one colour, such as what stands in for those that cannot be read."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x):
+        mean, std = x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True)
+        return self.convolution((x - mean) / std)
+
+
+@pytest.mark.filterwarnings("ignore:The score leaves out")
+def test_what_stands_in_for_an_unreadable_image_may_be_anything(whole, damaged, squares):
+    clf = small(**FROZEN).set_params(backbone=OfContrast()).fit(whole, squares[1])
+    np.testing.assert_array_equal(without(clf.predict(damaged)), clf.predict(without(whole)))
+    assert clf.score(damaged, squares[1]) == clf.score(without(whole), without(squares[1]))
+    sheet = clf.explain(damaged)
+    assert sheet.loc[sheet["source"] == "(unreadable)", "sample"].tolist() == list(BAD)
+    with pytest.raises(FloatingPointError, match="NaN or infinity of the images 1,"):
+        clf.predict([squares[0][0], np.full((40, 60, 3), 99, np.uint8)])
+
+
 # ---- scores and last layers of the images that are left ------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import errno
-import io
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from skorch.dataset import ValidSplit
 
 from protoclf import ProtoPNetClassifier
 from protoclf.checkpoint import FILE, CheckpointError
-from protoclf.files import with_checksum, without_checksum
+from protoclf.files import write_checked
 
 WORKER = Path(__file__).parent / "fit_and_die.py"
 
@@ -251,11 +250,11 @@ def test_a_damaged_checkpoint_is_refused(begun, damage):
 
 
 def put(file, content):
-    file.write_bytes(with_checksum(lambda stream: torch.save(content, stream)))
+    write_checked(file, lambda stream: torch.save(content, stream))
 
 
 def state_in(file):
-    return torch.load(io.BytesIO(without_checksum(file.read_bytes())), weights_only=True)
+    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("content", [{"model": torch.ones(3)}, [], torch.ones(3)], ids=type)

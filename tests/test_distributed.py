@@ -216,7 +216,9 @@ def test_processes_with_different_data_are_refused(monkeypatch):
 
     monkeypatch.setattr(ProtoPNetClassifier, "processes", First())
     X, y, _ = photos()
-    with pytest.raises(ValueError, match="compared with the first, y was other labels, is"):
+    with pytest.raises(
+        ValueError, match="compared with the first, in process 0 y was other labels, is"
+    ):
         ProtoPNetClassifier(**parameters("frozen")).fit(X, y)
 
 

@@ -106,6 +106,19 @@ def test_penalties_are_for_what_the_solver_is_shown(squares):
     )
 
 
+def test_a_class_without_other_groups_leaves_the_penalties_of_all_as_they_are(squares):
+    X, y = squares
+    groups = np.where(y == y[0], -1, np.arange(len(y)))  # the first class is one group
+    common = {"image_size": 48, "prototypes_per_class": 2, "random_state": 0, "verbose": 0}
+    largest = []
+    for given in (None, groups):
+        clf = ProtoPNetClassifier(
+            "small_cnn", similarity="log", lambda_l1="cv", joint_epochs=1, **common
+        ).fit(X, y, groups=given)
+        largest.append(clf.last_layer_path_["lambda_l1"].max())
+    assert largest[1] == pytest.approx(largest[0], rel=0.3)
+
+
 @pytest.mark.parametrize("scale", [1, 0.1, 0.02])
 def test_held_out_scores_are_solved_as_penalties_need_it(scale):
     data = activations(n=80).changed(lambda g: scale * g)

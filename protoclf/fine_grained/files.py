@@ -37,7 +37,7 @@ def unexpected(file: Path, where: str, expected: str, got: Any) -> ValueError:
 def lines(file: Path) -> list[str]:
     """Return the lines of a text file."""
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         got = error.object[error.start : error.end]
         raise unexpected(file, f"byte {error.start}", "text in UTF-8", got) from error
@@ -48,7 +48,7 @@ def numbered(file: Path) -> dict[int, str]:
     texts: dict[int, str] = {}
     for i, line in enumerate(lines(file), start=1):
         number, _, text = line.strip().partition(" ")
-        if not number.isdigit() or not text:
+        if not number.isdecimal() or not text:
             raise unexpected(file, f"line {i}", "a number and a text", line)
         if int(number) in texts:
             raise unexpected(file, f"line {i}", "a number that is new", line)
