@@ -95,6 +95,7 @@ def fitted(args, backbone, images, folder):
     train = images[images["split"] == "train"]
     unfinished = folder.with_name(f"{folder.name}-unfinished")
     if folder.exists():
+        print(f"{folder} is there, and is not fitted again", flush=True)
         clf = ProtoPNetClassifier.load(folder)
     else:
         clf = classifier(args, backbone, unfinished).fit(train["path"], train["class"])

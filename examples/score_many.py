@@ -167,7 +167,8 @@ def image_paths(args: argparse.Namespace) -> Iterator[str]:
 
 def any_relative(args: argparse.Namespace) -> bool:
     """Tell whether a path is meant as seen from the working folder."""
-    return any(not os.path.isabs(path) for path in image_paths(args))
+    paths = [args.images] if Path(args.images).is_dir() else image_paths(args)
+    return any(not os.path.isabs(path) for path in paths)
 
 
 def images_below(folder: Path) -> Iterator[str]:
