@@ -733,6 +733,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             If something is there that may not be replaced.
         ImageError
             If a thumbnail is asked for of an image that cannot be read.
+        ValueError
+            If `image_size` is over 4096, which `load` refuses.
 
         Warns
         -----
