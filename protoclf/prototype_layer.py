@@ -212,7 +212,8 @@ def _centre(p: Tensor) -> Tensor:
     Seen from the mean of all, one of them would leave the others no digits.
     """
     length = torch.linalg.vector_norm(p, dim=1, keepdim=True)  # (m, 1)
-    usual = length <= _USUAL * length.median()
+    median = length.sort(0).values[(len(p) - 1) // 2 :][:1]  # GPUs' own is not deterministic
+    usual = length <= _USUAL * median
     return torch.where(usual, p, 0).sum(0) / usual.sum()
 
 

@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from protoclf import (
     ProtoPNetClassifier,
+    activations,
     augmentation,
     explanation,
     features,
     localization,
     nearest_patches,
     patch_search,
-    penalty,
     projection,
     selection,
     stages,
@@ -247,7 +247,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
 
     monkeypatch.setattr(patch_search, "find_sources", sources)
     monkeypatch.setattr(features, "_check_finite", lambda rows, index: on_gpu([rows]))
-    monkeypatch.setattr(penalty, "last_layer_path", solved)
+    monkeypatch.setattr(activations, "last_layer_path", solved)
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tuple(tensor.shape), int))
     monkeypatch.setattr(torch.Tensor, "bincount", lambda x, minlength: x.new_zeros(minlength))
     monkeypatch.setattr(FakeTensor, "item", lambda tensor: 0.0)
