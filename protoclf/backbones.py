@@ -11,6 +11,7 @@ import http.client
 import os
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,6 +40,7 @@ _CONVOLUTIONAL_PARTS = {
     "squeezenet": ("features",),
     "vgg": ("features",),
 }
+_TABLES = (dict, OrderedDict)
 _OWN_MODULE = "any nn.Module that maps images (N, 3, S, S) to a feature map (N, C, h, w)"
 
 
@@ -78,7 +80,7 @@ def build_backbone(
     """
     _check_weights_type(weights)
     if isinstance(backbone, nn.Module):
-        return _build_own(_copied(backbone), "this module", weights)
+        return _build_own(_copied_backbone(backbone), "this module", weights)
     if not isinstance(backbone, str):
         raise TypeError(f"backbone must be a name or {_OWN_MODULE}, got {backbone!r}.")
     if backbone == "small_cnn":
@@ -136,6 +138,15 @@ def _conv_block(channels_in: int, channels_out: int, kernel: int, stride: int) -
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
 
 
+def copied(net: nn.Module) -> nn.Module:
+    """Return a deep copy of a module.
+
+    Most of what Python would copy are tables of hooks, a dozen for each layer: empty ones are made.
+    """
+    tables = (v for layer in net.modules() for v in vars(layer).values() if type(v) in _TABLES)
+    return copy.deepcopy(net, {id(table): type(table)() for table in tables if not table})
+
+
 def _check_weights_type(weights: Any) -> None:
     if weights is not None and not isinstance(weights, str | os.PathLike):
         raise TypeError(
@@ -143,14 +154,14 @@ def _check_weights_type(weights: Any) -> None:
         )
 
 
-def _copied(net: nn.Module) -> nn.Module:
+def _copied_backbone(net: nn.Module) -> nn.Module:
     if isinstance(net, torch.jit.ScriptModule):
         raise TypeError(
             "backbone is a TorchScript module, whose layers torch can neither copy nor freeze. "
             "Pass the nn.Module that it was made of."
         )
     try:
-        return copy.deepcopy(net)
+        return copied(net)
     except RuntimeError as error:  # a result of its parameters, which torch does not copy
         raise ValueError(
             f"backbone cannot be copied ({_shorten(str(error), first=0)}) If it keeps what it "

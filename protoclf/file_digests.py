@@ -18,6 +18,15 @@ _Stamp = tuple[int, ...]
 _known: dict[str, tuple[_Stamp, str]] = {}
 
 
+def known_digest(path: str) -> str | None:
+    """Return the digest of a file that need not be read for it, or None."""
+    try:
+        known = _known.get(path)
+        return None if known is None or known[0] != _stamp(os.stat(path)) else known[1]
+    except (OSError, ValueError):
+        return None
+
+
 def file_digest(path: str, status: os.stat_result) -> str:
     """Return a digest of what a file holds; `status` is what `os.stat` says of it now.
 
@@ -28,8 +37,7 @@ def file_digest(path: str, status: os.stat_result) -> str:
     shared memory that was written to before, or on a disk of the network whose times are kept here
     for a while, or behind by more than two seconds.
     """
-    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    known = _known.get(path)
+    stamp, known = _stamp(status), _known.get(path)
     if known is not None and known[0] == stamp:
         return known[1]
     settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED
@@ -38,3 +46,8 @@ def file_digest(path: str, status: os.stat_result) -> str:
     if settled and room and os.name != "nt":
         _known[path] = stamp, digest
     return digest
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times

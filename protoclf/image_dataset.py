@@ -169,6 +169,8 @@ class ImageDataset(Batches):
         One that cannot be read raises ImageError, or has the digest "".
         """
         places = as_index(index)
+        for i in places.tolist():
+            self._digests[i] = self._digests[i] or self.images.known_digest(i) or ""
         unknown = [i for i in places.tolist() if not self._digests[i]]
         passed_over = (ImageError,) if readable_alone else ()
 

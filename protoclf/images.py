@@ -15,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy import sparse
 
+from protoclf.file_digests import known_digest
 from protoclf.image_errors import SHOWN, Failure, ImageError, reading_error
 from protoclf.picture import (
     Stored,
@@ -93,6 +94,10 @@ class Images:
     def digest(self, i: int) -> str:
         """Return a digest of what image i is: its file's bytes, or its pixels."""
         return self._tell(i, digest)
+
+    def known_digest(self, i: int) -> str | None:
+        """Return the digest of image i where its file need not be read for it, or None."""
+        return None if self.paths is None else known_digest(self.paths[i])
 
     def _tell(self, i: int, question: Callable[[Any], T]) -> T:
         position = int(self.positions[i])

@@ -27,7 +27,7 @@ from protoclf.backbone_facts import (
     folds_of,
     takes_micro_batches,
 )
-from protoclf.backbones import build_backbone
+from protoclf.backbones import build_backbone, copied
 from protoclf.concepts import Concepts
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, is_batches
@@ -395,10 +395,11 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def __sklearn_clone__(self):
         """Return an unfitted copy; augmentations are copied, whatever methods they have."""
-        stand_in = object.__new__(type(self))
-        stand_in.__dict__ = self.__dict__ | {"augmentation": None}
+        stand_in, backbone = object.__new__(type(self)), self.backbone
+        stand_in.__dict__ = self.__dict__ | {"augmentation": None, "backbone": None}
         cloned = super(SkorchProtoPNet, stand_in).__sklearn_clone__()
         cloned.augmentation = copy.deepcopy(self.augmentation)
+        cloned.backbone = copied(backbone) if isinstance(backbone, nn.Module) else backbone
         return cloned
 
     def set_params(self, **params: Any):

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from protoclf.backbones import SmallCNN, available_backbones, build_backbone
+from protoclf.backbones import SmallCNN, available_backbones, build_backbone, copied
 from protoclf.receptive_field import measure
 
 # name -> channels and cells at 64 pixels; one small member of each family
@@ -323,3 +323,25 @@ def test_a_users_module_is_copied_and_never_changed():
 def test_parameters_of_another_precision_are_refused(dtype):
     with pytest.raises(ValueError, match=f"this module are {dtype}; they must be torch.float32"):
         build_backbone(SmallCNN(8).to(dtype))
+
+
+def test_a_copy_shares_nothing_with_the_module():
+    net = SmallCNN()
+    net.settings, net.names = {}, {"a": [1]}
+    net[0].settings = net.settings  # the same object, in the copy too
+    net[1].register_forward_hook(len)
+    again = copied(net)
+    assert {**again.state_dict()}.keys() == {**net.state_dict()}.keys()
+    for ours, theirs in zip(again.modules(), net.modules(), strict=True):
+        assert ours is not theirs
+        for name, value in vars(theirs).items():
+            if isinstance(value, dict):
+                assert vars(ours)[name] is not value, name
+                assert type(vars(ours)[name]) is type(value)
+    assert again[0].settings is again.settings
+    assert again.names == {"a": [1]}
+    assert again.names["a"] is not net.names["a"]
+    assert list(again[1]._forward_hooks.values()) == [len]
+    with torch.no_grad():
+        again[0][0].weight.zero_()
+    assert net[0][0].weight.any()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from protoclf import file_digests
-from protoclf.file_digests import file_digest
+from protoclf.file_digests import file_digest, known_digest
 
 
 @pytest.fixture
@@ -40,8 +40,22 @@ def write(path, data, like=None):
 def test_a_file_that_stays_is_read_once(tmp_path, reads):
     write(tmp_path / "a", b"one")
     write(tmp_path / "b", b"one")
+    assert known_digest(str(tmp_path / "a")) is None
     assert len({digest_of(tmp_path / name) for name in "abab"}) == 1
+    assert known_digest(str(tmp_path / "a")) == digest_of(tmp_path / "b")
     assert reads == ["a", "b"]
+
+
+@pytest.mark.usefixtures("reads", "all_settled")
+@pytest.mark.parametrize("what", ["gone", "a folder", "no name"])
+def test_what_is_no_file_any_more_has_no_digest(tmp_path, what):
+    file = tmp_path / "a"
+    write(file, b"one")
+    digest_of(file)
+    file.unlink()
+    if what == "a folder":
+        file.mkdir()
+    assert known_digest("a\0b" if what == "no name" else str(file)) is None
 
 
 @pytest.mark.usefixtures("reads", "all_settled")
@@ -58,6 +72,7 @@ def test_another_content_of_the_same_size_and_time_is_seen(tmp_path, how):
         file.unlink()
         file.symlink_to(other)
     assert os.stat(file).st_mtime_ns == status.st_mtime_ns
+    assert known_digest(str(file)) is None
     assert digest_of(file) != before
 
 
