@@ -128,9 +128,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Folder in which the features of the backbone as given are kept, for other fits and for
         `predict`, in this process or another: a search then runs it once for each image. They are
         looked up by the contents of image and backbone, never by a name. So are the starts and
-        projections that fits have in common. A file that a process
-        has read for that is not read again while its size and its times stay. Nothing is ever
-        removed from the folder; delete it when done.
+        projections that fits have in common. A file that a process has read for that is not read
+        again while its size and its times stay. Nothing is ever removed from the folder; delete it
+        when done.
     checkpoint : None or path, default=None
         Folder in which a fit keeps its state after the start and after every epoch, until it is
         done. The same fit, with the same data, goes on from there should it have been stopped,

@@ -21,8 +21,7 @@ _known: dict[str, tuple[_Stamp, str]] = {}
 def known_digest(path: str) -> str | None:
     """Return the digest of a file that need not be read for it, or None."""
     try:
-        known = _known.get(path)
-        return None if known is None or known[0] != _stamp(os.stat(path)) else known[1]
+        return _remembered(path, _stamp(os.stat(path))) if path in _known else None
     except (OSError, ValueError):
         return None
 
@@ -37,15 +36,21 @@ def file_digest(path: str, status: os.stat_result) -> str:
     shared memory that was written to before, or on a disk of the network whose times are kept here
     for a while, or behind by more than two seconds.
     """
-    stamp, known = _stamp(status), _known.get(path)
-    if known is not None and known[0] == stamp:
-        return known[1]
+    stamp = _stamp(status)
+    remembered = _remembered(path, stamp)
+    if remembered is not None:
+        return remembered
     settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED
     digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=20).hexdigest()
     room = path in _known or len(_known) < _MOST_KNOWN  # another scan finds the first again
     if settled and room and os.name != "nt":
         _known[path] = stamp, digest
     return digest
+
+
+def _remembered(path: str, stamp: _Stamp) -> str | None:
+    then, digest = _known.get(path, (None, None))
+    return digest if then == stamp else None
 
 
 def _stamp(status: os.stat_result) -> _Stamp:

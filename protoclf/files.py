@@ -41,20 +41,35 @@ def errors_about(target: Path, temporary: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(target)) from error
 
 
+def file_to_write(path: str | os.PathLike[str]) -> Path:
+    """Refuse now what would fail only once all that is to be written is there."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"path must be a file; {os.fspath(path)!r} is a folder.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {os.fspath(target.parent)!r} to write to.")
+    return target
+
+
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file, and wait until the disk has it."""
-    with open(path, "wb") as file:
+    with _synced(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_checked(path: Path, write: Callable[[Any], object]) -> None:
     """Write a file through a stream, and behind it a checksum, and wait until the disk has it."""
-    with open(path, "wb") as file:
+    with _synced(path) as file:
         stream = _Summed(file)
         write(stream)
-        file.write(stream.checksum.to_bytes(_CHECKSUM, "little"))
+        file.write(_as_bytes(stream.checksum))
+
+
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write to, and wait at last until the disk has it."""
+    with open(path, "wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
 
@@ -65,7 +80,7 @@ def check(path: Path) -> None:
         left, checksum = os.fstat(file.fileno()).st_size - _CHECKSUM, 0
         while left > 0 and (part := file.read(min(left, _PART))):
             checksum, left = zlib.crc32(part, checksum), left - len(part)
-        if file.read() != checksum.to_bytes(_CHECKSUM, "little"):
+        if file.read() != _as_bytes(checksum):
             raise ValueError("the checksum is that of other bytes")
 
 
@@ -88,7 +103,7 @@ def with_checksum(write: Callable[[BinaryIO], None]) -> memoryview:
     """Return what is written to a stream, and behind it a checksum."""
     stream = io.BytesIO()
     write(stream)
-    stream.write(_checksum(stream.getbuffer()))
+    stream.write(_as_bytes(zlib.crc32(stream.getbuffer())))
     return stream.getbuffer()
 
 
@@ -96,10 +111,10 @@ def without_checksum(data: bytes) -> memoryview:
     """Return what stands before the checksum, or raise ValueError where that is of other bytes."""
     whole = memoryview(data)
     written, checksum = whole[:-_CHECKSUM], whole[-_CHECKSUM:]
-    if _checksum(written) != checksum:
+    if _as_bytes(zlib.crc32(written)) != checksum:
         raise ValueError("the checksum is that of other bytes")
     return written
 
 
-def _checksum(data: memoryview) -> bytes:
-    return zlib.crc32(data).to_bytes(_CHECKSUM, "little")
+def _as_bytes(checksum: int) -> bytes:
+    return checksum.to_bytes(_CHECKSUM, "little")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclf.explanation import BOX
-from protoclf.files import replaced
+from protoclf.files import file_to_write, replaced
 from protoclf.fitted import check_classifier
 from protoclf.network import ProtoPNet
 
@@ -93,11 +93,7 @@ def export_onnx(clf: ProtoPNetClassifier, path: str | os.PathLike[str]) -> Path:
     """
     _import_runtime()
     check_classifier(clf)
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"path must be a file; {os.fspath(path)!r} is a folder.")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {os.fspath(target.parent)!r} to write to.")
+    target = file_to_write(path)
     exported = _Exported(clf.plain_module).eval()
     program = _program(exported, clf.preprocessing_.image_size)
     program.model.metadata_props[METADATA_KEY] = json.dumps(_description(clf), allow_nan=False)

@@ -14,7 +14,17 @@ import numpy as np
 import torch
 
 from protoclf.messages import first_few
-from protoclf.rules import Rule, check_rules, either, integer, non_negative, one_of, optional
+from protoclf.rules import (
+    COUNT,
+    NON_NEGATIVE,
+    SEED,
+    Rule,
+    check_rules,
+    either,
+    integer,
+    one_of,
+    optional,
+)
 
 T = TypeVar("T")
 Triple = tuple[float, float, float]  # red, green, blue
@@ -27,14 +37,14 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
 def _is_size(value: Any) -> bool:
     if isinstance(value, str):
         return value == "full"
-    holds = integer(1)[0]
+    holds = COUNT[0]
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(holds, value))
 
 
 def _is_count(value: Any) -> bool:
     if isinstance(value, str):
         return value == "auto"
-    holds = integer(1)[0]
+    holds = COUNT[0]
     counts = value.values() if isinstance(value, Mapping) else [value]
     return all(map(holds, counts))
 
@@ -79,10 +89,9 @@ def _is_callback(value: Any) -> bool:
 
 
 def _is_seed(value: Any) -> bool:
-    return value is None or isinstance(value, np.random.RandomState) or _SEED[0](value)
+    return value is None or isinstance(value, np.random.RandomState) or SEED[0](value)
 
 
-_SEED = integer(0)
 _OTHER_NAMES = {  # of what is ours by another name, elsewhere
     **dict.fromkeys(("max_epochs", "n_epochs", "num_epochs", "epochs"), "joint_epochs"),
     **dict.fromkeys(("n_prototypes", "num_prototypes"), "prototypes_per_class"),
@@ -99,30 +108,30 @@ _NESTED = ("optimizer", "iterator_train", "iterator_valid", "callbacks", "compil
 RULES: dict[str, Rule] = {
     "on_bad_image": one_of("raise", "skip"),
     "train_backbone": (_is_flag, "True or False"),
-    "image_size": integer(1),
+    "image_size": COUNT,
     "resize": one_of("crop", "squash"),
     "prototypes_per_class": (_is_count, '"auto", an int >= 1, or a dict of one for each class'),
     "prototype_size": (_is_size, '"full" or (rows, columns), ints >= 1'),
-    "latent_dim": optional(integer(1)),
+    "latent_dim": optional(COUNT),
     "similarity": one_of("log", "cosine"),
     "prototype_init": one_of("selected", "kmeans", "random"),
     "distinct": one_of(None, "patches", "images"),
     "self_matches": one_of("auto", "median", "keep"),
     "class_weight": (_is_class_weight, 'None, "balanced" or a dict of a number for each class'),
-    "lambda_clst": non_negative(),
-    "lambda_sep": non_negative(),
-    "lambda_patch": non_negative(),
-    "lambda_l1": either("cv", non_negative()),
+    "lambda_clst": NON_NEGATIVE,
+    "lambda_sep": NON_NEGATIVE,
+    "lambda_patch": NON_NEGATIVE,
+    "lambda_l1": either("cv", NON_NEGATIVE),
     "warmup_epochs": integer(0),
     "joint_epochs": integer(0),
-    "cycles": integer(1),
+    "cycles": COUNT,
     "augmented_views": either("auto", integer(0)),
     "batch_norm": one_of("keep", "train"),
-    "lr": non_negative(),
-    "backbone_lr": non_negative(),
+    "lr": NON_NEGATIVE,
+    "backbone_lr": NON_NEGATIVE,
     "lr_schedule": one_of("cosine", "step", None),
-    "batch_size": integer(1),
-    "micro_batch_size": optional(either("auto", integer(1))),
+    "batch_size": COUNT,
+    "micro_batch_size": optional(either("auto", COUNT)),
     "precision": one_of("auto", "float32", "bfloat16"),
     "memory": (_is_memory, "None, a folder or a joblib.Memory"),
     "checkpoint": (_is_folder, "None or a folder"),

@@ -49,7 +49,7 @@ from protoclf.network_structure import (
 from protoclf.parameters import check_parameters
 from protoclf.rules import check_rules
 from protoclf.saved_labels import labels_to_json
-from protoclf.saved_model import IMAGE_SIZE, PATH_COLUMNS, VERSION, SavedModel
+from protoclf.saved_model import MOST_IMAGE_SIZE, PATH_COLUMNS, VERSION, SavedModel
 from protoclf.saved_parameters import parameters_to_json
 from protoclf.saved_sources import (
     THUMBNAILS_RULE,
@@ -80,10 +80,11 @@ def save_classifier(
     """Write a fitted classifier: see `ProtoPNetClassifier.save`."""
     check_rules({"thumbnails": thumbnails}, {"thumbnails": THUMBNAILS_RULE})
     check_parameters(vars(clf))
-    if not IMAGE_SIZE[0](clf.preprocessing_.image_size):
+    image_size = clf.preprocessing_.image_size
+    if image_size > MOST_IMAGE_SIZE:
         raise ValueError(
-            f"Saved models have an image_size of 4096 at most, and this one has "
-            f"{clf.preprocessing_.image_size}. A pickle holds it."
+            f"Saved models have an image_size of {MOST_IMAGE_SIZE} at most, and this one has "
+            f"{image_size}. A pickle holds it."
         )
     with written_whole(folder, overwrite) as temporary:
         pictures = _pictures(clf, None if thumbnails is None else int(thumbnails))
@@ -325,7 +326,8 @@ def _restore_fit(
     """Set what a fit leaves behind, beside the network."""
     clf.preprocessing_ = Preprocessing(saved.network["image_size"], saved.network["resize"])
     clf.seed_, clf.backbone_trained_ = saved.fit["seed"], saved.fit["backbone_trained"]
-    clf.lambda_l1_, clf.concepts_ = float(saved.fit["lambda_l1"]), None
+    clf.lambda_l1_ = float(saved.fit["lambda_l1"])
+    clf.concepts_ = None
     weight = saved.tensors["last_layer_result.weight"].clone()
     clf.last_layer_result_ = LastLayerResult(weight=weight, **saved.last_layer_result)
     if "last_layer_path.weight" in saved.tensors:

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from protoclf.decoding import check_files
 from protoclf.explanation import BOX, EXPLAIN_RULES
-from protoclf.files import replaced
+from protoclf.files import file_to_write, replaced
 from protoclf.fitted import check_classifier
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
@@ -123,7 +123,7 @@ def write_report(
     check_classifier(clf)
     given = {"top": top, "thumbnail": thumbnail, "attribution": attribution}
     check_rules(given, _RULES)
-    target = _target(path)
+    target = file_to_write(path)
     images = Images(X)
     y = None if y is None else read_labels(y, len(images))
     check_files(images, progress=None if clf.verbose else False)
@@ -145,16 +145,6 @@ def write_report(
     page = _rendered(environment, content)
     with replaced(target) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    return target
-
-
-def _target(path: str | os.PathLike[str]) -> Path:
-    """Refuse now what would fail only after all images were explained."""
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"path must be a file; {os.fspath(path)!r} is a folder.")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {os.fspath(target.parent)!r} to write to.")
     return target
 
 

@@ -21,17 +21,6 @@ def integer(least: int) -> Rule:
     return holds, f"an int >= {least}"
 
 
-def non_negative() -> Rule:
-    """Return the rule of numbers that are finite and not below 0."""
-
-    def holds(value: Any) -> bool:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            return False
-        return 0 <= float(value) < np.inf
-
-    return holds, "a finite number >= 0"
-
-
 def one_of(*options: Any) -> Rule:
     """Return the rule of these strings, and None where it is among them."""
     names = ", ".join(map(repr, options))
@@ -59,6 +48,10 @@ def check_rules(params: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
             raise ValueError(f"{name} must be {allowed}; got {params[name]!r}.")
 
 
+def _is_non_negative(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < np.inf
+
+
 def _is_percentile(value: Any) -> bool:
     return isinstance(value, Real) and (value == 0 or 1 <= float(value) < 100)
 
@@ -77,7 +70,7 @@ def _is_quality(value: Any) -> bool:
 
 COUNT: Rule = integer(1)
 SEED: Rule = integer(0)
-NON_NEGATIVE: Rule = non_negative()
+NON_NEGATIVE: Rule = (_is_non_negative, "a finite number >= 0")
 PERCENTILE: Rule = (_is_percentile, "0, or a number >= 1 and < 100 (95, not 0.95)")
 SHARE: Rule = (_is_share, "a number > 0 and <= 1")
 QUALITY: Rule = (_is_quality, "an int from 1 to 95")

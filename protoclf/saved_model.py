@@ -53,6 +53,9 @@ PATH_COLUMNS = {
 }
 """Columns of `last_layer_path_`; `weight` holds arrays."""
 
+MOST_IMAGE_SIZE = 4096
+"""Pixels, up to which `load` takes the memory of a pass, to compare what the network computes."""
+
 _COLUMNS: dict[str, Kind] = {
     **dict.fromkeys(("source_index", "row", "col"), ("int64", ())),
     "box": ("int64", (4,)),
@@ -323,9 +326,6 @@ def _is_edits(value: Any) -> bool:
     return rows and all(type(row[0]) is int for row in value)
 
 
-IMAGE_SIZE: Rule = _whole(1, 4096)
-"""Up to which `load` takes the memory of a pass of the network, to compare what it computes."""
-
 _ANY: Rule = (lambda value: True, "anything")
 _OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
 _OBJECT_OR_NOT: Rule = (lambda value: value is None or isinstance(value, dict), "an object or null")
@@ -342,7 +342,7 @@ _ROWS: Rule = (_is_rows, "a list of objects, each with a list of batches")
 _NETWORK: dict[str, Rule] = {
     "backbone": (lambda value: value is None or type(value) is str, "a name or null"),
     "layers": (_is_layers, "an object of names, or null"),
-    "image_size": IMAGE_SIZE,
+    "image_size": _whole(1, MOST_IMAGE_SIZE),
     "resize": RULES["resize"],
     "latent_dim": RULES["latent_dim"],
     "similarity": RULES["similarity"],

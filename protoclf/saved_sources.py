@@ -13,13 +13,13 @@ import PIL.Image
 from protoclf.decoding import in_threads
 from protoclf.files import write_bytes
 from protoclf.model_files import THUMBNAILS, read_bytes, refusal
-from protoclf.rules import Rule, integer
+from protoclf.rules import COUNT, Rule
 
 MOST_SIDE = 4096  # pixels
 
 
 def _is_side(value: Any) -> bool:
-    return value is None or (integer(1)[0](value) and value <= MOST_SIDE)
+    return value is None or (COUNT[0](value) and value <= MOST_SIDE)
 
 
 THUMBNAILS_RULE: Rule = _is_side, f"None, or an int from 1 to {MOST_SIDE}"

@@ -39,15 +39,20 @@ def replace_self_matches(
     Tensor of shape (N, m)
         The median is over the other images of the class; where there are none, g stays.
     """
-    if groups is None:
-        groups = torch.arange(len(g), device=g.device)
-    replaced = groups[:, None] == groups[source]  # (N, m)
+    replaced = are_self_matches(len(g), source, groups)
     result = g.masked_fill(replaced if some is None else replaced & some, torch.nan)
     for c in owner.unique():
         mine = owner == c
         median = _median(result[y == c][:, mine])  # (k,)
         result[:, mine] = torch.where(result[:, mine].isnan(), median, result[:, mine])
     return torch.where(result.isnan(), g, result)
+
+
+def are_self_matches(n: int, source: Tensor, groups: Tensor | None = None) -> Tensor:
+    """Return which of n images are the sources of prototypes, or of their groups: (n, m)."""
+    if groups is None:
+        groups = torch.arange(n, device=source.device)
+    return groups[:, None] == groups[source]
 
 
 def rare_classes(y: Tensor, n_classes: int) -> Tensor:

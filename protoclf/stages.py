@@ -32,7 +32,7 @@ from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
 from protoclf.penalty import PENALTIES, penalty_path
 from protoclf.selection import selected_prototypes
-from protoclf.self_matches import rare_classes, replace_self_matches
+from protoclf.self_matches import are_self_matches, rare_classes, replace_self_matches
 from protoclf.stage_cache import remembered
 from protoclf.torch_settings import widest_float
 
@@ -309,8 +309,8 @@ def _largest(g: Tensor, source: np.ndarray, groups: np.ndarray | None) -> float:
 
     Which stay as they are in a class that has no other images, or no other group of them.
     """
-    groups = np.arange(len(g)) if groups is None else groups
-    own = torch.from_numpy(groups[:, None] == groups[source]).to(g.device)  # (N, m)
+    alike = None if groups is None else torch.from_numpy(groups)
+    own = are_self_matches(len(g), torch.from_numpy(source), alike).to(g.device)
     others = g.masked_fill(own, -torch.inf).amax()
     return float(others if others > 0 else g.amax().clamp_min(1e-6))
 
