@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 
-import protoclf.last_layer as module
+from protoclf import last_layer_problem, quadratic_model
 from protoclf.last_layer import last_layer_path, solve_last_layer
 
 
@@ -144,8 +144,8 @@ def test_signs_hold_and_the_certificate_is_honest_at_a_middle_size():
 @pytest.mark.parametrize("explicit", [0, 1500], ids=["products", "written out"])
 @pytest.mark.parametrize("small", [0, 10**9], ids=["single", "double"])
 def test_every_form_of_the_model_reaches_the_same_optimum(monkeypatch, explicit, small):
-    monkeypatch.setattr(module, "_EXPLICIT", explicit)
-    monkeypatch.setattr(module, "_SMALL", small)
+    monkeypatch.setattr(quadratic_model, "_EXPLICIT", explicit)
+    monkeypatch.setattr(last_layer_problem, "_SMALL", small)
     g, y, owner = similarities(n=200, m=30, n_classes=5)
     result = solve_last_layer(g, y, owner, 1e-3, tol=1e-7)
     assert result.converged
@@ -156,16 +156,16 @@ def test_every_form_of_the_model_reaches_the_same_optimum(monkeypatch, explicit,
 
 @pytest.mark.parametrize(("name", "most"), [("_GATHERED", 0), ("_MOST_GATHERED", 5 * 200)])
 def test_large_working_sets_are_not_gathered(monkeypatch, name, most):
-    monkeypatch.setattr(module, "_EXPLICIT", 0)
-    monkeypatch.setattr(module, name, most)
-    monkeypatch.setattr(module, "_CHUNK", 500)
-    gather = module._Model._gather_rows
+    monkeypatch.setattr(quadratic_model, "_EXPLICIT", 0)
+    monkeypatch.setattr(quadratic_model, name, most)
+    monkeypatch.setattr(quadratic_model, "_CHUNK", 500)
+    gather = quadratic_model.QuadraticModel._gather_rows
 
     def noted(model, classes):
         assert classes != slice(None) or (name != "_GATHERED" and model.index.numel() <= 5)
         return gather(model, classes)
 
-    monkeypatch.setattr(module._Model, "_gather_rows", noted)
+    monkeypatch.setattr(quadratic_model.QuadraticModel, "_gather_rows", noted)
     g, y, owner = similarities(n=200, m=30, n_classes=5)
     result = solve_last_layer(g, y, owner, 1e-3)
     monkeypatch.undo()
