@@ -11,7 +11,6 @@ Prototypes are numbered anew after each removal; ``edits_`` names them as they w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,12 +23,11 @@ from protoclf.concepts import ForbiddenPatches
 from protoclf.duplicates import distances_within_classes, repeated
 from protoclf.explanation import EDIT_COLUMNS
 from protoclf.features import FitData
-from protoclf.fitted import check_editable
+from protoclf.fitted import check_editable, known_prototypes
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import restart_prototypes
 from protoclf.labels import checked_weights, encode, read_groups, read_labels
-from protoclf.messages import first_few
 from protoclf.nearest_patches import find_concepts
 from protoclf.rules import COUNT, NON_NEGATIVE, Rule, check_rules, integer, optional
 from protoclf.stages import LastLayer, keep_prototypes
@@ -85,7 +83,7 @@ def select_prototypes(
     """
     check_editable(clf)
     _check_reason(reason)
-    kept = np.array(sorted(_known(clf, ids)), dtype=int)
+    kept = np.array(sorted(known_prototypes("ids", ids, range(clf.n_prototypes_))), dtype=int)
     table = clf.prototypes_
     bare = sorted(set(clf.classes_.tolist()) - set(table["class"].iloc[kept].tolist()))
     if bare:
@@ -121,7 +119,8 @@ def remove(
         As in `select_prototypes`.
     """
     check_editable(clf)
-    kept = sorted(set(range(clf.n_prototypes_)) - set(_known(clf, ids)))
+    known = range(clf.n_prototypes_)
+    kept = sorted(set(known) - set(known_prototypes("ids", ids, known, may_be_none=True)))
     return select_prototypes(clf, kept, action="remove", reason=reason, X=X, y=y)
 
 
@@ -331,9 +330,7 @@ def _taught(
     check_editable(clf)
     _check_reason(reason)
     check_rules(given, _CONCEPT_RULES)
-    chosen = sorted(_known(clf, ids))
-    if not chosen:
-        raise ValueError("ids names no prototype: give at least one.")
+    chosen = sorted(known_prototypes("ids", ids, range(clf.n_prototypes_)))
     X, y = unpacked(X, y)
     images = Images(X)
     codes = encode(read_labels(y, len(images)), clf.classes_)[1]
@@ -392,18 +389,6 @@ def own_among_nearest(activations: Activations, k: int) -> np.ndarray:
     """Return, for each prototype, how many of its k most similar images are of its class, (m,)."""
     nearest = activations.g.argsort(dim=0, descending=True, stable=True)[:k]  # (k, m)
     return (activations.y[nearest] == activations.owner).sum(0).cpu().numpy()
-
-
-def _known(clf: ProtoPNetClassifier, ids: ArrayLike) -> list[int]:
-    values = np.atleast_1d(np.asarray(ids)).ravel()
-    must = f"ids must be those of prototypes, from 0 to {clf.n_prototypes_ - 1}"
-    if values.dtype == bool:
-        raise ValueError(f"{must}; of a mask, np.flatnonzero(mask) gives them.")
-    given: Iterable[Any] = values.tolist()
-    unknown = [j for j in given if type(j) is not int or not 0 <= j < clf.n_prototypes_]
-    if unknown:
-        raise ValueError(f"{must}; got {first_few(list(map(repr, unknown)))}.")
-    return list(dict.fromkeys(given))
 
 
 def _check_reason(reason: Any) -> None:

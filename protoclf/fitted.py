@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
+
+from protoclf.messages import first_few
 
 
 def check_classifier(clf: Any) -> None:
@@ -24,3 +29,42 @@ def check_editable(clf: Any) -> None:
     check_classifier(clf)
     if isinstance(clf, FrozenEstimator):
         raise TypeError("A FrozenEstimator stays as it is; edit the one in it, frozen.estimator.")
+
+
+def known_prototypes(
+    name: str,
+    ids: ArrayLike,
+    known: Iterable[int],
+    where: str = "the classifier",
+    may_be_none: bool = False,
+) -> list[int]:
+    """Return ids of prototypes, each once.
+
+    Parameters
+    ----------
+    name : str
+        Of the parameter that holds them, for messages.
+    ids : array-like of int
+    known : iterable of int
+        The ids that there are.
+    where : str, default="the classifier"
+        Where they are known, for messages.
+    may_be_none : bool, default=False
+        Whether there may be no id.
+
+    Raises
+    ------
+    ValueError
+        If there are others among them, or none.
+    """
+    given, known = np.atleast_1d(np.asarray(ids)).ravel(), set(known)
+    must = f"{name} must name prototypes that {where} has, from {min(known)} to {max(known)}"
+    if given.dtype == bool:
+        raise ValueError(f"{must}; of a mask, np.flatnonzero(mask) gives them.")
+    values: list[Any] = given.tolist()
+    unknown = [j for j in values if type(j) is not int or j not in known]
+    if not (values or may_be_none):
+        raise ValueError(f"{must}; got none.")
+    if unknown:
+        raise ValueError(f"{must}; got {first_few(list(map(repr, unknown)))}.")
+    return list(dict.fromkeys(values))

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from protoclf.canvas import View
 from protoclf.explanation import BOX, EXPLAIN_RULES
-from protoclf.fitted import check_classifier
+from protoclf.fitted import check_classifier, known_prototypes
 from protoclf.images import Images
 from protoclf.localization import activation_boxes, covered_cells, upsample
 from protoclf.rules import check_rules
@@ -36,7 +36,7 @@ def chosen_prototypes(
     by_weight = table.sort_values("weight", ascending=False, kind="stable")
     place = by_weight.groupby("class").cumcount()  # in its class, from 0
     if prototypes is not None:
-        chosen = table.iloc[known_ids(clf, prototypes)]
+        chosen = table.iloc[known_prototypes("prototypes", prototypes, table["prototype"])]
     elif label is not None:
         class_index(clf, label)
         chosen = by_weight[by_weight["class"] == label]
@@ -51,26 +51,6 @@ def chosen_prototypes(
     if chosen.empty:
         raise ValueError(f"label {label!r} has no prototypes.")
     return chosen.reset_index(drop=True)
-
-
-def known_ids(clf: ProtoPNetClassifier, prototypes: ArrayLike) -> list[int]:
-    """Return ids of prototypes, each once."""
-    return _known(prototypes, clf.prototypes_["prototype"], "the classifier")
-
-
-def _known(prototypes: ArrayLike, known: pd.Series, where: str) -> list[int]:
-    given = np.atleast_1d(np.asarray(prototypes))
-    if not given.size:
-        raise ValueError("prototypes must be ids of prototypes; got none.")
-    if given.dtype.kind not in "iu":
-        raise ValueError(f"prototypes must be ids, whole numbers; got {prototypes!r}.")
-    unknown = sorted(set(given.ravel().tolist()) - set(known.tolist()))
-    if unknown:
-        raise ValueError(
-            f"prototypes must be ids that {where} has, from {known.min()} to {known.max()}; "
-            f"unknown: {unknown}."
-        )
-    return list(dict.fromkeys(given.ravel().tolist()))
 
 
 def class_index(clf: ProtoPNetClassifier, label: Any) -> int:
@@ -152,7 +132,7 @@ def nearest_rows(
     if prototypes is None:
         ids = table["prototype"].unique().tolist()[:_MOST]
     else:
-        ids = _known(prototypes, table["prototype"], "the table")
+        ids = known_prototypes("prototypes", prototypes, table["prototype"], "the table")
     order = {j: i for i, j in enumerate(ids)}
     rows = table[table["prototype"].isin(ids)]
     rows = rows if top is None else rows[rows["rank"] <= top]
@@ -168,7 +148,8 @@ def nearest_rows(
 def prototypes_of(table: pd.DataFrame, clf: ProtoPNetClassifier) -> pd.DataFrame:
     """Return the rows of ``clf.prototypes_`` that a table of nearest patches is about."""
     named = table.drop_duplicates("prototype")
-    found = clf.prototypes_.iloc[known_ids(clf, named["prototype"])].reset_index(drop=True)
+    ids = known_prototypes("table", named["prototype"], range(clf.n_prototypes_))
+    found = clf.prototypes_.iloc[ids].reset_index(drop=True)
     if found["class"].tolist() != named["class"].tolist():
         raise ValueError(
             "The table was made with another classifier: its prototypes are of other classes. Find "

@@ -31,7 +31,7 @@ from protoclf.canvas import (
 )
 from protoclf.curves import HistoryDisplay, LastLayerPathDisplay, plot_history, plot_last_layer_path
 from protoclf.explanation import BOX, SOURCE_BOX
-from protoclf.fitted import check_classifier
+from protoclf.fitted import check_classifier, known_prototypes
 from protoclf.gallery import (
     NearestPatchesDisplay,
     PrototypesDisplay,
@@ -45,7 +45,6 @@ from protoclf.plot_data import (
     check_top,
     class_index,
     heat_maps,
-    known_ids,
     source_images,
 )
 
@@ -294,7 +293,7 @@ def plot_similarity_maps(
                 f"No prototype contributes to label {label!r}; name prototypes to be drawn."
             )
     else:
-        ids = known_ids(clf, prototypes)
+        ids = known_prototypes("prototypes", prototypes, range(clf.n_prototypes_))
     heats, boxes = heat_maps(clf, [image], [picture.shape[1::-1]], [0] * len(ids), ids)
     table = pd.DataFrame(
         {

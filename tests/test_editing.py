@@ -97,11 +97,11 @@ def test_an_edited_classifier_is_a_classifier(three_each, squares):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([9], "ids must be those of prototypes, from 0 to 8; got 9"),
+        ([9], "ids must name prototypes that the classifier has, from 0 to 8; got 9"),
         (range(20, 40), r"got 20, 21, 22, 23, 24, and 15 more"),
         (np.arange(9) == 3, r"np\.flatnonzero\(mask\) gives them"),
-        ([-1], "ids must be"),
-        ([1.5], "ids must be"),
+        ([-1], "ids must name"),
+        ([1.5], "ids must name"),
         ([0, 1, 2], "Keep a prototype of each class: none would be left of \\['blue'\\]"),
     ],
 )
