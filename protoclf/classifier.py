@@ -78,7 +78,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     prototype_size : (int, int) or "full", default=(1, 1)
         Rows and columns of latent cells; "full" is the whole map.
     latent_dim : int or None, default=None
-        Channels behind the two 1 x 1 convolutions of the add-on layers (128 in the paper); None
+        Channels behind the two 1 x 1 convolutions of the add-on layers (128 in the authors' code); None
         compares the backbone's own channels.
     similarity : {"cosine", "log"}, default="cosine"
         "log" is the paper's log((d + 1) / (d + 1e-4)) of the squared L2 distance d, for which raw
