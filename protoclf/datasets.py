@@ -4,6 +4,7 @@ import os
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from warnings import warn
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from protoclf.messages import first_few
 __all__ = ["BIRD_CLASSES", "bird_part", "bird_twin", "load_folder", "make_birds"]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 BIRD_CLASSES: tuple[str, ...] = tuple(LOOKS)
 """Names of the classes that `make_birds` draws, twins side by side."""
@@ -214,9 +216,14 @@ def load_folder(
     ValueError
         If there is no class folder, or a class folder holds no image.
 
+    Warns
+    -----
+    UserWarning
+        If all class folders have names of splits, such as "train" and "test".
+
     Examples
     --------
-    >>> X, y = load_folder("photos")  # doctest: +SKIP
+    >>> X, y = load_folder("photos/train")  # doctest: +SKIP
     """
     root = Path(root)
     endings = _endings(extensions)
@@ -232,6 +239,13 @@ def load_folder(
             f"no images ({', '.join(endings)}) in {len(empty)} class folder(s) of '{root}': "
             f"{first_few(list(map(repr, empty)))}; "
             "add images, remove the folder, or pass their `extensions`"
+        )
+    names = sorted(set(labels))
+    if all(name.lower() in _SPLITS for name in names):
+        warn(
+            f"The classes of '{root}' are {', '.join(map(repr, names))}: these look like splits. "
+            f"To load one of them, give its folder, such as '{root / names[-1]}'.",
+            stacklevel=2,
         )
     return paths, np.array(labels, dtype=np.str_)
 

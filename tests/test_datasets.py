@@ -244,6 +244,13 @@ def test_load_folder_is_sorted_recursive_and_skips_what_is_hidden(tmp_path):
     assert labels.dtype.kind == "U"
 
 
+def test_load_folder_warns_of_splits_in_place_of_classes(tmp_path):
+    touch(tmp_path, "train/wren/1.jpg", "Test/wren/2.jpg")
+    with pytest.warns(UserWarning, match="'Test', 'train': these look like splits.*train'"):
+        _, labels = load_folder(tmp_path)
+    assert labels.tolist() == ["Test", "train"]
+
+
 def test_load_folder_composes_decomposed_class_names(tmp_path):
     touch(tmp_path, unicodedata.normalize("NFD", "까치") + "/1.jpg")
     paths, labels = load_folder(tmp_path)
