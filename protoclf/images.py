@@ -231,7 +231,8 @@ def _from_array(X: np.ndarray) -> tuple[Any, list[str] | None]:
     if X.ndim != 1:
         raise ImageError(
             f"Expected images: one path each, an array of shape (n,) or (n, 1), or pixels as "
-            f"uint8 or float; got shape {X.shape} of dtype {X.dtype}. Reshape your data."
+            f"uint8 or float; got shape {X.shape} of dtype {X.dtype}. Reshape your data: "
+            "of a table, give the column of paths, X[:, 0]."
         )
     return _from_list(list(X))
 

@@ -38,6 +38,7 @@ from protoclf.gallery import (
     plot_nearest_patches,
     plot_prototypes,
 )
+from protoclf.image_errors import ImageError
 from protoclf.images import Images
 from protoclf.logits import probabilities, ranking
 from protoclf.plot_data import (
@@ -113,6 +114,7 @@ def plot_explanation(
         If classes or top cannot be used, or no prototype contributes to these classes.
     """
     check_classifier(clf)
+    _check_one_image(image)
     sheet = clf.explain([image], classes, top, attribution=attribution, percentile=percentile)
     if sheet.empty:
         raise ValueError(f"No prototype contributes to classes {classes!r}: there is no sheet.")
@@ -129,6 +131,14 @@ def plot_explanation(
         sources={j: images[index[j]] for j in shown},
     )
     return display.plot(figure)
+
+
+def _check_one_image(image: Any) -> None:
+    if isinstance(image, Sequence) and not isinstance(image, str) and len(image) != 1:
+        raise ImageError(
+            f"image must be one image; got a {type(image).__name__} of {len(image)}. Draw them one "
+            "by one, image=X[0]."
+        )
 
 
 def _verdicts(
@@ -280,6 +290,7 @@ def plot_similarity_maps(
     check_classifier(clf)
     check_top(top)
     check_one_of(label, prototypes)
+    _check_one_image(image)
     picture = np.asarray(Images([image]).open(0))
     similarity = clf.transform([image])[0]  # (m,)
     label = clf.predict([image]).tolist()[0] if label is None else label

@@ -511,3 +511,9 @@ def test_an_explanation_is_drawn_with_the_boxes_that_were_asked_for(fitted, squa
 def test_a_history_is_looked_for_in_a_classifier_alone(fitted):
     with pytest.raises(TypeError, match="last step of a pipeline"):
         plot_history(make_pipeline("passthrough", fitted))
+
+
+@pytest.mark.parametrize("draw", [plot_explanation, plot_similarity_maps])
+def test_several_images_in_the_place_of_one_are_refused(fitted, squares, draw):
+    with pytest.raises(ImageError, match=r"got a list of 2. Draw them one by one, image=X\[0\]"):
+        draw(fitted, list(squares[0][:2]))
