@@ -78,8 +78,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     prototype_size : (int, int) or "full", default=(1, 1)
         Rows and columns of latent cells; "full" is the whole map.
     latent_dim : int or None, default=None
-        Channels behind the two 1 x 1 convolutions of the add-on layers (128 in the authors' code); None
-        compares the backbone's own channels.
+        Channels behind the two 1 x 1 convolutions of the add-on layers (128 in the authors' code);
+        None compares the backbone's own channels.
     similarity : {"cosine", "log"}, default="cosine"
         "log" is the paper's log((d + 1) / (d + 1e-4)) of the squared L2 distance d, for which raw
         features lie too far apart: it needs a `latent_dim`, and training. "cosine" is 1 - d / 2 of
@@ -181,8 +181,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     verbose : int, default=1
         0 prints nothing.
     **skorch_parameters
-        Any other parameter of `skorch.NeuralNetClassifier`, nested ones such as
-        ``optimizer__weight_decay`` or ``iterator_train__num_workers`` included.
+        Other parameters of `skorch.NeuralNetClassifier`, such as ``warm_start``, and nested ones,
+        such as ``optimizer__weight_decay`` or ``iterator_train__num_workers``. Those that are set
+        here are refused: ``module``, ``criterion``, ``dataset``, ``max_epochs``, ``classes`` and
+        ``predict_nonlinearity``.
 
     Attributes
     ----------
