@@ -215,6 +215,8 @@ def _check_name(name: str) -> str:
         )
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    if re.match("efficientnet.lite", name.lower()):
+        hint = " EfficientNet-lite is a module: see examples/benchmarks/efficientnet_lite.py."
     raise ValueError(
         f"backbone={name!r} is unknown.{hint} `available_backbones()` lists the names; "
         f"{_OWN_MODULE} may be passed too."

@@ -108,6 +108,12 @@ def test_an_unknown_name_gets_the_nearest_ones(name, near):
         build_backbone(name, weights=None)
 
 
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "EfficientNet-lite2"])
+def test_efficientnet_lite_is_told_where_it_is(name):
+    with pytest.raises(ValueError, match=r"unknown. EfficientNet-lite is a module: see examples"):
+        build_backbone(name)
+
+
 @pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "inception_v3"])
 def test_unsupported_families_say_what_is_supported(name):
     with pytest.raises(ValueError, match=r"not supported.*resnet.*any nn\.Module"):
