@@ -161,6 +161,7 @@ class StagedNet(SkorchProtoPNet):
         ):
             if first:
                 self.initialize()
+                self._warn_of_one_cell()
             self.prepare_processor()
             if not first:
                 self.heed_parameters()
@@ -169,6 +170,16 @@ class StagedNet(SkorchProtoPNet):
             self.notify("on_train_begin", **whole)
             with self.plain_module.taking(self.images_at_once()):
                 self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
+
+    def _warn_of_one_cell(self) -> None:
+        if self.prototype_size != "full" and self.geometry_.height * self.geometry_.width == 1:
+            warn(
+                f"The backbone makes a single cell of an image of {self.image_size} pixels: each "
+                "prototype is a whole image, and each box too. Raise image_size, or leave out the "
+                'backbone\'s last layers; with prototype_size="full" nothing warns.',
+                UserWarning,
+                stacklevel=6,
+            )
 
     def _warn_of_bare_classes(self) -> None:
         bare = (self.module_.last_layer.weight == 0).all(1).cpu().numpy()  # (C,)

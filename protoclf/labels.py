@@ -17,6 +17,8 @@ def read_labels(y: Any, n: int) -> np.ndarray:
     given = y
     if y is None:
         raise ValueError("The classifier requires y to be passed, but the target y is None.")
+    if isinstance(y, str):
+        raise TypeError(f"y must hold a label for each image; got the string {y!r}.")
     y = _as_they_are(column_or_1d(_without_extension(y), warn=True), y)
     if len(y) != n:
         raise ValueError(f"X has {n} images and y {len(y)} labels; they must be as many.")

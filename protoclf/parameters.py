@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
+from os.path import isfile
 from typing import Any, TypeVar
 
 import joblib
@@ -62,7 +63,8 @@ def _is_folder(value: Any) -> bool:
 
 
 def _is_memory(value: Any) -> bool:
-    return _is_folder(value) or isinstance(value, joblib.Memory)
+    folder = value.location if isinstance(value, joblib.Memory) else value
+    return _is_folder(folder) and not (folder is not None and isfile(folder))
 
 
 def _is_device(value: Any) -> bool:
@@ -133,7 +135,7 @@ RULES: dict[str, Rule] = {
     "batch_size": COUNT,
     "micro_batch_size": optional(either("auto", COUNT)),
     "precision": one_of("auto", "float32", "bfloat16"),
-    "memory": (_is_memory, "None, a folder or a joblib.Memory"),
+    "memory": (_is_memory, "None, a folder (and no file) or a joblib.Memory"),
     "checkpoint": (_is_folder, "None or a folder"),
     "device": (_is_device, '"auto" or a device of torch, such as "cpu" or "cuda:0"'),
     "verbose": (lambda value: isinstance(value, Integral), "an int, 0 or more"),

@@ -596,7 +596,8 @@ def test_wrong_X_is_refused_before_training_and_when_predicting(
         ("batch_size", -1, "an int >= 1"),
         ("augmentation", "strong", "None, 'default', or a callable"),
         ("normalization", "cifar", "'imagenet' or (mean, std)"),
-        ("memory", 3, "None, a folder or a joblib.Memory"),
+        ("memory", 3, "None, a folder (and no file) or a joblib.Memory"),
+        ("memory", __file__, "None, a folder (and no file) or a joblib.Memory"),
         ("checkpoint", 3, "None or a folder"),
         ("device", "gpu", '"auto" or a device of torch'),
         ("device", "meta", '"auto" or a device of torch'),
@@ -889,10 +890,26 @@ def test_layers_that_a_user_froze_stay_as_they_are(warmup_epochs):
         assert same is (i == 0)
 
 
+def test_labels_that_are_one_string_are_refused():
+    with pytest.raises(TypeError, match=r"y must hold a label .* got the string 'labels.csv'"):
+        classifier().fit(X, "labels.csv")
+
+
 def test_a_backbone_that_is_frozen_as_a_whole_is_noticed():
     with pytest.warns(UserWarning, match="No parameter of the backbone has requires_grad"):
         clf = classifier(frozen_in_part([0, 1, 3]), joint_epochs=1).fit(X, Y)
     assert torch.equal(clf.module_.backbone[3].weight, own_module()[3].weight)
+
+
+def test_a_map_of_a_single_cell_is_noticed_unless_it_is_meant():
+    whole = nn.Sequential(nn.AvgPool2d(32), nn.Conv2d(3, 8, 1))
+    settings = {"train_backbone": False, "prototypes_per_class": 1}
+    with pytest.warns(UserWarning, match="a single cell of an image of 32 pixels") as caught:
+        classifier(whole, **settings).fit(X, Y)
+    assert {warning.filename for warning in caught} == {__file__}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The backbone makes a single cell")
+        classifier(whole, prototype_size="full", **settings).fit(X, Y)
 
 
 @pytest.mark.parametrize("distinct", [None, "patches", "images"])
