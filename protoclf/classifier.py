@@ -157,7 +157,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         `batch_norm`) or mix images otherwise, and with ``compile=True``.
     train_split : None or callable, default=None
         skorch's validation split, such as ``skorch.dataset.ValidSplit(5, stratified=True)``: it
-        scores each epoch. Nothing is trained on, or projected onto, its validation part.
+        scores each epoch. Nothing is trained on, or projected onto, its validation part. One that
+        names positions, as PredefinedSplit does, counts the images that are left: without those of
+        weight 0, and those that `on_bad_image` skips.
     callbacks : None, "disable" or list of skorch callbacks, default=None
         Early stopping ends the stage in which it strikes, not the fit.
     precision : {"auto", "float32", "bfloat16"}, default="auto"

@@ -38,7 +38,13 @@ from protoclf.labels import (
 )
 from protoclf.messages import first_few
 from protoclf.net import NotFinite, SkorchProtoPNet
-from protoclf.parameters import check_apart, check_enough_images, check_parameters, prototype_counts
+from protoclf.parameters import (
+    check_apart,
+    check_enough_images,
+    check_parameters,
+    check_positions,
+    prototype_counts,
+)
 from protoclf.saved_sources import sources_among
 from protoclf.source_files import SourceFile
 from protoclf.stages import Stage, Training, drop_unused_prototypes, schedule
@@ -303,8 +309,12 @@ class StagedNet(SkorchProtoPNet):
                 "those to train on and 0 for the others."
             )
         positions = in_whole(train)[1]
-        if groups is not None and valid is not None:
-            check_apart(groups[positions], groups[in_whole(valid)[1]])
+        check_positions(positions, len(whole))
+        if valid is not None:
+            of_valid = in_whole(valid)[1]
+            check_positions(of_valid, len(whole))
+            if groups is not None:
+                check_apart(groups[positions], groups[of_valid])
         check_enough_images(self._images_needed(first), y[positions], self.classes_)
         data = FitData(self, train, valid, None if groups is None else groups[positions])
         stages = schedule(self, first)

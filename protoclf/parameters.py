@@ -239,6 +239,17 @@ def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -
         )
 
 
+def check_positions(positions: np.ndarray, n: int) -> None:
+    """Raise ValueError where a part of n images has a position that none of them has."""
+    beyond = positions[positions >= n]
+    if len(beyond):
+        raise ValueError(
+            f"train_split names position {beyond[0]}, and the fit has {n} images. It counts those "
+            "that are left: images of weight 0 and, skipped, unreadable ones are not among them. "
+            "Leave them out of X, y and the split."
+        )
+
+
 def check_apart(train: np.ndarray, valid: np.ndarray) -> None:
     """Raise ValueError where the groups of two parts of the data have one in common."""
     both = np.intersect1d(train, valid)

@@ -419,6 +419,18 @@ def test_a_validation_split_that_takes_groups_apart_is_refused(paths, squares, s
         small(train_split=split).fit(paths, squares[1], groups=groups)
 
 
+@pytest.mark.parametrize("last", [-1, 0])
+def test_a_validation_split_of_images_that_are_left_out_is_refused(paths, squares, last):
+    fold, weight = np.full(24, -1), np.ones(24)
+    fold[:6], fold[-1], weight[9] = 0, last, 0
+    clf = small(train_split=ValidSplit(PredefinedSplit(fold)))
+    with pytest.raises(ValueError, match="train_split names position 23, and the fit has 23"):
+        clf.fit(paths, squares[1], sample_weight=weight)
+    left = weight > 0
+    some = small(train_split=ValidSplit(PredefinedSplit(fold[left])))
+    assert len(some.fit(paths[left], squares[1][left]).activations_.g) == (fold[left] < 0).sum()
+
+
 @pytest.mark.parametrize("how", ["one group", "one image a class"])
 def test_a_penalty_that_cannot_be_chosen_is_refused(paths, squares, how):
     clf = small(lambda_l1="cv", prototypes_per_class=1)
