@@ -22,8 +22,6 @@ def read_labels(y: Any, n: int) -> np.ndarray:
     y = _as_they_are(column_or_1d(_without_extension(y), warn=True), y)
     if len(y) != n:
         raise ValueError(f"X has {n} images and y {len(y)} labels; they must be as many.")
-    if y.dtype.kind in "mM":
-        raise ValueError(f"y must hold strings, numbers or booleans, not {y.dtype}: use strings.")
     missing = np.flatnonzero(pd.isna(y))
     if len(missing):
         raise ValueError(
@@ -38,6 +36,8 @@ def read_labels(y: Any, n: int) -> np.ndarray:
         y = pd.Series(y).infer_objects().to_numpy()
     elif isinstance(given, list | tuple) and any(strings):
         y = y.astype(str)
+    if y.dtype.kind in "mM":
+        raise ValueError(f"y must hold strings, numbers or booleans, not {y.dtype}: use strings.")
     _check_labels(y)
     check_classification_targets(y)
     return y
@@ -54,6 +54,9 @@ def _check_labels(y: np.ndarray) -> None:
         raise TypeError(
             f"y holds labels of type {kind}, which have no order: {error}. Use strings or numbers."
         ) from error
+    if not isinstance(labels[0], str):
+        kind = type(labels[0]).__name__
+        raise TypeError(f"y must hold strings, numbers or booleans, not {kind}: use strings.")
     for label in labels:
         try:
             str(label).encode()
@@ -73,7 +76,12 @@ def _as_they_are(column: np.ndarray, given: Any) -> np.ndarray:
 
 
 def _without_extension(y: Any) -> Any:
-    """Return integers and booleans of pandas that can be missing, and are not, as numpy's."""
+    """Return integers and booleans of pandas that can be missing, and are not, as numpy's.
+
+    And what categories stand for.
+    """
+    if isinstance(getattr(y, "dtype", None), pd.CategoricalDtype):
+        return np.asarray(y)  # scikit-learn makes floats of booleans
     dtype = getattr(getattr(y, "dtype", None), "numpy_dtype", None)
     return y if dtype is None or pd.isna(y).any() else y.to_numpy(dtype)
 

@@ -269,20 +269,22 @@ def test_numbers_and_booleans_among_objects_are_what_they_are(names):
         ([40, 2, 7], lambda y: np.array(y, dtype=np.uint8)),
         ([40, -2, 7], pd.Series),
         ([40, -2, 7], lambda y: pd.Series(y, dtype="category")),
+        ([True, False, True], lambda y: pd.Series(y, dtype="category")),
+        ([True, False, True], pd.Categorical),
         ([2.0, 0.0, 1.0], np.array),
     ],
 )
 def test_labels_come_back_as_they_were_given(names, wrap):
     y = wrap([names[c] for c in CODES])
     clf = classifier(own_module()).fit(X, y)
-    assert clf.classes_.tolist() == sorted(names)
+    assert clf.classes_.tolist() == sorted({*names})
     predicted = clf.predict(X)
     assert predicted.dtype == clf.classes_.dtype == np.asarray(y).dtype
     assert set(predicted.tolist()) <= set(names)
     assert clf.score(X, y) == np.mean(predicted == np.asarray(y))
     sheet = clf.explain(X[:3], classes=[names[0]])
     assert sheet["class"].unique().tolist() == [names[0]]
-    codes = classifier(own_module()).fit(X, np.searchsorted(sorted(names), np.asarray(y)))
+    codes = classifier(own_module()).fit(X, np.searchsorted(sorted({*names}), np.asarray(y)))
     assert np.array_equal(codes.decision_function(X), clf.decision_function(X))
 
 
@@ -338,6 +340,9 @@ def test_a_column_of_labels_warns_and_is_read():
         ([*Y[:-1], float("nan")], ["NaN", "position 17"]),
         ([1, *Y[1:]], ["mixes", "'int'"]),
         (CODES.astype("datetime64[D]"), ["strings, numbers or booleans"]),
+        (CODES.astype("datetime64[D]").astype(object), ["strings, numbers or booleans", "date"]),
+        ([pd.Timestamp(2020, 1, 1 + c) for c in CODES], ["strings, numbers or booleans"]),
+        (pd.cut(CODES, 3), ["strings, numbers or booleans", "Interval"]),
         (["\udcbc", *Y[1:]], ["is no text", "not in UTF-8"]),
     ],
 )
