@@ -32,6 +32,8 @@ Triple = tuple[float, float, float]  # red, green, blue
 
 _MOST_AUTO = 20  # prototypes of a class
 
+_LARGEST_SEED = 2**32 - 1  # of a RandomState
+
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
 
 
@@ -91,7 +93,9 @@ def _is_callback(value: Any) -> bool:
 
 
 def _is_seed(value: Any) -> bool:
-    return value is None or isinstance(value, np.random.RandomState) or SEED[0](value)
+    if value is None or isinstance(value, np.random.RandomState):
+        return True
+    return SEED[0](value) and int(value) <= _LARGEST_SEED
 
 
 _OTHER_NAMES = {  # of what is ours by another name, elsewhere
@@ -143,7 +147,7 @@ RULES: dict[str, Rule] = {
     "optimizer": (callable, "a class of optimizers, such as torch.optim.Adam"),
     "train_split": optional((callable, "callable, such as skorch.dataset.ValidSplit(5)")),
     "callbacks": (_are_callbacks, 'None, "disable" or a list of skorch callbacks'),
-    "random_state": (_is_seed, "None, an int >= 0 or a numpy.random.RandomState"),
+    "random_state": (_is_seed, "None, an int >= 0 and < 2**32 or a numpy.random.RandomState"),
     "iterator_train": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
     "iterator_valid": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
     "warm_start": (_is_flag, "True or False"),

@@ -1029,6 +1029,7 @@ def test_what_an_earlier_fit_left_is_gone():
     [
         ({"random_state": "a"}, "random_state must be None, an int >= 0"),
         ({"random_state": -1}, "random_state must be"),
+        ({"random_state": 2**32}, r"random_state must be None, an int >= 0 and < 2\*\*32"),
         ({"callbacks": ["early"]}, "callbacks must be None"),
         ({"iterator_train__batch_size": 3}, "would be a second batch_size"),
     ],

@@ -378,6 +378,7 @@ def counting(monkeypatch):
         ([("n_jobs", member())], "conflict with constructor arguments"),
         ([("a__b", member())], "must not contain __"),
         ([("a", member()), ("b", member(lambda_sep=-1))], "Member 'b': lambda_sep must be"),
+        ([("a", member()), ("b", member(random_state=2**32))], "Member 'b': random_state must be"),
         ([("a", member()), ("b", member(prototypes_per_class=9))], "Member 'b': .* fewer training"),
         (
             [("a", member()), ("b", member(prototypes_per_class={"red": 1}))],
