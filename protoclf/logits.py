@@ -64,6 +64,11 @@ class LogitsMixin:
         """Return the probability of each class, (n, C): the softmax of the logits."""
         return probabilities(self._logits(X))
 
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Return the logarithm of `predict_proba`, (n, C); -inf where that is rounded to 0."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.predict_proba(X))
+
     def decision_function(self, X: Any) -> np.ndarray:
         """Return the logits, (n, C).
 

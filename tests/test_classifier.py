@@ -139,6 +139,7 @@ def test_probabilities_are_the_softmax_and_the_prediction_the_argmax(model):
     logits, probability = model.decision_function(NEW_X), model.predict_proba(NEW_X)
     power = np.exp(logits - logits.max(1, keepdims=True))
     np.testing.assert_allclose(probability, power / power.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(model.predict_log_proba(NEW_X)), probability, rtol=1e-5)
     assert np.array_equal(model.predict(NEW_X), model.classes_[logits.argmax(1)])
     assert len(set(model.predict(X))) == 3  # not one answer for all
     sheet = model.explain(NEW_X)

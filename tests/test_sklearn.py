@@ -176,10 +176,12 @@ def test_cross_validation_scores_each_image_by_a_model_that_did_not_see_it(photo
     scores = cross_val_score(clf, X, y, cv=FOLDS)
     predicted = cross_val_predict(clf, X, y, cv=FOLDS)
     assert not hasattr(clf, "prototypes_")
+    logarithm = cross_val_predict(clf, X, y, cv=FOLDS, method="predict_log_proba")
     for score, (train, test) in zip(scores, FOLDS.split(X, y), strict=True):
         fold = classifier().fit([X[i] for i in train], y[train])
         expected = fold.predict([X[i] for i in test])
         assert np.array_equal(predicted[test], expected)
+        assert np.array_equal(fold.classes_[logarithm[test].argmax(1)], expected)
         assert score == np.mean(expected == y[test])
 
 
