@@ -25,7 +25,13 @@ from protoclf.classifier import ProtoPNetClassifier
 from protoclf.decoding import check_files
 from protoclf.explanation import EXPLAIN_RULES, chosen_classes, truncated, without_answer
 from protoclf.images import Images, conflicting_labels
-from protoclf.labels import encode, read_labels
+from protoclf.labels import (
+    check_no_class_is_left_out,
+    checked_weights,
+    encode,
+    read_groups,
+    read_labels,
+)
 from protoclf.logits import LogitsMixin, probabilities
 from protoclf.parameters import (
     check_enough_images,
@@ -168,12 +174,12 @@ class ProtoPNetEnsemble(
         ImageError
             If an image cannot be used: before any member is trained.
         ValueError
-            If y, or a parameter of the ensemble or of a member, cannot be used: likewise, but for
-            a member's backbone and what depends on it.
+            If y, sample_weight, groups, or a parameter of the ensemble or of a member, cannot be
+            used: likewise, but for a member's backbone and what depends on it.
         """
         members = self._checked_members()
         X, y = unpacked(X, y)
-        y, classes = self._checked_data(X, y, members)
+        y, classes = self._checked_data(X, y, sample_weight, groups, members)
         for name in _FITTED:  # an interrupted fit cannot be taken for an earlier one
             self.__dict__.pop(name, None)
         parallel = Parallel(n_jobs=self.n_jobs, return_as="generator")  # as members are done
@@ -198,15 +204,23 @@ class ProtoPNetEnsemble(
         self._validate_names([name for name, _ in self.estimators])
         return self.estimators
 
-    def _checked_data(self, X: Any, y: Any, members: list) -> tuple[np.ndarray, np.ndarray]:
+    def _checked_data(
+        self, X: Any, y: Any, sample_weight: Any, groups: Any, members: list
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Check whatever can be checked before a member is trained; return y and its classes."""
         images = Images(X)
         y = read_labels(y, len(images))
         classes, codes = encode(y, None)
         conflicting_labels(images, y)
+        if groups is not None:
+            read_groups(groups, len(images))
+        weight = checked_weights(sample_weight, len(images))
+        if weight is not None:
+            check_no_class_is_left_out(weight, codes, classes)
+            codes, weight = codes[weight > 0], weight[weight > 0]
         for name, member in members:
             try:
-                _check_member(member, codes, classes)
+                _check_member(member, codes, classes, weight)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Member {name!r}: {error}") from error
         if any(member.on_bad_image == "raise" for _, member in members):
@@ -396,11 +410,16 @@ def _is_member(item: Any) -> bool:
     return isinstance(name, str) and name != "" and isinstance(member, ProtoPNetClassifier)
 
 
-def _check_member(member: ProtoPNetClassifier, codes: np.ndarray, classes: np.ndarray) -> None:
+def _check_member(
+    member: ProtoPNetClassifier,
+    codes: np.ndarray,
+    classes: np.ndarray,
+    weight: np.ndarray | None,
+) -> None:
     """Raise now what the member's fit would raise, which may be after the fits of others."""
     check_parameters(vars(member))
     normalization(member.normalization)
-    member.weights_of(codes, classes, None)
+    member.weights_of(codes, classes, weight)
     augmentation_of(member.augmentation)
     counts = prototype_counts(member.prototypes_per_class, classes)
     if member.prototypes_per_class != "auto":

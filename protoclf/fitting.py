@@ -29,6 +29,7 @@ from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import Images, conflicting_labels, skipped_images
 from protoclf.labels import (
+    check_no_class_is_left_out,
     check_single_precision,
     checked_weights,
     class_weights,
@@ -265,11 +266,7 @@ class StagedNet(SkorchProtoPNet):
         readable = ~dataset.failed(np.arange(len(images)))
         skipped = skipped_images(dataset.failures.values(), y, np.flatnonzero(readable))
         if sample_weight is not None:  # an image of weight 0 is as good as left out
-            gone = np.setdiff1d(codes, codes[sample_weight > 0])
-            if len(gone):
-                raise ValueError(
-                    f"sample_weight is 0 for the whole of class {labels[gone].tolist()}."
-                )
+            check_no_class_is_left_out(sample_weight, codes, labels)
             readable &= sample_weight > 0
         good = np.flatnonzero(readable)
         codes = codes[good]

@@ -103,6 +103,13 @@ def checked_weights(sample_weight: Any, n: int) -> np.ndarray | None:
     return _check_sample_weight(sample_weight, np.empty((n, 1)), ensure_non_negative=True)
 
 
+def check_no_class_is_left_out(weight: np.ndarray, codes: np.ndarray, classes: np.ndarray) -> None:
+    """Raise ValueError where all images (n,) of a class weigh 0."""
+    gone = np.setdiff1d(codes, codes[weight > 0])
+    if len(gone):
+        raise ValueError(f"sample_weight is 0 for the whole of class {classes[gone].tolist()}.")
+
+
 def check_single_precision(weight: np.ndarray | None) -> None:
     """Raise ValueError where a weight above 0 is 0 or infinite in float32, which losses are in."""
     if weight is None:

@@ -395,6 +395,34 @@ def test_what_cannot_be_fitted_is_refused_before_any_member_is(
     assert not fits
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sample_weight": [-1.0] * 24}, "Negative values"),
+        ({"sample_weight": "no red"}, r"sample_weight is 0 for the whole of class \['red'\]"),
+        ({"sample_weight": "one red"}, "Member 'b': .*'red' has 1 for 2 prototypes"),
+        ({"sample_weight": [1e-50] * 24}, "Member 'a': .*beyond the numbers of float32"),
+        ({"groups": [0] * 23}, "X has 24 images and groups 23"),
+    ],
+)
+def test_weights_and_groups_are_checked_before_any_member_is_fitted(
+    given, message, squares, monkeypatch
+):
+    X, y = squares
+    red = y == "red"
+    weights = {"no red": ~red, "one red": ~red | (red.cumsum() == 1)}
+    if isinstance(given.get("sample_weight"), str):
+        given = {"sample_weight": weights[given["sample_weight"]].astype(float)}
+    members = {"a": member(own_module(), joint_epochs=0, prototypes_per_class=1)}
+    ensemble = ensemble_of(**members).fit(X, y)
+    fits = counting(monkeypatch)
+    ensemble.set_params(estimators=[*ensemble.estimators, ("b", member())])
+    with pytest.raises(ValueError, match=message):
+        ensemble.fit(X, y, **given)
+    assert not fits
+    assert ensemble.score(X, y) > 0  # the earlier one is there
+
+
 def test_a_wrong_augmentation_is_refused_before_any_member_is_fitted(squares, monkeypatch):
     fits = counting(monkeypatch)
     with pytest.raises(TypeError, match="Member 'b': augmentation must be"):
