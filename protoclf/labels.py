@@ -146,12 +146,12 @@ def class_weights(spec: Any, codes: np.ndarray, classes: np.ndarray) -> np.ndarr
 
 def check_classes(classes: Any, y: Any) -> None:
     """Raise ValueError where the classes that `partial_fit` is told of are not those of y."""
-    told, known = (set(np.unique(labels).tolist()) for labels in (classes, y))
+    told, known = (set(np.ravel(np.asarray(labels, object)).tolist()) for labels in (classes, y))
     if told != known:
         raise ValueError(
             "classes must be those of y in the first call, since each needs images that prototypes "
-            f"are parts of: only in classes are {sorted(told - known)}, only in y "
-            f"{sorted(known - told)}."
+            f"are parts of: only in classes are {sorted(told - known, key=str)}, only in "
+            f"y {sorted(known - told, key=str)}."
         )
 
 
