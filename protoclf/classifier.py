@@ -107,7 +107,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         images as the mean class, whatever they weigh.
     lambda_l1 : float or "cv", default=5e-4
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
-        "cv" chooses by cross-validation on the activations: see `last_layer_path_`.
+        "cv" chooses by cross-validation on the activations: see `last_layer_path_`. A file that
+        stands in X several times, as after oversampling, is held out as a whole.
     warmup_epochs : int, default=0
         Epochs with the backbone frozen, once. Fresh add-on layers and random prototypes need some
         (5 in the paper).

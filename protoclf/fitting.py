@@ -27,7 +27,7 @@ from protoclf.file_changes import changes_since, stamps
 from protoclf.fit_key import changes, data_key, fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
-from protoclf.images import Images, conflicting_labels, skipped_images
+from protoclf.images import Images, conflicting_labels, repeated_files, skipped_images
 from protoclf.labels import (
     check_no_class_is_left_out,
     check_single_precision,
@@ -313,6 +313,8 @@ class StagedNet(SkorchProtoPNet):
             if groups is not None:
                 check_apart(groups[positions], groups[of_valid])
         check_enough_images(self._images_needed(first), y[positions], self.classes_)
+        if groups is None and self.lambda_l1 == "cv":
+            groups = repeated_files(whole.images)
         data = FitData(self, train, valid, None if groups is None else groups[positions])
         stages = schedule(self, first)
         self._run(stages, data, positions, checkpoint)

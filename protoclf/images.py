@@ -132,6 +132,14 @@ def conflicting_labels(images: Images, y: ArrayLike) -> None:
         )
 
 
+def repeated_files(images: Images) -> np.ndarray | None:
+    """Return which file each of n images is, as a number; None where none stands in X twice."""
+    if images.paths is None:
+        return None
+    files = pd.factorize(pd.Series(map(_identity, images.paths), dtype=object))[0]
+    return files if files.max() + 1 < len(files) else None
+
+
 def _identity(path: str) -> Any:
     """Return what two paths to the same file have in common."""
     with suppress(OSError):  # reading it says what is wrong

@@ -196,6 +196,17 @@ def test_wrong_groups_are_refused(paths, squares, wrong, message):
         small().fit(paths, squares[1], groups=wrong)
 
 
+def test_a_file_that_stands_in_X_twice_is_held_out_as_a_whole(paths, squares):
+    twice = np.tile(np.arange(24), 2)
+    X, y = paths[twice], squares[1][twice]
+    clf, told = (small(lambda_l1="cv").fit(X, y, groups=groups) for groups in (None, twice))
+    scores = [model.last_layer_path_["cross_entropy"] for model in (clf, told)]
+    np.testing.assert_array_equal(*scores)
+    assert clf.lambda_l1_ == told.lambda_l1_
+    split = small(lambda_l1="cv", train_split=ValidSplit(4)).fit(X, y)  # not refused
+    assert len(split.activations_.g) == 36
+
+
 # ---- searches ---------------------------------------------------------------------------------
 
 
