@@ -468,7 +468,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         To a callback in the middle of a fit, whose data sets have class indices for targets, these
         are class indices too.
         """
-        return self._logits(X).argmax(1) if is_batches(X) else super().predict(X)
+        return self._logits(X).argmax(1) if self._is_of_fit(X) else super().predict(X)
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the activations g: the similarity of each image to each prototype, (n, m)."""
@@ -840,7 +840,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     @torch.no_grad()
     def _outputs(self, X: Any) -> Iterator[Outputs]:
         """Yield the outputs for each batch of X, on the device: no batch waits for a copy."""
-        if is_batches(X):  # from a callback in the middle of a fit, which may know the outputs
+        if self._is_of_fit(X):  # a callback may know the outputs
             for outputs in self.forward_iter(X, training=False, device=self.device):
                 yield tuple(output.detach() for output in outputs)
             return
@@ -852,6 +852,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             if failed.any():
                 distance = distance.masked_fill(failed[:, None].to(distance.device), torch.nan)
             yield self.module_.logits(distance), distance, cell
+
+    def _is_of_fit(self, X: Any) -> bool:
+        """Return whether X is what callbacks have during a fit: a data set of ours, or a batch."""
+        return is_batches(X) or (self._fitting and isinstance(X, Mapping))
 
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
         if isinstance(classes, str) and classes in ("predicted", "top2", "all"):

@@ -27,7 +27,14 @@ from sklearn.model_selection import (
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from skorch.callbacks import Checkpoint, EarlyStopping, EpochScoring, LRScheduler, ProgressBar
+from skorch.callbacks import (
+    BatchScoring,
+    Checkpoint,
+    EarlyStopping,
+    EpochScoring,
+    LRScheduler,
+    ProgressBar,
+)
 from skorch.dataset import ValidSplit
 from skorch.helper import predefined_split
 
@@ -352,6 +359,7 @@ def test_skorchs_callbacks_work(paths, squares, tmp_path):
         EarlyStopping(patience=1),
         Checkpoint(dirname=str(tmp_path), monitor="valid_loss_best"),
         EpochScoring("balanced_accuracy", name="balanced", lower_is_better=False),
+        BatchScoring("accuracy", name="of_batches", lower_is_better=False),
         ProgressBar(),
     ]
     clf = small(
@@ -363,6 +371,7 @@ def test_skorchs_callbacks_work(paths, squares, tmp_path):
     clf.fit(paths, squares[1])
     history = pd.DataFrame(clf.history.to_list())
     assert {"stage", "balanced", "valid_loss"} <= set(history.columns)
+    np.testing.assert_allclose(history["of_batches"], history["valid_acc"])
     assert history["stage"].iloc[-2:].tolist() == ["projection", "last layer"]
     assert (tmp_path / "params.pt").exists()
     assert clf.score(paths, squares[1]) > 0.5
