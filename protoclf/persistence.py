@@ -66,6 +66,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="ProtoPNetClassifier")
 
+_OF_SKLEARN = {"_sklearn_output_config": "set_output", "_metadata_request": "requests of metadata"}
+
 _SAME_FEATURES = 0.02  # relative difference that processors and versions may make
 
 # Saving -----------------------------------------------------------------------------------------
@@ -139,6 +141,7 @@ def _description(
         "history": history,
     }
     left_out += not_kept
+    left_out += [name for attribute, name in _OF_SKLEARN.items() if attribute in vars(clf)]
     if clf.concepts_ is not None:  # they hold pixels of training images
         left_out += ["what is forbidden and encouraged"]
     text = as_json(content)
@@ -400,6 +403,6 @@ def _table(clf: ProtoPNetClassifier, saved: SavedModel) -> pd.DataFrame:
     sources = {name: _array(saved, f"prototypes.{column}") for name, column in names.items()}
     table = prototype_table(
         *(_array(saved, "network.owner"), saved.classes, sources, None),
-        *(clf.coef_, clf.strongest_share_),
+        *(clf.plain_module.last_layer.weight.detach().cpu().numpy(), clf.strongest_share_),
     )
     return table.assign(source=names_column(saved.sources))

@@ -376,9 +376,11 @@ def test_what_cannot_be_saved_is_named_once(images, tmp_path):
         random_state=np.random.RandomState(0),
     ).fit(*images)
     clf.history.record("odd", object())
+    clf.set_output(transform="pandas")
     names = (
         "augmentation, callbacks, callbacks__EarlyStopping__patience, memory, optimizer, "
-        "optimizer__momentum, random_state, train_split, 'odd' in history"
+        "optimizer__momentum, random_state, train_split, 'odd' in history, "
+        "set_output"
     )
     with pytest.warns(UserWarning, match="Not saved") as caught:
         clf.save(tmp_path / "model")
