@@ -458,8 +458,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     @property
     def coef_(self) -> np.ndarray:
         """A copy of the last layer W, (C, m)."""
-        if "module_" not in vars(self):
-            self._fitted()  # says so
+        if not self._fitting:
+            self._fitted()
         return self.module_.last_layer.weight.detach().cpu().numpy().copy()
 
     def predict(self, X: Any) -> np.ndarray:

@@ -833,6 +833,8 @@ def test_a_fit_that_breaks_down_leaves_no_model_and_the_next_is_whole():
         clf.set_params(augmentation=Failing()).fit(X, Y)
     with pytest.raises(NotFittedError):
         clf.predict(X)
+    with pytest.raises(NotFittedError):
+        clf.coef_  # noqa: B018
     clf.set_params(augmentation="default").fit(X, Y)
     fresh = classifier(own_module()).fit(X, Y)
     assert_same_model(clf, fresh)
