@@ -22,8 +22,9 @@ class Thumbnail(NamedTuple):
 
 
 def thumbnail_of(image: PIL.Image.Image, side: int) -> Thumbnail:
-    """Return an image with at most `side` pixels on its longer side."""
+    """Return an image with at most `side` pixels on its longer side, without its metadata."""
     small = image.copy()
+    small.info = {}  # comments and colour profiles, which Pillow would write
     small.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
     kind, data = _encoded(small)
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

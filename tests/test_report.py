@@ -401,6 +401,17 @@ def test_a_picture_keeps_to_its_limit():
     assert (picture.width, picture.height) == (800, 800)
 
 
+@pytest.mark.parametrize("side", [96, 320])
+def test_a_picture_holds_no_metadata_of_its_file(side, tmp_path):
+    path = tmp_path / "photo.jpg"
+    noise = np.random.default_rng(0).bytes(50_000)
+    PIL.Image.new("RGB", (400, 300)).save(path, comment=b"Jane Doe" * 4000, icc_profile=noise)
+    uri = thumbnails.thumbnail_of(PIL.Image.open(path), side).uri
+    picture = PIL.Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert not picture.info.keys() & {"comment", "icc_profile"}
+    assert len(uri) < 5000
+
+
 @pytest.mark.slow
 def test_two_hundred_images_of_noise_take_less_than_20_megabytes(tmp_path):
     """No photo is harder to compress than noise, and each prototype has a source of its own."""
