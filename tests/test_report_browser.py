@@ -217,6 +217,20 @@ def test_names_are_text(open_page):
     assert page.locator("option", has_text=SCRIPT).count() == 1
 
 
+def test_a_class_written_from_right_to_left_leaves_what_follows_in_its_place(open_page):
+    card = open_page().locator(".card.wrong").first
+    right, left = card.evaluate(
+        """card => {
+            const label = card.querySelector("header b");
+            label.textContent = "ציפור 3";
+            const after = document.createRange();
+            after.selectNodeContents(label.nextSibling);
+            return [label.getBoundingClientRect().right, after.getBoundingClientRect().left];
+        }"""
+    )
+    assert left >= right - 1
+
+
 def test_it_makes_sense_without_its_script(open_page, explained):
     page = open_page(java_script_enabled=False)
     assert page.locator(".card:visible").count() == 12
