@@ -162,6 +162,17 @@ def test_tab_reaches_every_line_and_lights_its_box_and_its_source(open_page, exp
         page.keyboard.press("Tab")
 
 
+def test_a_line_reached_on_a_narrow_screen_is_not_behind_the_pictures(open_page):
+    page = open_page(360)
+    links, pictures = page.locator("#image-0 .of a"), page.locator("#image-0 .pictures")
+    links.last.focus()
+    for _ in range(links.count()):
+        top = page.evaluate("document.activeElement.closest('tr').getBoundingClientRect().top")
+        bottom = pictures.evaluate("e => e.getBoundingClientRect().bottom")
+        assert top >= bottom - 1
+        page.keyboard.press("Shift+Tab")
+
+
 def test_pointing_at_a_line_lights_it(open_page):
     page = open_page()
     card = page.locator(".card").nth(2)
