@@ -89,7 +89,7 @@ class HistoryDisplay:
         if axes is None:
             axes = new_figure(6.4, 4, "constrained").add_subplot()
         lines = [
-            *axes.plot(*self._points("train_loss"), ".-", color="black", label="training loss"),
+            *axes.plot(*self._points("train_loss"), ".-", color=_ink(axes), label="training loss"),
             *axes.plot(*self._points("valid_loss"), ".--", color=_BLUE, label="validation loss"),
         ]
         axes.set(xlabel="row of the history", ylabel="loss")
@@ -121,15 +121,15 @@ class HistoryDisplay:
 
     def _mark_stages(self, axes: list[Axes], lines: list[Any]) -> list[Any]:
         """Mark rows that are no epochs on every line; return a marker of each kind."""
-        kinds = []
+        kinds, face = [], axes[0].get_facecolor()
         for stage, marker in _ROWS_OF_STAGES.items():
             there = (self.table["stage"] == stage).to_numpy()
-            style: dict[str, Any] = {"ls": "", "marker": marker, "ms": 7, "mfc": "white"}
+            style: dict[str, Any] = {"ls": "", "marker": marker, "ms": 7, "mfc": face}
             for line in lines if there.any() else []:
                 x, y = line.get_data()
                 line.axes.plot(x[there], y[there], color=line.get_color(), **style)
             if there.any():
-                kinds += axes[0].plot([], [], color="black", label=stage, **style)
+                kinds += axes[0].plot([], [], color=_ink(axes[0]), label=stage, **style)
         return kinds
 
     def _draw_bands(self, axes: Axes) -> list[Any]:
@@ -145,8 +145,8 @@ class HistoryDisplay:
             )
             if stage in _ROWS_OF_STAGES or not stage:
                 continue
-            shade = "0.85" if stage == "warm-up" else "0.94"
-            nameless[stage] = axes.axvspan(start, stop, color=shade, zorder=0, label=short(stage))
+            shade = {"color": _ink(axes), "alpha": 0.15 if stage == "warm-up" else 0.06}
+            nameless[stage] = axes.axvspan(start, stop, **shade, lw=0, zorder=0, label=short(stage))
             room = (stop - start) * inches
             if room < _LINE:
                 continue
@@ -159,6 +159,11 @@ class HistoryDisplay:
         top = high + (0.25 if upright else 0.15) * (high - low)
         axes.set(xlim=(0.5, n + 0.5), ylim=(low, top))
         return [band for stage, band in nameless.items() if stage not in named]
+
+
+def _ink(axes: Axes) -> Any:
+    """Return the colour of text on these axes, which stands out on a dark style too."""
+    return axes.xaxis.label.get_color()
 
 
 def _legend_below(axes: Axes, handles: list[Any]) -> None:
@@ -206,7 +211,7 @@ class LastLayerPathDisplay:
         if axes is None:
             axes = new_figure(6, 3.6, "constrained").add_subplot()
         path, x = self.path, self.path["lambda_l1"]
-        axes.plot(x, path["train_accuracy"], ":", color="black", label="training images")
+        axes.plot(x, path["train_accuracy"], ":", color=_ink(axes), label="training images")
         axes.plot(x, path["accuracy"], "o-", color=_BLUE, label="images left out")
         low, high = (path["accuracy"] + sign * path["accuracy_std"] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=_BLUE, alpha=0.2)

@@ -295,6 +295,23 @@ def test_stages_and_lines_are_told_apart_without_colour(tmp_path):
     display.figure_.savefig(tmp_path / "history.png")
 
 
+def test_curves_stand_out_on_a_dark_style(fitted, squares):
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import to_rgb
+
+    with plt.style.context("dark_background"):
+        history = plot_history(history_of(cycles=1))
+        path = plot_last_layer_path(fitted.last_layer_path(*squares, [1e-2, 1e-3], folds=2))
+        history.figure_.canvas.draw()
+    for axes in (history.axes_[0], path.axes_[0]):
+        assert axes.get_lines()
+        for line in axes.get_lines():
+            assert max(to_rgb(line.get_color())) > 0.5
+    name, band = history.axes_[0].texts[0], history.axes_[0].patches[0]
+    assert max(to_rgb(name.get_color())) > 0.5
+    assert band.get_alpha() < 0.2
+
+
 def test_bands_without_room_are_named_in_the_legend():
     display = plot_history(history_of(cycles=30))
     assert len(display.axes_[0].patches) == 31
