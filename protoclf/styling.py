@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 
-from protoclf.explanation import BOX, SOURCE_BOX
+from protoclf.explanation import BOX, REST, SOURCE_BOX, UNREADABLE
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
 from protoclf.thumbnails import thumbnail_of
@@ -76,8 +76,11 @@ def style_sheet(
     largest = float(np.abs(sheet["contribution"]).max()) if len(sheet) else 1.0
     formats: dict[str, Any] = dict.fromkeys(["logit", *_NUMBERS], "{:.2f}")
     formats |= {"this part": _image("part of the image"), "looks like": _image("training patch")}
+    unreadable = sheet["source"] == UNREADABLE
+    shown["class"] = shown["class"].astype(object).mask(unreadable, UNREADABLE)
     return (
-        shown.style.format(formats, escape="html", na_rep="(rest)")
+        shown.style.format(formats, escape="html", na_rep=REST)
+        .format(na_rep="", subset=(unreadable, shown.columns[2:]))
         .bar(subset=["contribution"], align=0, vmin=-largest, vmax=largest, color="#9ecae1")
         .hide(axis="index")
     )

@@ -73,3 +73,16 @@ def test_a_source_that_is_gone_has_no_picture(fitted, squares, tmp_path):
         path.unlink()
     sheet = clf.explain(X[:1], top=2)
     assert len(pictures_in(style_sheet(clf, sheet, X[:1]).to_html())) == sheet["prototype"].count()
+
+
+def test_an_image_that_cannot_be_read_is_no_rest(fitted, squares, tmp_path):
+    X, y = squares
+    clf = clone(fitted).set_params(on_bad_image="skip").fit(X, y)
+    broken, whole = tmp_path / "broken.png", tmp_path / "whole.png"
+    broken.write_bytes(b"no picture")
+    PIL.Image.fromarray(X[0]).save(whole)
+    sheet = clf.explain([broken, whole], "predicted", top=1)
+    html = style_sheet(clf, sheet).to_html()
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in html.split("<tr>")[2:]]
+    assert rows[0] == ["0", "(unreadable)", *[""] * 8]
+    assert rows[-1].count("(rest)") == 4
