@@ -33,6 +33,7 @@ from protoclf.messages import installed_version
 from protoclf.report_cards import Card, Truth, explained_cards, progress
 from protoclf.rules import COUNT, Rule, check_rules, integer
 from protoclf.thumbnails import Thumbnail, thumbnail_of
+from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -76,7 +77,8 @@ def write_report(
     X : images
         As in `ProtoPNetClassifier.explain`.
     y : array-like of shape (n,), optional
-        The true labels. One that the classifier does not know counts as wrong.
+        The true labels, by default those of a torch Dataset, if X is one. One that the classifier
+        does not know counts as wrong.
     path : str or path, default="report.html"
         Where to write. A file there is replaced only once the new page is complete.
     title : str, default="This looks like that"
@@ -124,6 +126,7 @@ def write_report(
     given = {"top": top, "thumbnail": thumbnail, "attribution": attribution}
     check_rules(given, _RULES)
     target = file_to_write(path)
+    X, y = unpacked(X, y)
     images = Images(X)
     y = None if y is None else read_labels(y, len(images))
     check_files(images, progress=None if clf.verbose else False)

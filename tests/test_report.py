@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
@@ -248,6 +249,20 @@ def test_paths_arrays_and_pictures_give_the_same_sheets(fitted, squares, files, 
     assert text(pages[0].find("h3", within=pages[0].cards[4])[0]) == "Image 4"
     assert text(pages[1].find("h3", within=pages[1].cards[4])[0]) == os.path.basename(files[4])
     assert files[4] in text(pages[1].cards[4])
+
+
+def test_the_labels_of_a_torch_dataset_are_judged(fitted, squares, tmp_path):
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return PIL.Image.fromarray(squares[0][i]), i % 3
+
+    clf = clone(fitted).fit(squares[0], np.arange(len(squares[0])) % 3)
+    page = Page(write_report(clf, Pairs(), path=tmp_path / "page.html"))
+    right = round(4 * clf.score(Pairs()))
+    assert [text(e) for e in page.find("dd")][1].startswith(f"{right} of 4 ")
 
 
 def test_a_turned_photo_is_shown_upright(fitted, tmp_path):
