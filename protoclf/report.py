@@ -126,6 +126,7 @@ def write_report(
     given = {"top": top, "thumbnail": thumbnail, "attribution": attribution}
     check_rules(given, _RULES)
     target = file_to_write(path)
+    measured = [] if metrics is None else _measured(metrics)
     X, y = unpacked(X, y)
     images = Images(X)
     y = None if y is None else read_labels(y, len(images))
@@ -136,7 +137,7 @@ def write_report(
         "title": title,
         "facts": _facts(clf, cards),
         "settings": _changed_parameters(clf),
-        "metrics": [] if metrics is None else _measured(metrics),
+        "metrics": measured,
         "sources": _sources(clf, thumbnail),
         "tiles": tiles,
         "gallery": _by_label(tiles),
@@ -257,11 +258,14 @@ class Measured(NamedTuple):
 
 
 def _measured(metrics: pd.DataFrame) -> list[Measured]:
-    missing = {"value", "low", "high", "baseline", "better"} - set(metrics)
-    if missing or not isinstance(metrics, pd.DataFrame):
+    if not isinstance(metrics, pd.DataFrame):
+        given = f"got {type(metrics).__name__}"
+    else:
+        missing = {"value", "low", "high", "baseline", "better"} - set(metrics)
+        given = f"it lacks {sorted(missing)}" if missing else ""
+    if given:
         raise ValueError(
-            "metrics must be the table of protoclf.metrics.interpretability_report; it lacks "
-            f"{sorted(missing)}."
+            f"metrics must be the table of protoclf.metrics.interpretability_report; {given}."
         )
     lines = []
     for name, row in metrics.iterrows():

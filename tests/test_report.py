@@ -463,9 +463,9 @@ def test_metrics_stand_beside_the_classifier(fitted, squares, tmp_path):
         assert line[4] == row["better"]
     with pytest.raises(ValueError, match="interpretability_report; it lacks"):
         write_report(fitted, squares[0][:2], path=tmp_path / "p.html", metrics=table[["value"]])
-    columns = dict.fromkeys(("value", "low", "high", "baseline", "better"))
-    with pytest.raises(ValueError, match="must be the table of"):
-        write_report(fitted, squares[0][:2], path=tmp_path / "p.html", metrics=columns)
+    for wrong in (dict.fromkeys(("value", "low", "high", "baseline", "better")), 0.9):
+        with pytest.raises(ValueError, match=r"must be the table of .*; got (dict|float)"):
+            write_report(fitted, ["no file"], path=tmp_path / "p.html", metrics=wrong)
 
 
 def test_many_prototypes_are_written_as_a_whole_number():
