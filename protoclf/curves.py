@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE = "#0072b2", "#d55e00"  # which colour-blind people tell apart
 _LINE, _LETTER = 0.16, 0.085  # inches, of text at 8 points
 _ROWS_OF_STAGES = {"projection": "v", "last layer": "D"}  # stages of one row, and their markers
+_PATH_COLUMNS = ["lambda_l1", "train_accuracy", "accuracy", "accuracy_std", "n_nonzero"]
 
 
 def plot_history(clf_or_history: Any, axes: Axes | None = None) -> HistoryDisplay:
@@ -188,7 +189,16 @@ def plot_last_layer_path(path: pd.DataFrame, axes: Axes | None = None) -> LastLa
     -------
     LastLayerPathDisplay
         Holds the table and, in `axes_` and `figure_`, the drawing.
+
+    Raises
+    ------
+    ValueError
+        If path is no such table, or has no rows.
     """
+    missing = [name for name in _PATH_COLUMNS if name not in getattr(path, "columns", ())]
+    if missing or path.empty:
+        lack = f"the columns {missing}" if missing else "rows"
+        raise ValueError(f"path must be the table of last_layer_path; it lacks {lack}.")
     return LastLayerPathDisplay(path).plot(axes)
 
 

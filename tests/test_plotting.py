@@ -344,6 +344,12 @@ def test_a_history_without_losses_is_refused():
         plot_history([{"stage": "joint", "valid_acc": 0.5}])
 
 
+@pytest.mark.parametrize("wrong", [None, [{"lambda_l1": 1e-3}], pd.DataFrame({"lambda_l1": [1]})])
+def test_what_is_no_path_of_the_penalty_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"path must be the table of .* it lacks the columns"):
+        plot_last_layer_path(wrong)
+
+
 def test_the_path_of_the_penalty_is_drawn(fitted, squares, tmp_path):
     from matplotlib import pyplot as plt
 
