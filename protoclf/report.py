@@ -243,7 +243,7 @@ def _judgement(truths: list[Truth]) -> dict[str, str]:
     right, unknown = sum(t.right for t in truths), sum(not t.known for t in truths)
     text = f"{right} of {len(truths)} ({_percent(right / len(truths))})"
     if unknown:
-        text += f"; {unknown} have a true class that it does not know, and count as wrong"
+        text += f"; {unknown} of classes that it does not know, which count as wrong"
     return {"Right predictions": text}
 
 

@@ -236,7 +236,7 @@ def test_a_label_that_the_classifier_does_not_know_counts_as_wrong(fitted, squar
     y = squares[1].astype(object)
     y[5] = "violet"
     page = Page(write_report(fitted, squares[0], y, tmp_path / "report.html"))
-    assert "1 have a true class that it does not know" in text(page.find("dl", "facts")[0])
+    assert "1 of classes that it does not know" in text(page.find("dl", "facts")[0])
     assert "violet, which the classifier does not know" in text(page.cards[5])
     assert any(text(option).startswith("violet") for option in page.find("option"))
 
