@@ -184,6 +184,15 @@ def test_pointing_at_a_line_lights_it(open_page):
     assert yellow == "rgb(255, 221, 0)"
 
 
+def test_the_lit_line_and_the_bars_show_in_forced_colours(open_page):
+    page = open_page(forced_colors="active")
+    colours = page.locator("#image-0 .predicted").evaluate(
+        """sheet => ["tr.lit td", "tr:not(.lit) td", ".bar", ".lit .mark"].map(
+            (selector) => getComputedStyle(sheet.querySelector(selector)).background)"""
+    )
+    assert len(set(colours)) == 4
+
+
 def test_filters_hide_and_show_and_say_how_many(open_page, explained):
     page = open_page()
     _, sheet, y = explained
