@@ -279,7 +279,7 @@ def _measured(metrics: pd.DataFrame) -> list[Measured]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 999.5 or value == int(value) else f"{value:.3g}"
 
 
 def _changed_parameters(clf: ProtoPNetClassifier) -> dict[str, str]:

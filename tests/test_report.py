@@ -469,7 +469,7 @@ def test_metrics_stand_beside_the_classifier(fitted, squares, tmp_path):
 
 
 def test_many_prototypes_are_written_as_a_whole_number():
-    columns = {"value": [1968.0, 0.12345], "low": np.nan, "high": np.nan, "baseline": [2000.0, -1]}
+    columns = {"value": [1968.0, 0.12345], "low": np.nan, "high": np.nan, "baseline": [999.7, -1]}
     table = pd.DataFrame(columns, index=["global size", "gain"]).assign(better="lower")
     lines = [(line.value, line.baseline) for line in report._measured(table)]
-    assert lines == [("1968", "2000"), ("0.123", "-1")]
+    assert lines == [("1968", "1000"), ("0.123", "-1")]
