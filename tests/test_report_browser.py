@@ -214,6 +214,16 @@ def test_filters_hide_and_show_and_say_how_many(open_page, explained):
     assert visible_cards(page) == set(np.flatnonzero((predicted == label) | (y == label)))
 
 
+def test_a_choice_that_the_browser_restores_is_heeded(open_page):
+    page = open_page()
+    page.get_by_label("Prediction").select_option("wrong")
+    page.goto("data:text/plain,another page")
+    page.go_back()
+    assert page.get_by_label("Prediction").input_value() == "wrong"
+    assert page.locator(".card:visible").count() == 2
+    assert page.locator(".filters output").inner_text() == "2 of 12 images"
+
+
 def visible_cards(page):
     cards = page.locator(".card:visible").evaluate_all("all => all.map(e => e.id)")
     return {int(card.removeprefix("image-")) for card in cards}

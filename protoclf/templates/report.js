@@ -51,7 +51,7 @@ function choose() {
 filters.hidden = false;
 filters.addEventListener("change", choose);
 filters.addEventListener("submit", (event) => event.preventDefault());
-choose();
+addEventListener("pageshow", choose); // browsers restore a choice on the way back
 
 // A link to a prototype unfolds the gallery, and so does printing.
 
