@@ -124,7 +124,7 @@ def tiles(
 def draw_view(axis: Axes, picture: View, **style: Any) -> ScalarMappable:
     """Draw a view in the middle of a square, so that tiles align whatever their shapes."""
     x0, y0, x1, y1 = picture.box
-    drawn = axis.imshow(picture.pixels, extent=(x0, x1, y1, y0), **style)
+    drawn = axis.imshow(picture.pixels, extent=(x0, x1, y1, y0), origin="upper", **style)
     half = max(x1 - x0, y1 - y0) / 2
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
     axis.set(xlim=(x - half, x + half), ylim=(y + half, y - half), xticks=[], yticks=[])
@@ -136,7 +136,8 @@ def draw_heat(axis: Axes, picture: View, heat: View, limits: tuple[float, float]
     x0, y0, x1, y1 = heat.box
     draw_view(axis, View(picture.pixels.mean(2), picture.box), cmap="gray", vmin=0, vmax=255)
     xlim, ylim = axis.get_xlim(), axis.get_ylim()
-    drawn = axis.imshow(heat.pixels, extent=(x0, x1, y1, y0), cmap="viridis", alpha=0.6)
+    place: dict[str, Any] = {"extent": (x0, x1, y1, y0), "origin": "upper"}
+    drawn = axis.imshow(heat.pixels, **place, cmap="viridis", alpha=0.6)
     drawn.set_clim(*limits)
     axis.set(xlim=xlim, ylim=ylim)
 

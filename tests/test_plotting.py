@@ -475,6 +475,17 @@ def test_surroundings_stay_in_the_image(squares, box, expected):
     assert canvas.surroundings(image, box).box == expected
 
 
+def test_pictures_are_upright_whatever_the_style(fitted, squares):
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"image.origin": "lower"}):
+        explanation = plot_explanation(fitted, squares[0][0], top=1).figure_
+        prototypes = plot_prototypes(fitted, prototypes=[0]).figure_
+    images = [image for axes in explanation.axes + prototypes.axes for image in axes.images]
+    assert len(images) >= 8
+    assert {image.origin for image in images} == {"upper"}
+
+
 def test_long_names_are_shortened_and_dollars_are_no_formulas():
     assert canvas.short("sparrow") == "sparrow"
     long = canvas.short("a_bird_whose_name_is_much_too_long", 20)
