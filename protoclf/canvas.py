@@ -67,8 +67,8 @@ def surroundings(image: np.ndarray, box: ArrayLike) -> View:
 # Tiles ------------------------------------------------------------------------------------------
 
 
-def new_figure(width: float, height: float, layout: Any = None) -> Figure:
-    """Return a figure of that many inches, known to pyplot."""
+def new_figure(width: float, height: float, layout: Any = "none") -> Figure:
+    """Return a figure of that many inches, known to pyplot; rcParams do not move its axes."""
     from matplotlib import pyplot as plt
 
     return plt.figure(figsize=(width, height), layout=layout)

@@ -486,6 +486,19 @@ def test_pictures_are_upright_whatever_the_style(fitted, squares):
     assert {image.origin for image in images} == {"upper"}
 
 
+@pytest.mark.parametrize("name", ["figure.constrained_layout.use", "figure.autolayout"])
+def test_tiles_stay_in_their_places_whatever_the_style(name, fitted):
+    from matplotlib import pyplot as plt
+
+    expected = plot_prototypes(fitted, prototypes=[0])
+    with plt.rc_context({name: True}):
+        display = plot_prototypes(fitted, prototypes=[0])
+        display.figure_.canvas.draw()
+    expected.figure_.canvas.draw()
+    for axes, other in zip(display.figure_.axes, expected.figure_.axes, strict=True):
+        np.testing.assert_allclose(axes.get_position().bounds, other.get_position().bounds)
+
+
 def test_long_names_are_shortened_and_dollars_are_no_formulas():
     assert canvas.short("sparrow") == "sparrow"
     long = canvas.short("a_bird_whose_name_is_much_too_long", 20)
