@@ -133,12 +133,9 @@ def draw_view(axis: Axes, picture: View, **style: Any) -> ScalarMappable:
 
 def draw_heat(axis: Axes, picture: View, heat: View, limits: tuple[float, float]) -> None:
     """Draw a picture in grey, and in colour over it the values of a map."""
-    x0, y0, x1, y1 = heat.box
     draw_view(axis, View(picture.pixels.mean(2), picture.box), cmap="gray", vmin=0, vmax=255)
     xlim, ylim = axis.get_xlim(), axis.get_ylim()
-    place: dict[str, Any] = {"extent": (x0, x1, y1, y0), "origin": "upper"}
-    drawn = axis.imshow(heat.pixels, **place, cmap="viridis", alpha=0.6)
-    drawn.set_clim(*limits)
+    draw_view(axis, heat, cmap="viridis", alpha=0.6).set_clim(*limits)
     axis.set(xlim=xlim, ylim=ylim)
 
 
