@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
-from skorch.callbacks import LRScheduler
+from skorch.callbacks import EpochScoring, LRScheduler
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
@@ -209,6 +209,11 @@ class StagedNet(SkorchProtoPNet):
                     f"The callback {name!r} monitors {monitor!r}, and there is no validation "
                     "split. Set one, train_split=skorch.dataset.ValidSplit(5, stratified=True), or "
                     "have it monitor 'train_loss'."
+                )
+            if _scores_without_labels(callback):
+                raise ValueError(
+                    f"The callback {name!r} would be shown no labels for {callback.scoring!r}: "
+                    "leave use_caching at True."
                 )
             if isinstance(callback, LRScheduler):
                 raise ValueError(
@@ -440,3 +445,9 @@ class StagedNet(SkorchProtoPNet):
         self._source_boxes = {}
         used = set(self.prototypes_["source_index"].tolist())
         self.source_images_ = sources_among(self.source_images_, used)
+
+
+def _scores_without_labels(callback: Any) -> bool:
+    """Return whether a callback gives a scorer of scikit-learn no y, but a data set of ours."""
+    named = isinstance(callback, EpochScoring) and isinstance(callback.scoring, str)
+    return named and not callback.use_caching

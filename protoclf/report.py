@@ -130,6 +130,7 @@ def write_report(
     X, y = unpacked(X, y)
     images = Images(X)
     y = None if y is None else read_labels(y, len(images))
+    _warn_of_other_labels(clf, y)
     check_files(images, progress=None if clf.verbose else False)
     cards = explained_cards(clf, images, y, thumbnail, top=top, attribution=attribution)
     tiles = _tiles(clf)
@@ -150,6 +151,15 @@ def write_report(
     with replaced(target) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
+
+
+def _warn_of_other_labels(clf: ProtoPNetClassifier, y: np.ndarray | None) -> None:
+    if y is not None and not set(y.tolist()) & set(clf.classes_.tolist()):
+        warn(
+            f"No label of y is one of the classes, such as {clf.classes_.tolist()[0]!r}; the first "
+            f"label is {y.tolist()[0]!r}. All predictions count as wrong.",
+            stacklevel=3,
+        )
 
 
 def _sources(clf: ProtoPNetClassifier, thumbnail: int) -> dict[int, Thumbnail]:

@@ -38,7 +38,7 @@ def style_sheet(
     X : images, optional
         What was explained; by default the images are read from the sheet's paths.
     side : int, default=72
-        Longer side of the patches, in pixels.
+        Longer side of the patches, in pixels, at most.
 
     Returns
     -------

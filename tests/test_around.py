@@ -382,6 +382,7 @@ def test_skorchs_callbacks_work(paths, squares, tmp_path):
     [
         (EarlyStopping(), "'EarlyStopping' monitors 'valid_loss', and there is no validation"),
         (Checkpoint(), "'Checkpoint' monitors 'valid_loss_best', and there is no validation"),
+        (EpochScoring("accuracy", use_caching=False), "shown no labels for 'accuracy'"),
         (LRScheduler("StepLR", step_size=1), "'LRScheduler' would not be heeded: lr_schedule"),
     ],
 )

@@ -241,6 +241,15 @@ def test_a_label_that_the_classifier_does_not_know_counts_as_wrong(fitted, squar
     assert any(text(option).startswith("violet") for option in page.find("option"))
 
 
+def test_labels_of_which_none_is_known_are_noticed(fitted, squares, tmp_path):
+    numbers = np.unique(squares[1], return_inverse=True)[1]
+    with pytest.warns(
+        UserWarning, match=r"No label of y is one of the classes, such as 'blue'"
+    ):
+        page = Page(write_report(fitted, squares[0], numbers, tmp_path / "report.html"))
+    assert "0 of 24 " in text(page.find("dl", "facts")[0])
+
+
 def test_paths_arrays_and_pictures_give_the_same_sheets(fitted, squares, files, tmp_path):
     forms = [squares[0][:9], files[:9], [PIL.Image.open(path) for path in files[:9]]]
     pages = [Page(write_report(fitted, X, path=tmp_path / "report.html")) for X in forms]
