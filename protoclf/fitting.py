@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from warnings import warn
 
 import numpy as np
@@ -64,6 +64,26 @@ _FITTED = (
 )
 
 
+class TrainingData(NamedTuple):
+    """The images of a fit, and what goes with them.
+
+    Attributes
+    ----------
+    dataset : ImageDataset
+        Of the images that are left, with their classes and weights.
+    classes : ndarray of shape (C,)
+        The labels, sorted.
+    groups : ndarray of shape (N,) or None
+    skipped : DataFrame
+        The images that could not be read.
+    """
+
+    dataset: ImageDataset
+    classes: np.ndarray
+    groups: np.ndarray | None
+    skipped: pd.DataFrame
+
+
 class StagedNet(SkorchProtoPNet):
     """A net that is fitted through all stages."""
 
@@ -108,24 +128,23 @@ class StagedNet(SkorchProtoPNet):
         images = Images(X)
         paths = images.paths or []
         before = stamps(paths)
-        data, skipped = self._training_data(images, y, sample_weight, groups, first)
-        dataset, labels, groups = data
+        data = self._training_data(images, y, sample_weight, groups, first)
         if first:
             self._forget()
-            self.classes_inferred_ = labels
+            self.classes_inferred_ = data.classes
         self.__dict__.pop("skipped_", None)  # of an earlier fit
         if self.on_bad_image == "skip":
-            self.skipped_ = skipped
-        self.preprocessing_ = dataset.preprocessing
-        self._check_agreement(dataset, labels, groups)
-        checkpoint = self._checkpoint(dataset, labels, groups, first)
+            self.skipped_ = data.skipped
+        self.preprocessing_ = data.dataset.preprocessing
+        self._check_agreement(data)
+        checkpoint = self._checkpoint(data, first)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         begun = None if checkpoint is None else checkpoint.seed
         self.seed_ = self.processes.agreed(seed if begun is None else begun)
         try:
-            self._train(dataset, first, groups, checkpoint)
+            self._train(data, first, checkpoint)
         except NotFinite as error:
-            raise FloatingPointError(self._about(error, dataset.images)) from error
+            raise FloatingPointError(self._about(error, data.dataset.images)) from error
         except torch.cuda.OutOfMemoryError as error:
             raise torch.cuda.OutOfMemoryError(f"{error} {_IN_LESS_MEMORY}") from error
         finally:
@@ -152,16 +171,10 @@ class StagedNet(SkorchProtoPNet):
                     "from. Set it back, or fit anew (warm_start=False)."
                 )
 
-    def _train(
-        self,
-        dataset: ImageDataset,
-        first: bool,
-        groups: np.ndarray | None,
-        checkpoint: Checkpoint | None,
-    ) -> None:
+    def _train(self, data: TrainingData, first: bool, checkpoint: Checkpoint | None) -> None:
         """Build the network, or take over parameters set since, and walk the stages."""
         device = torch.device(self.device)
-        whole: dict[str, Any] = {"X": dataset, "y": dataset.y.numpy()}
+        whole: dict[str, Any] = {"X": data.dataset, "y": data.dataset.y.numpy()}
         with (
             random_numbers_from(self.seed_, device),  # one fit at a time
             without_autocast(device),  # `precision` is what says
@@ -176,7 +189,7 @@ class StagedNet(SkorchProtoPNet):
             self.module_.keep_statistics(self.batch_norm == "keep")
             self.notify("on_train_begin", **whole)
             with self.plain_module.taking(self.images_at_once()):
-                self.fit_loop(**whole, first=first, groups=groups, checkpoint=checkpoint)
+                self.fit_loop(**whole, first=first, groups=data.groups, checkpoint=checkpoint)
 
     def _warn_of_one_cell(self) -> None:
         if self.prototype_size != "full" and self.geometry_.height * self.geometry_.width == 1:
@@ -254,7 +267,7 @@ class StagedNet(SkorchProtoPNet):
 
     def _training_data(
         self, images: Images, y: Any, sample_weight: Any, groups: Any, first: bool
-    ) -> tuple[tuple[ImageDataset, np.ndarray, np.ndarray | None], pd.DataFrame]:
+    ) -> TrainingData:
         """Check y and what goes with it, and decode all images; and say what is left out."""
         y = read_labels(y, len(images))
         groups = None if groups is None else read_groups(groups, len(images))
@@ -277,7 +290,7 @@ class StagedNet(SkorchProtoPNet):
         codes = codes[good]
         sample_weight, groups = (v if v is None else v[good] for v in (sample_weight, groups))
         weight = self.weights_of(codes, labels, sample_weight)
-        return (dataset.of(good, codes, weight), labels, groups), skipped
+        return TrainingData(dataset.of(good, codes, weight), labels, groups, skipped)
 
     def weights_of(
         self, codes: np.ndarray, classes: np.ndarray, sample_weight: Any
@@ -367,25 +380,20 @@ class StagedNet(SkorchProtoPNet):
             if stage.costly and stage is not stages[-1]:
                 checkpoint.write(self, position + 1, 0)
 
-    def _checkpoint(
-        self, dataset: ImageDataset, classes: np.ndarray, groups: Any, first: bool
-    ) -> Checkpoint | None:
+    def _checkpoint(self, data: TrainingData, first: bool) -> Checkpoint | None:
         if self.checkpoint is None:
             return None
         network = None if first else self.module_
-        key = fit_key(
-            self.get_params(deep=False), dataset, classes, groups, network, self.concepts_
-        )
+        given = data.dataset, data.classes, data.groups
+        key = fit_key(self.get_params(deep=False), *given, network, self.concepts_)
         key["the number of processes"] = str(self.processes.count)
         return Checkpoint(self.checkpoint, key, writes=self.processes.is_first)
 
-    def _check_agreement(
-        self, dataset: ImageDataset, classes: np.ndarray, groups: np.ndarray | None
-    ) -> None:
+    def _check_agreement(self, data: TrainingData) -> None:
         """Raise ValueError where several processes were given different data."""
         if self.processes.count == 1:
             return
-        key = data_key(dataset, classes, groups)
+        key = data_key(data.dataset, data.classes, data.groups)
         found = self.processes.gathered(changes(self.processes.agreed(key), key))
         differing = [f"in process {i} {text}" for i, text in enumerate(found) if text]
         if differing:

@@ -243,9 +243,7 @@ def test_a_label_that_the_classifier_does_not_know_counts_as_wrong(fitted, squar
 
 def test_labels_of_which_none_is_known_are_noticed(fitted, squares, tmp_path):
     numbers = np.unique(squares[1], return_inverse=True)[1]
-    with pytest.warns(
-        UserWarning, match=r"No label of y is one of the classes, such as 'blue'"
-    ):
+    with pytest.warns(UserWarning, match=r"No label of y is one of the classes, such as 'blue'"):
         page = Page(write_report(fitted, squares[0], numbers, tmp_path / "report.html"))
     assert "0 of 24 " in text(page.find("dl", "facts")[0])
 
