@@ -64,8 +64,10 @@ class Activations:
     def _with(self, **others: Tensor | None) -> Activations:
         return Activations(**{**vars(self), **others})
 
-    def solve(self, penalties: Sequence[float], tol: float = 1e-6) -> list[LastLayerResult]:
-        """Solve for each penalty, the largest first, on images and views alike."""
+    def solve(
+        self, penalties: Sequence[float], tol: float = 1e-6, lambda_l2: float = 0.0
+    ) -> list[LastLayerResult]:
+        """Solve for each lambda_l1, the largest first, on images and views alike."""
         times = 1 + len(self.views)
         return last_layer_path(
             torch.cat([self.g, *self.views]),
@@ -73,6 +75,7 @@ class Activations:
             *(self.owner, penalties),
             sample_weight=None if self.weight is None else self.weight.repeat(times),
             n_classes=self.n_classes,
+            lambda_l2=lambda_l2,
             tol=tol,
         )
 

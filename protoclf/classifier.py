@@ -105,10 +105,14 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         there, "keep" the activation as it is (the paper's). "auto" is "median" for rare classes
         alone, which the last layer would find too easy: those of fewer than half as many training
         images as the mean class, whatever they weigh.
-    lambda_l1 : float or "cv", default=5e-4
+    lambda_l1 : float or "cv", default=2e-4
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
         "cv" chooses by cross-validation on the activations: see `last_layer_path_`. A file that
         stands in X several times, as after oversampling, is held out as a whole.
+    lambda_l2 : float, default=1e-3
+        Weight of half the mean over classes of the sum of squared weights, likewise. It shares a
+        weight among prototypes that are alike, where `lambda_l1` alone would pick one, and helps
+        most where images of each class are few (0: the paper, and shorter sheets).
     warmup_epochs : int, default=0
         Epochs with the backbone frozen, once. Fresh add-on layers and random prototypes need some
         (5 in the paper).
@@ -266,7 +270,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         lambda_clst: float = 0.8,
         lambda_sep: float = 0.08,
         lambda_patch: float = 0.8,
-        lambda_l1: float | str = 5e-4,
+        lambda_l1: float | str = 2e-4,
+        lambda_l2: float = 1e-3,
         warmup_epochs: int = 0,
         joint_epochs: int = 10,
         cycles: int = 1,
@@ -322,6 +327,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.lambda_sep = lambda_sep
         self.lambda_patch = lambda_patch
         self.lambda_l1 = lambda_l1
+        self.lambda_l2 = lambda_l2
         self.warmup_epochs = warmup_epochs
         self.joint_epochs = joint_epochs
         self.cycles = cycles
@@ -366,6 +372,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             "lambda_patch": 0.0,
             "self_matches": "keep",
             "lambda_l1": 1e-4,
+            "lambda_l2": 0.0,
             "warmup_epochs": 5,
             "joint_epochs": 10,
             "cycles": 3,
@@ -613,7 +620,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         activations, known = self.activations_of(X, y, sample_weight)
         activations = activations.changed(torch.Tensor.double)
         of_groups = None if groups is None else read_groups(groups, len(known))[known]
-        path = penalty_path(activations, penalties, folds, self.seed_, of_groups)
+        path = penalty_path(activations, penalties, folds, self.seed_, of_groups, self.lambda_l2)
         if folds and path["accuracy"].isna().all():
             raise ValueError(
                 "folds needs a class of two images at least, and two groups where there are "

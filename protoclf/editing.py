@@ -93,7 +93,7 @@ def select_prototypes(
     edited.activations_ = activations.of_prototypes(torch.from_numpy(kept))
     keep_prototypes(edited, torch.from_numpy(kept))
     self_matches = clf.self_matches if X is None else "keep"  # X need not hold the sources
-    LastLayer(clf.lambda_l1_, self_matches).solve(edited)
+    LastLayer(clf.lambda_l1_, self_matches, clf.last_layer_result_.lambda_l2).solve(edited)
     edited.__dict__.pop("last_layer_path_", None)
     if X is not None:  # another edit without images would take them for the training images
         del edited.activations_

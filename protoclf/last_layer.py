@@ -2,11 +2,13 @@
 
 Stage 3 of ProtoPNet (Chen et al., 2019, section 2.2), with bounds: with the activations g of all
 prototypes fixed, minimise over W the mean cross-entropy of the logits G W^T plus lambda_l1 *
-sum |W|, where a prototype may only speak for its own class (W_cj >= 0) and against the others
-(W_cj <= 0). The paper has no bounds, and penalises the weights to other classes alone.
+sum |W| + lambda_l2 / 2 * sum W^2 / C for C classes, where a prototype may only speak for its own
+class (W_cj >= 0) and against the others (W_cj <= 0). The paper has no bounds and no squared penalty
+(that of the elastic net, Zou and Hastie, 2005), and penalises the weights to other classes alone.
 
-With V = |W| >= 0 the penalty is linear, so what is left is smooth, convex, and bounded below. It is
-solved by a proximal Newton method (Lee, Sun and Saunders, 2014) on a small working set of weights:
+With V = |W| >= 0 the penalties are linear and square, so what is left is smooth, convex, and
+bounded below. It is solved by a proximal Newton method (Lee, Sun and Saunders, 2014) on a small
+working set of weights:
 
 1. the full gradient, in double precision, gives the certificate and names the weights that want
    to leave zero; only they and the weights above zero may move in this step;
@@ -34,6 +36,8 @@ J. Kim, H. Park. Fast nonnegative matrix factorization: an active-set-like metho
 comparisons. SIAM Journal on Scientific Computing 33(6), 2011.
 J. J. More, G. Toraldo. On the solution of large quadratic programming problems with bound
 constraints. SIAM Journal on Optimization 1(1), 1991.
+H. Zou, T. Hastie. Regularization and variable selection via the elastic net. Journal of the Royal
+Statistical Society B 67(2), 2005.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ class LastLayerResult:
     weight : ndarray or Tensor of shape (n_classes, n_prototypes)
         W, of the same kind as the activations and on the same device.
     objective : float
-        Mean cross-entropy + lambda_l1 * sum |W|, at ``weight``.
+        Mean cross-entropy and both penalties, at ``weight``.
     residual : float
         Largest absolute entry of the projected gradient at ``weight``: the gradient in which the
         components that push against an active bound are set to 0. It is 0 at the optimum alone.
@@ -80,8 +84,8 @@ class LastLayerResult:
         Evaluations of the objective and its full gradient.
     n_products : int
         Products with the Hessian of the working set, each much cheaper than an evaluation.
-    lambda_l1 : float
-        The penalty that it was solved for.
+    lambda_l1, lambda_l2 : float
+        The penalties that it was solved for.
     """
 
     weight: Any
@@ -92,6 +96,7 @@ class LastLayerResult:
     n_evaluations: int
     n_products: int
     lambda_l1: float
+    lambda_l2: float
 
 
 def solve_last_layer(
@@ -102,6 +107,7 @@ def solve_last_layer(
     sample_weight: np.ndarray | Tensor | None = None,
     tol: float = 1e-6,
     *,
+    lambda_l2: float = 0.0,
     n_classes: int | None = None,
     warm_start: np.ndarray | Tensor | None = None,
     max_iter: int = 200,
@@ -123,6 +129,9 @@ def solve_last_layer(
         Weights >= 0; a weight of 2 is the same as the image twice.
     tol : float, default=1e-6
         Residual at which to stop.
+    lambda_l2 : float, default=0
+        Weight of half the mean over classes of the sum of squared weights, >= 0. It shares a
+        weight among prototypes that are alike, where `lambda_l1` alone picks one of them.
     n_classes : int, optional
         Number of classes; by default the largest index in ``y`` and ``prototype_class`` plus 1.
     warm_start : array of shape (n_classes, n_prototypes), optional
@@ -153,7 +162,8 @@ def solve_last_layer(
     check_number("tol", tol, 0.0)
     if not isinstance(max_iter, Integral) or max_iter < 0:
         raise ValueError(f"max_iter must be an int >= 0, got {max_iter!r}.")
-    problem = Problem.build(activations, y, prototype_class, lambda_l1, sample_weight, n_classes)
+    penalties = {"lambda_l1": lambda_l1, "lambda_l2": lambda_l2}
+    problem = Problem.build(activations, y, prototype_class, penalties, sample_weight, n_classes)
     with _threads_for(problem):
         result = _minimise(problem, problem.start(warm_start), float(tol), max_iter)
     if not result.converged:
@@ -162,7 +172,7 @@ def solve_last_layer(
             f"last layer not solved to tol={tol:g}: residual {result.residual:.3g} after "
             f"{result.n_iter} iterations{', which make it no smaller' if stalled else ''}. Raise "
             f"{'tol' if stalled else 'max_iter or tol'}"
-            + (", or use lambda_l1 > 0." if lambda_l1 == 0 else "."),
+            + (", or use lambda_l1 > 0." if lambda_l1 == lambda_l2 == 0 else "."),
             ConvergenceWarning,
             stacklevel=2,
         )
@@ -227,9 +237,9 @@ def _minimise(problem: Problem, v: Tensor, tol: float, max_iter: int) -> LastLay
     for n_iter in range(max_iter + 1):
         logits = problem.logits(v)
         probability = logits.softmax(0)
-        loss_gradient = problem.loss_gradient(probability)
-        residual = _residual(v, loss_gradient + problem.lambda_l1)
-        objective = problem.objective(logits, v.sum(), problem.lambda_l1)
+        smooth_gradient = problem.smooth_gradient(probability, v)
+        residual = _residual(v, smooth_gradient + problem.lambda_l1)
+        objective = problem.objective(logits, v, problem.lambda_l1)
         better = objective < best_objective - 1e-9 * abs(best_objective)
         stalled = 0 if better or residual < best_residual else stalled + 1
         best_residual, best_objective = min(best_residual, residual), min(best_objective, objective)
@@ -239,8 +249,8 @@ def _minimise(problem: Problem, v: Tensor, tol: float, max_iter: int) -> LastLay
             v, penalty = torch.zeros_like(v), math.inf  # which is better than that warm start
             best_residual, best_objective = math.inf, 1e300
             continue
-        penalty = _next_penalty(problem, v, loss_gradient, penalty, tol)
-        gradient = loss_gradient + penalty
+        penalty = _next_penalty(problem, v, smooth_gradient, penalty, tol)
+        gradient = smooth_gradient + penalty
         model = QuadraticModel(problem, probability, _working_set(problem, v, gradient, tol))
         step, products = model.minimise(v, gradient)
         n_products += products
@@ -258,14 +268,15 @@ def _minimise(problem: Problem, v: Tensor, tol: float, max_iter: int) -> LastLay
         n_evaluations=n_iter + 1,
         n_products=n_products,
         lambda_l1=problem.lambda_l1,
+        lambda_l2=problem.lambda_l2,
     )
 
 
-def _next_penalty(problem, v, loss_gradient, penalty, tol) -> float:
+def _next_penalty(problem, v, smooth_gradient, penalty, tol) -> float:
     """Lower the penalty in stages: far from the optimum Newton steps would be cut to nothing."""
     if penalty == math.inf:
-        penalty = float((-loss_gradient).max()) / 3  # at three times that V = 0 is the optimum
-    while penalty > problem.lambda_l1 and _residual(v, loss_gradient + penalty) <= 0.7 * penalty:
+        penalty = float((-smooth_gradient).max()) / 3  # at three times that V = 0 is the optimum
+    while penalty > problem.lambda_l1 and _residual(v, smooth_gradient + penalty) <= 0.7 * penalty:
         penalty = penalty / 4 if penalty > tol else 0.0
     return max(penalty, problem.lambda_l1)
 
@@ -290,11 +301,11 @@ def _line_search(problem, v, gradient, logits, model, step, penalty) -> float:
     """Halve the step until the objective falls enough (Armijo); it is feasible throughout."""
     change = model.forward(step.to(model.g)).to(logits)  # (C, n)
     derivative = float((model.gather(gradient, 0.0) * step).sum())
-    v_sum, step_sum = v.sum(), step.sum()
-    before = problem.objective(logits, v_sum, penalty)
+    start = model.gather(v, 0.0)  # all of V that is not 0
+    before = problem.objective(logits, start, penalty)
     size = 1.0
     while size > 1e-10:
-        after = problem.objective(logits + size * change, v_sum + size * step_sum, penalty)
+        after = problem.objective(logits + size * change, start + size * step, penalty)
         if after <= before + 1e-4 * size * derivative + 1e-15 * abs(before):
             return size
         size /= 2

@@ -20,7 +20,7 @@ _SMALL = 2_000_000  # activations up to which single precision would save nothin
 
 @dataclass
 class Problem:
-    """Cross-entropy and penalty as a function of V = |W|, with class-major (C, n) logits."""
+    """Cross-entropy and penalties as a function of V = |W|, with class-major (C, n) logits."""
 
     g: Tensor  # (n, m), exact dtype
     g_model: Tensor  # (m, n), model dtype, a row per prototype so that gathering is copying
@@ -28,12 +28,14 @@ class Problem:
     sign: Tensor  # (C, m), +1 own class, -1 other
     omega: Tensor  # (n,), sample weights that sum to 1
     lambda_l1: float
+    lambda_l2: float
     out_dtype: torch.dtype
 
     @classmethod
-    def build(cls, activations, y, prototype_class, lambda_l1, weight, n_classes):
+    def build(cls, activations, y, prototype_class, penalties, weight, n_classes):
         """Check the input and bring it to one device and to the dtypes of the solver."""
-        check_number("lambda_l1", lambda_l1, 0.0)
+        for name, value in penalties.items():
+            check_number(name, value, 0.0)
         given = _check_activations(activations)
         n, m = given.shape
         device = given.device
@@ -50,7 +52,7 @@ class Problem:
             onehot=classes == y,
             sign=torch.where(classes == owner, 1.0, -1.0).to(exact),
             omega=omega.to(exact).to(device),
-            lambda_l1=float(lambda_l1),
+            **{name: float(value) for name, value in penalties.items()},
             out_dtype=torch.float64 if given.dtype == torch.float64 else torch.float32,
         )
 
@@ -76,15 +78,23 @@ class Problem:
         """Logits of all images."""
         return (self.sign * v) @ self.g.T  # (C, n)
 
-    def objective(self, logits: Tensor, v_sum: Tensor, penalty: float) -> float:
-        """Weighted mean cross-entropy + penalty."""
-        entropy = logits.logsumexp(0) - (logits * self.onehot).sum(0)  # (n,)
-        return float(entropy @ self.omega + penalty * v_sum)
+    @property
+    def ridge(self) -> float:
+        """Weight of half the sum of squares."""
+        return self.lambda_l2 / len(self.sign)
 
-    def loss_gradient(self, probability: Tensor) -> Tensor:
-        """Gradient of the cross-entropy with respect to V."""
+    def objective(self, logits: Tensor, v: Tensor, penalty: float) -> float:
+        """Weighted mean cross-entropy + penalties, for V or the part of it that is not 0."""
+        entropy = logits.logsumexp(0) - (logits * self.onehot).sum(0)  # (n,)
+        value = entropy @ self.omega + penalty * v.sum()
+        if self.ridge:  # 0 times squares that overflow would be NaN
+            value = value + self.ridge / 2 * v.square().sum()
+        return float(value)
+
+    def smooth_gradient(self, probability: Tensor, v: Tensor) -> Tensor:
+        """Gradient of all but the linear penalty with respect to V."""
         error = (probability - self.onehot.to(probability)) * self.omega  # (C, n)
-        return self.sign * (error @ self.g)  # (C, m)
+        return (self.sign * (error @ self.g)).add_(v, alpha=self.ridge)  # (C, m)
 
 
 def projected(v: Tensor, gradient: Tensor) -> Tensor:

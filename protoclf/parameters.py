@@ -128,6 +128,7 @@ RULES: dict[str, Rule] = {
     "lambda_sep": NON_NEGATIVE,
     "lambda_patch": NON_NEGATIVE,
     "lambda_l1": either("cv", NON_NEGATIVE),
+    "lambda_l2": NON_NEGATIVE,
     "warmup_epochs": integer(0),
     "joint_epochs": integer(0),
     "cycles": COUNT,

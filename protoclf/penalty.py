@@ -35,6 +35,7 @@ def penalty_path(
     folds: int,
     seed: int,
     groups: np.ndarray | None = None,
+    lambda_l2: float = 0.0,
 ) -> pd.DataFrame:
     """Solve the last layer for each penalty, on all images and by cross-validation.
 
@@ -50,6 +51,8 @@ def penalty_path(
         For the folds.
     groups : ndarray of shape (N,), optional
         Images of one group stay in one fold.
+    lambda_l2 : float, default=0
+        The same for all penalties.
 
     Returns
     -------
@@ -60,9 +63,9 @@ def penalty_path(
     """
     penalties = sorted(penalties, reverse=True)
     splits = _splits(activations.y.cpu().numpy(), folds, seed, groups)
-    held_out = _held_out_scores(activations, penalties, splits)  # (folds, penalties, 2)
+    held_out = _held_out_scores(activations, penalties, splits, lambda_l2)  # (folds, penalties, 2)
     rows = []
-    for i, result in enumerate(activations.solve(penalties)):
+    for i, result in enumerate(activations.solve(penalties, lambda_l2=lambda_l2)):
         weight = result.weight
         row = {
             "lambda_l1": penalties[i],
@@ -98,12 +101,12 @@ def _splits(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> 
 
 
 def _held_out_scores(
-    activations: Activations, penalties: list[float], splits: Splits
+    activations: Activations, penalties: list[float], splits: Splits, lambda_l2: float
 ) -> np.ndarray:
     """Accuracy and cross-entropy of images left out, (folds, penalties, 2)."""
     scores, tol = [], _TOLERANCE * min((p for p in penalties if p > 0), default=PENALTIES[-1])
     for train, test in splits:
-        results = activations.take(train).solve(penalties, tol=tol)
+        results = activations.take(train).solve(penalties, tol, lambda_l2)
         left_out = activations.take(test)
         scores.append([left_out.scores(result.weight) for result in results])
     return np.array(scores).reshape(len(splits), len(penalties), 2)

@@ -73,7 +73,7 @@ class QuadraticModel:
         blocks = torch.cat(parts).to(self.problem.g)
         blocks = blocks * (self.sign[:, :, None] * self.sign[:, None, :])
         blocks = blocks * (self.valid[:, :, None] & self.valid[:, None, :])
-        return blocks
+        return blocks + (self.problem.ridge * self.valid).diag_embed()
 
     def _damped(self, blocks: Tensor) -> Tensor:
         diagonal = blocks.diagonal(dim1=1, dim2=2)  # (C, k)
@@ -123,7 +123,7 @@ class QuadraticModel:
             return self._unflatten(self.hessian @ part.flatten()[self.flat])
         weighted = self.forward(part.to(self.g)) * self.p  # (C, n)
         error = (weighted - self.p * weighted.sum(0)) * self.omega
-        return self.backward(error).to(part)  # (C, k)
+        return self.backward(error).to(part) + self.problem.ridge * part  # (C, k)
 
     def _unflatten(self, values: Tensor) -> Tensor:
         part = torch.zeros_like(self.sign).flatten()

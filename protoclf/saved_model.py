@@ -34,7 +34,7 @@ from protoclf.saved_parameters import checked_parameters
 from protoclf.saved_sources import MOST_SIDE
 from protoclf.torch_settings import ShapesOnly
 
-VERSION = 2
+VERSION = 3
 
 
 def _second(content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -42,7 +42,14 @@ def _second(content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     content["network"]["frozen"] = []
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {1: _second}
+def _third(content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    content["parameters"]["lambda_l2"] = content["last_layer_result"]["lambda_l2"] = 0.0
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
+    1: _second,
+    2: _third,
+}
 """For each older version what turns its JSON and tensors, in place, into those of the next."""
 
 PATH_COLUMNS = {
@@ -354,7 +361,7 @@ _FIT: dict[str, Rule] = {
     "lambda_l1": _NUMBER,
 }
 _LAST_LAYER: dict[str, Rule] = {
-    **dict.fromkeys(("objective", "residual", "lambda_l1"), _NUMBER),
+    **dict.fromkeys(("objective", "residual", "lambda_l1", "lambda_l2"), _NUMBER),
     **dict.fromkeys(("n_iter", "n_evaluations", "n_products"), _whole(0, 2**53)),
     "converged": _FLAG,
 }

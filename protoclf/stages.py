@@ -66,7 +66,8 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
         if net.train_backbone:
             before = net.joint_epochs * cycle
             stages.append(Training("joint", net.joint_epochs, joint, net.lr_schedule, before))
-        stages += [Projection(net.distinct), LastLayer(net.lambda_l1, net.self_matches)]
+        last_layer = LastLayer(net.lambda_l1, net.self_matches, net.lambda_l2)
+        stages += [Projection(net.distinct), last_layer]
     return stages
 
 
@@ -230,10 +231,12 @@ class LastLayer:
         "cv" chooses the penalty of the lowest cross-entropy on images left out.
     self_matches : {"auto", "median", "keep"}
         What becomes of a prototype's activation on its own source image.
+    lambda_l2 : float, default=0
     """
 
     lambda_l1: float | str
     self_matches: str
+    lambda_l2: float = 0.0
     name: str = "last layer"
     costly: ClassVar[bool] = True
 
@@ -260,7 +263,7 @@ class LastLayer:
     @torch.no_grad()
     def solve(self, net: SkorchProtoPNet) -> None:
         """Set W to the optimum for the activations that the net holds."""
-        (result,) = self._shown(net).solve([net.lambda_l1_])
+        (result,) = self._shown(net).solve([net.lambda_l1_], lambda_l2=self.lambda_l2)
         weight = net.module_.last_layer.weight
         weight.copy_(result.weight)
         net.last_layer_result_ = replace(result, weight=weight.cpu().clone())
@@ -294,7 +297,7 @@ class LastLayer:
         shown = self._shown(net, median=True, groups=data.groups)
         largest = _largest(shown.g, net.sources_["image"], data.groups)
         penalties = [p * largest for p in PENALTIES]
-        path = penalty_path(shown, penalties, 4, net.seed_, data.groups)
+        path = penalty_path(shown, penalties, 4, net.seed_, data.groups, self.lambda_l2)
         if path["cross_entropy"].isna().all():
             raise ValueError(
                 'lambda_l1="cv" needs a class of two images at least, and two groups where there '

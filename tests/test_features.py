@@ -162,7 +162,8 @@ def test_views_of_the_warmup_are_not_those_of_the_last_layer(squares):
 def test_a_fit_learns_from_views(squares):
     X, y = squares
     settings = {"image_size": 48, "prototypes_per_class": 2, "joint_epochs": 0, "verbose": 0}
-    settings |= {"random_state": 0, "lambda_l1": 1e-3, "augmentation": lambda image: 255 - image}
+    settings |= {"random_state": 0, "lambda_l1": 1e-3, "lambda_l2": 0.0}
+    settings["augmentation"] = lambda image: 255 - image
     plain = ProtoPNetClassifier("small_cnn", **settings).fit(X, y)
     clf = ProtoPNetClassifier("small_cnn", augmented_views=1, **settings).fit(X, y)
     assert clf.prototypes_["source_index"].equals(plain.prototypes_["source_index"])

@@ -23,17 +23,18 @@ def similarities(n=60, m=9, n_classes=3, seed=0, noise=1.0, mean=3.0):
     return np.abs(g), y, owner
 
 
-def objective_by_loops(w, g, y, lambda_l1, sample_weight):
+def objective_by_loops(w, g, y, lambda_l1, sample_weight, lambda_l2=0.0):
     total = 0.0
     for i in range(len(g)):
         logits = [sum(w[c, j] * g[i, j] for j in range(w.shape[1])) for c in range(w.shape[0])]
         top = max(logits)
         entropy = top + np.log(sum(np.exp(value - top) for value in logits)) - logits[y[i]]
         total += sample_weight[i] * entropy
-    return total / sum(sample_weight) + lambda_l1 * sum(abs(value) for value in w.ravel())
+    ridge = lambda_l2 / len(w) * sum(value**2 for value in w.ravel()) / 2
+    return total / sum(sample_weight) + lambda_l1 * sum(abs(v) for v in w.ravel()) + ridge
 
 
-def residual_by_loops(w, g, y, owner, lambda_l1, sample_weight=None):
+def residual_by_loops(w, g, y, owner, lambda_l1, sample_weight=None, lambda_l2=0.0):
     n_classes, m = w.shape
     weight = np.ones(len(g)) if sample_weight is None else np.asarray(sample_weight, float)
     logits = g @ w.T
@@ -43,7 +44,7 @@ def residual_by_loops(w, g, y, owner, lambda_l1, sample_weight=None):
     for c in range(n_classes):
         error = weight * (p[:, c] - (y == c)) / weight.sum()
         for j in range(m):
-            slope = error @ g[:, j]
+            slope = error @ g[:, j] + lambda_l2 / n_classes * w[c, j]
             if owner[j] == c:  # W_cj >= 0
                 entry = slope + lambda_l1
                 worst = max(worst, abs(entry) if w[c, j] > 0 else max(0.0, -entry))
@@ -53,7 +54,7 @@ def residual_by_loops(w, g, y, owner, lambda_l1, sample_weight=None):
     return worst
 
 
-def scipy_optimum(g, y, owner, lambda_l1, n_classes, sample_weight=None, start=None):
+def scipy_optimum(g, y, owner, lambda_l1, n_classes, sample_weight=None, start=None, lambda_l2=0.0):
     """L-BFGS-B on W itself, in double precision."""
     n, m = g.shape
     weight = np.full(n, 1 / n) if sample_weight is None else sample_weight / sample_weight.sum()
@@ -67,9 +68,9 @@ def scipy_optimum(g, y, owner, lambda_l1, n_classes, sample_weight=None, start=N
         normaliser = np.exp(logits).sum(1, keepdims=True)
         entropy = np.log(normaliser[:, 0]) - logits[onehot]
         error = (np.exp(logits) / normaliser - onehot) * weight[:, None]
-        return weight @ entropy + lambda_l1 * (sign * w).sum(), (
-            error.T @ g + lambda_l1 * sign
-        ).ravel()
+        ridge = lambda_l2 / n_classes
+        value = weight @ entropy + lambda_l1 * (sign * w).sum() + ridge / 2 * (w**2).sum()
+        return value, (error.T @ g + lambda_l1 * sign + ridge * w).ravel()
 
     bounds = [(0, None) if s > 0 else (None, 0) for s in sign.ravel()]
     options = {"maxiter": 20000, "maxfun": 50000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 30}
@@ -91,21 +92,22 @@ def scipy_optimum(g, y, owner, lambda_l1, n_classes, sample_weight=None, start=N
     seed=st.integers(0, 10**6),
     noise=st.floats(0.05, 2.0),
     lambda_l1=st.sampled_from([1e-3, 1e-2, 0.1]),
+    lambda_l2=st.sampled_from([0.0, 1e-3, 0.1]),
 )
-def test_optimum_is_the_one_that_scipy_finds(n, m, n_classes, seed, noise, lambda_l1):
+def test_optimum_is_the_one_that_scipy_finds(n, m, n_classes, seed, noise, lambda_l1, lambda_l2):
     g, y, owner = similarities(n, m, n_classes, seed, noise)
     sample_weight = np.random.default_rng(seed).uniform(0.1, 3, size=n)
-    result = solve_last_layer(g, y, owner, lambda_l1, sample_weight, tol=1e-8, n_classes=n_classes)
+    given = g, y, owner, lambda_l1
+    ridge = {"lambda_l2": lambda_l2}
+    result = solve_last_layer(*given, sample_weight, tol=1e-8, n_classes=n_classes, **ridge)
     assert result.converged
-    assert (
-        result.objective <= scipy_optimum(g, y, owner, lambda_l1, n_classes, sample_weight) + 1e-7
-    )
+    assert result.objective <= scipy_optimum(*given, n_classes, sample_weight, **ridge) + 1e-7
     # scipy stops early where the problem is ill-conditioned; let it try to better ours as well
-    bettered = scipy_optimum(g, y, owner, lambda_l1, n_classes, sample_weight, start=result.weight)
+    bettered = scipy_optimum(*given, n_classes, sample_weight, start=result.weight, **ridge)
     assert result.objective <= bettered + 1e-8
-    by_loops = objective_by_loops(result.weight, g, y, lambda_l1, sample_weight)
+    by_loops = objective_by_loops(result.weight, g, y, lambda_l1, sample_weight, **ridge)
     np.testing.assert_allclose(result.objective, by_loops, atol=1e-10)
-    by_loops = residual_by_loops(result.weight, g, y, owner, lambda_l1, sample_weight)
+    by_loops = residual_by_loops(result.weight, *given[:3], lambda_l1, sample_weight, **ridge)
     np.testing.assert_allclose(result.residual, by_loops, atol=1e-10)
 
 
@@ -143,15 +145,15 @@ def test_signs_hold_and_the_certificate_is_honest_at_a_middle_size():
 
 @pytest.mark.parametrize("explicit", [0, 1500], ids=["products", "written out"])
 @pytest.mark.parametrize("small", [0, 10**9], ids=["single", "double"])
-def test_every_form_of_the_model_reaches_the_same_optimum(monkeypatch, explicit, small):
+@pytest.mark.parametrize("lambda_l2", [0.0, 0.05])
+def test_every_form_of_the_model_reaches_the_same_optimum(monkeypatch, explicit, small, lambda_l2):
     monkeypatch.setattr(quadratic_model, "_EXPLICIT", explicit)
     monkeypatch.setattr(last_layer_problem, "_SMALL", small)
     g, y, owner = similarities(n=200, m=30, n_classes=5)
-    result = solve_last_layer(g, y, owner, 1e-3, tol=1e-7)
+    result = solve_last_layer(g, y, owner, 1e-3, tol=1e-7, lambda_l2=lambda_l2)
     assert result.converged
-    np.testing.assert_allclose(
-        result.objective, scipy_optimum(g, y, owner, 1e-3, 5), atol=1e-6, rtol=0
-    )
+    expected = scipy_optimum(g, y, owner, 1e-3, 5, lambda_l2=lambda_l2)
+    np.testing.assert_allclose(result.objective, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "most"), [("_GATHERED", 0), ("_MOST_GATHERED", 5 * 200)])
@@ -221,6 +223,14 @@ def test_activations_of_any_scale(spread):
     assert result.converged
     reference = solve_last_layer(g, y, owner, 1e-3)
     np.testing.assert_allclose(result.objective, reference.objective, atol=1e-5)
+
+
+def test_lambda_l2_shares_a_weight_among_prototypes_that_are_alike():
+    g, y, owner = similarities(n=60, m=3, n_classes=3)
+    g, owner = np.column_stack([g, g[:, 0]]), np.append(owner, owner[0])  # one of them twice
+    shared = solve_last_layer(g, y, owner, 1e-3, tol=1e-9, lambda_l2=1e-2).weight
+    np.testing.assert_allclose(shared[:, 3], shared[:, 0], atol=1e-5)
+    assert shared[0, 0] > 0
 
 
 @pytest.mark.parametrize(

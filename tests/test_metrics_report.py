@@ -159,7 +159,8 @@ def test_their_last_layer_is_optimal_without_matches_of_themselves(birds):
     views = view_activations(drawn, data).double()  # as in the fit: the backbone was trained
     assert len(views) == 2
     views = [replace_self_matches(view, codes, owner, source) for view in views]
-    alone = solve_last_layer(torch.cat([g, *views]), codes.repeat(3), owner, clf.lambda_l1_)
+    shown = torch.cat([g, *views]), codes.repeat(3), owner
+    alone = solve_last_layer(*shown, clf.lambda_l1_, lambda_l2=clf.lambda_l2)
     assert drawn.last_layer_result_.objective == pytest.approx(alone.objective, rel=1e-3)
     table = drawn.prototypes_
     assert (table["weight"] == drawn.coef_[owner, np.arange(len(owner))]).all()

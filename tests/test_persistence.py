@@ -660,7 +660,7 @@ JSON = {
         put("classes", {"type": "uint8", "width": 0, "labels": [1, 2, 300]}),
         "class labels",
     ),
-    "parameter": (parameter("lambda_l2", 1), "no parameter 'lambda_l2'"),
+    "parameter": (parameter("lambda_l3", 1), "no parameter 'lambda_l3'"),
     "parameter value": (parameter("batch_size", 0), "batch_size must be an int >= 1"),
     "internals": (parameter("module", "x"), "no parameter 'module'"),
     "self": (parameter("self", "x"), "cannot be used"),
@@ -1285,6 +1285,7 @@ def test_a_model_of_each_version_loads(version):
     expected = json.loads((DATA / f"saved_model_{version}_expected.json").read_text())
     folder = DATA / f"saved_model_{version}"
     clf = ProtoPNetClassifier.load(folder, backbone=made["tiny_backbone"](), device="cpu")
+    assert clf.last_layer_result_.lambda_l2 == clf.lambda_l2 == (0 if version < 3 else 1e-3)
     X, y = made["drawn_images"]()
     logits = np.array(expected["logits"])
     np.testing.assert_allclose(clf.decision_function(X), logits[:, 1] - logits[:, 0], atol=1e-4)
@@ -1308,9 +1309,9 @@ def test_older_versions_are_brought_up_to_date(saved, monkeypatch):
 
     edit_json(saved, lambda c: c["fit"].update(random_seed=c["fit"].pop("seed")))
     edit_tensors(saved, lambda t: t.update(check=t.pop("probe")))
-    monkeypatch.setattr(saved_model, "VERSION", 4)
-    monkeypatch.setattr(saved_model, "MIGRATIONS", {2: rename, 3: lambda *_: None})
+    monkeypatch.setattr(saved_model, "VERSION", 5)
+    monkeypatch.setattr(saved_model, "MIGRATIONS", {3: rename, 4: lambda *_: None})
     load(saved)
     edit_json(saved, lambda c: c["fit"].pop("random_seed"))
-    with pytest.raises(ModelFileError, match="is no model of version 2"):
+    with pytest.raises(ModelFileError, match="is no model of version 3"):
         load(saved)

@@ -121,7 +121,7 @@ def test_schedule_by_default():
         Training("warm-up", net.warmup_epochs, heads),
         Training("joint", net.joint_epochs, {"backbone": net.backbone_lr, **heads}, "cosine"),
         Projection(None),
-        LastLayer(net.lambda_l1, "auto"),
+        LastLayer(2e-4, "auto", 1e-3),
     ]
 
 
@@ -140,7 +140,7 @@ def test_schedule_of_the_paper():
 def test_schedule_without_training_the_backbone_has_no_joint_stage():
     stages = schedule(make(train_backbone=False, distinct="images", lambda_l1=0.5), first=True)
     assert [stage.name for stage in stages] == ["start", "warm-up", "projection", "last layer"]
-    assert stages[2:] == [Projection("images"), LastLayer(0.5, "auto")]
+    assert stages[2:] == [Projection("images"), LastLayer(0.5, "auto", 1e-3)]
 
 
 def test_schedule_of_a_continued_fit_begins_with_a_cycle():
@@ -195,7 +195,8 @@ def test_history_of_computed_stages_has_their_results(recorded, squares):
     assert clf.history[-2, "distinct_images"] == table["source_index"].nunique()
     codes = np.unique(squares[1], return_inverse=True)[1]
     entropy = -np.log(clf.predict_proba(squares[0])[np.arange(len(codes)), codes]).mean()
-    objective = entropy + clf.lambda_l1 * np.abs(clf.coef_).sum()
+    ridge = clf.lambda_l2 / 2 * (clf.coef_**2).sum(1).mean()
+    objective = entropy + clf.lambda_l1 * np.abs(clf.coef_).sum() + ridge
     assert clf.history[-1, "objective"] == pytest.approx(objective, rel=1e-4)
     assert clf.history[-1, "residual"] == clf.last_layer_result_.residual
 

@@ -69,7 +69,8 @@ def solved(net, g, y):
     """Return the last layer that is optimal for these activations and labels."""
     codes = torch.from_numpy(encode(y, net.classes_)[1]).to(g.device)
     owner, n_classes = net.module_.owner, len(net.classes_)
-    return solve_last_layer(g.double(), codes, owner, net.lambda_l1, n_classes=n_classes).weight
+    penalties = {"lambda_l1": net.lambda_l1, "lambda_l2": net.lambda_l2}
+    return solve_last_layer(g.double(), codes, owner, n_classes=n_classes, **penalties).weight
 
 
 def accuracy_and_log_loss(y, probability, classes):

@@ -67,7 +67,7 @@ def random_prototypes(
     moved = sources.distance
     drawn.sources_ = {"image": sources.image, "row": row, "col": col, "box": box, "moved": moved}
     drawn.activations_ = _activations(drawn, data, sources)
-    LastLayer(clf.lambda_l1_, "keep").solve(drawn)
+    LastLayer(clf.lambda_l1_, "keep", clf.last_layer_result_.lambda_l2).solve(drawn)
     drawn._keep_sources(dataset)
     for name in ("activations_", "last_layer_path_"):  # neither is of the training images
         drawn.__dict__.pop(name, None)
