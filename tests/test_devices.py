@@ -243,7 +243,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
 
     def solved(g, y, owner, *args, **kwargs):
         assert on_gpu([g, y, owner])
-        return [LastLayerResult(g.new_zeros(3, 4), 0.0, 0.0, 1, True, 1, 1, 0.1)]
+        return [LastLayerResult(g.new_zeros(3, 4), 0.0, 0.0, 1, True, 1, 1, 0.1, 0.0)]
 
     monkeypatch.setattr(patch_search, "find_sources", sources)
     monkeypatch.setattr(features, "_check_finite", lambda rows, index: on_gpu([rows]))

@@ -615,7 +615,7 @@ JSON = {
     "no version": (lambda c: c.pop("version"), "not the description of a saved"),
     "version 0": (put("version", 0), "not the description"),
     "version true": (put("version", True), "not the description"),
-    "newer": (put("version", 3), "saved by a newer version of protoclf: its format is 3"),
+    "newer": (put("version", 4), "saved by a newer version of protoclf: its format is 4"),
     "another format": (put("format", "x"), "not the description"),
     "a field less": (lambda c: c.pop("sources"), "lacks the field sources"),
     "a field more": (put("pickle", "x"), "fields too many: ..pickle"),
