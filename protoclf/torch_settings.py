@@ -31,7 +31,7 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 def on_cpu_by_default() -> AbstractContextManager[object]:
     """Have torch make tensors on the CPU, where no device is named, whatever its default is."""
-    elsewhere = torch.get_default_device().type != "cpu"
+    elsewhere = torch.empty(0).device.type != "cpu"
     return torch.device("cpu") if elsewhere else nullcontext()
 
 

@@ -1201,7 +1201,7 @@ def test_transform_names_its_columns(model):
 
 def test_set_output_gives_a_frame_with_the_index_of_X(photos, reference):
     clf = pickle.loads(pickle.dumps(reference[0])).set_output(transform="pandas")
-    frame = clf.transform(pd.Series(photos[:4], index=list("abcd")))
+    frame = clf.transform(pd.DataFrame({"path": photos[:4]}, index=list("abcd")))
     assert frame.columns.tolist() == clf.get_feature_names_out().tolist()
     assert frame.index.tolist() == list("abcd")
     np.testing.assert_array_equal(frame, reference[0].transform(X[:4]))
