@@ -99,14 +99,14 @@ class QuadraticModel:
 
     def scatter(self, part: Tensor) -> Tensor:
         """Put a (C, k) matrix back among zeros."""
-        full = torch.zeros_like(self.problem.sign)
+        full = torch.zeros_like(self.problem.sign, dtype=part.dtype)
         return full.scatter_(1, self.index, torch.where(self.valid, part, 0.0))  # (C, m)
 
     def forward(self, part: Tensor) -> Tensor:
         """Logits of weights on the working set."""
         part = part * self.sign.to(part)
         if self.gathered is None:
-            return self.scatter(part).to(self.g) @ self.g  # (C, n)
+            return self.scatter(part) @ self.g  # (C, n)
         return (part[:, None, :] @ self.gathered)[:, 0]  # (C, n)
 
     def backward(self, error: Tensor) -> Tensor:
