@@ -276,7 +276,10 @@ def _next_penalty(problem, v, smooth_gradient, penalty, tol) -> float:
     """Lower the penalty in stages: far from the optimum Newton steps would be cut to nothing."""
     if penalty == math.inf:
         penalty = float((-smooth_gradient).max()) / 3  # at three times that V = 0 is the optimum
-    while penalty > problem.lambda_l1 and _residual(v, smooth_gradient + penalty) <= 0.7 * penalty:
+    while penalty > problem.lambda_l1:
+        # what is within tol is solved: weights that pull less may never enter the working set
+        if _residual(v, smooth_gradient + penalty) > max(0.7 * penalty, tol):
+            break
         penalty = penalty / 4 if penalty > tol else 0.0
     return max(penalty, problem.lambda_l1)
 

@@ -157,7 +157,9 @@ def test_every_form_of_the_model_reaches_the_same_optimum(monkeypatch, explicit,
 
 
 @pytest.mark.parametrize(("name", "most"), [("_GATHERED", 0), ("_MOST_GATHERED", 5 * 200)])
-def test_large_working_sets_are_not_gathered(monkeypatch, name, most):
+@pytest.mark.parametrize("small", [0, 10**9], ids=["single", "double"])
+def test_large_working_sets_are_not_gathered(monkeypatch, name, most, small):
+    monkeypatch.setattr(last_layer_problem, "_SMALL", small)
     monkeypatch.setattr(quadratic_model, "_EXPLICIT", 0)
     monkeypatch.setattr(quadratic_model, name, most)
     monkeypatch.setattr(quadratic_model, "_CHUNK", 500)
@@ -174,6 +176,21 @@ def test_large_working_sets_are_not_gathered(monkeypatch, name, most):
     np.testing.assert_allclose(
         result.objective, solve_last_layer(g, y, owner, 1e-3).objective, atol=1e-6
     )
+
+
+def test_the_stages_end_where_lambda_l1_is_0():
+    rng = np.random.default_rng(0)
+    n_classes, each = int(rng.integers(3, 20)), int(rng.integers(2, 6))
+    y = np.repeat(np.arange(n_classes), rng.integers(7, 20, n_classes))
+    latents = np.abs(rng.normal(size=(len(y), 16))) + 1
+    latents += 0.3 * np.abs(rng.normal(size=(n_classes, 16)))[y]
+    latents /= np.linalg.norm(latents, axis=1)[:, None]
+    sources = rng.integers(0, len(y), n_classes * each)
+    owner = np.repeat(np.arange(n_classes), each)
+    # one weight pulls too hard for the stage of 5e-7 to end, and too little to enter
+    result = solve_last_layer(latents @ latents[sources].T, y, owner, 0.0, lambda_l2=0.1)
+    assert result.converged
+    assert result.n_iter < 50
 
 
 def test_a_weight_of_two_is_the_row_twice_and_of_zero_is_no_row():
