@@ -214,7 +214,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     last_layer_result_ : LastLayerResult
         Objective, optimality residual and iterations of the last layer.
     lambda_l1_ : float
-        The penalty that the last layer was solved for.
+        The value that the last layer was solved for; `last_layer_result_` has that of `lambda_l2`.
     last_layer_path_ : DataFrame
         With ``lambda_l1="cv"`` only: see `last_layer_path`.
     activations_ : Activations
@@ -599,7 +599,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             good; with ``lambda_l1="cv"``, `fit` itself sees to that. They are shown as they are,
             as with ``self_matches="keep"``: of rare classes, a fit with "auto" has other weights.
         penalties : sequence of float
-            Values of lambda_l1.
+            Values of lambda_l1. `lambda_l2` is the parameter's, for all of them.
         folds : int, default=4
             Stratified folds for the held-out columns; 0 leaves them out.
 

@@ -112,7 +112,7 @@ def solve_last_layer(
     warm_start: np.ndarray | Tensor | None = None,
     max_iter: int = 200,
 ) -> LastLayerResult:
-    """Find the last layer that minimises cross-entropy + lambda_l1 * sum |W| under sign bounds.
+    """Find the last layer that minimises cross-entropy and two penalties under sign bounds.
 
     Parameters
     ----------
@@ -123,8 +123,8 @@ def solve_last_layer(
     prototype_class : array of shape (n_prototypes,)
         Class index of each prototype: W is >= 0 there and <= 0 in all other classes.
     lambda_l1 : float
-        Weight of the penalty, >= 0. With 0 and separable data no minimum exists; the solver then
-        stops where the residual falls below ``tol``.
+        Weight of sum |W|, >= 0. Where both penalties are 0 and the data is separable, no minimum
+        exists; the solver then stops where the residual falls below ``tol``.
     sample_weight : array of shape (n_samples,), optional
         Weights >= 0; a weight of 2 is the same as the image twice.
     tol : float, default=1e-6
@@ -172,7 +172,7 @@ def solve_last_layer(
             f"last layer not solved to tol={tol:g}: residual {result.residual:.3g} after "
             f"{result.n_iter} iterations{', which make it no smaller' if stalled else ''}. Raise "
             f"{'tol' if stalled else 'max_iter or tol'}"
-            + (", or use lambda_l1 > 0." if lambda_l1 == lambda_l2 == 0 else "."),
+            + (", or use a penalty > 0." if lambda_l1 == lambda_l2 == 0 else "."),
             ConvergenceWarning,
             stacklevel=2,
         )
@@ -188,21 +188,21 @@ def last_layer_path(
     lambdas: Iterable[float],
     **options: Any,
 ) -> list[LastLayerResult]:
-    """Solve the last layer for several penalties, each started from the one before.
+    """Solve the last layer for several values of lambda_l1, each started from the one before.
 
     Parameters
     ----------
     activations, y, prototype_class
         As in :func:`solve_last_layer`.
     lambdas : iterable of float
-        Penalties. They are solved from the largest to the smallest, as solutions grow.
+        Values of lambda_l1. They are solved from the largest to the smallest, as solutions grow.
     **options
-        Passed on to :func:`solve_last_layer`.
+        Passed on to :func:`solve_last_layer`; `lambda_l2` is the same for all of them.
 
     Returns
     -------
     list of LastLayerResult
-        One for each penalty, the largest first.
+        One for each value, the largest first.
     """
     results: list[LastLayerResult] = []
     warm_start = options.pop("warm_start", None)

@@ -592,6 +592,7 @@ def test_wrong_X_is_refused_before_training_and_when_predicting(
         ("lambda_sep", np.inf, "a finite number >= 0"),
         ("lambda_l1", "small", '"cv" or a finite number >= 0'),
         ("lambda_l1", np.nan, '"cv" or a finite number >= 0'),
+        ("lambda_l2", "cv", "a finite number >= 0"),
         ("warmup_epochs", -1, "an int >= 0"),
         ("joint_epochs", 1.5, "an int >= 0"),
         ("cycles", 0, "an int >= 1"),

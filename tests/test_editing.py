@@ -216,6 +216,13 @@ def test_edits_do_not_mind_the_output_format(three_each, squares):
     assert len(framed.last_layer_path(X, y, [1e-3], folds=0)) == 1
 
 
+def test_an_edit_keeps_the_penalties_of_the_fit(fitted, squares):
+    clf = clone(fitted).set_params(lambda_l1=1e-3, lambda_l2=1e-2).fit(*squares)
+    result = remove(clf.set_params(lambda_l1=0.1, lambda_l2=0.0), []).last_layer_result_
+    assert (result.lambda_l1, result.lambda_l2) == (1e-3, 1e-2)
+    np.testing.assert_allclose(result.weight, clf.coef_, atol=1e-3)
+
+
 def test_an_edit_forgets_the_path_of_the_penalty(fitted, squares):
     clf = clone(fitted).set_params(lambda_l1="cv").fit(*squares)
     assert not hasattr(remove(clf, [0]), "last_layer_path_")

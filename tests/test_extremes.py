@@ -41,10 +41,12 @@ def assert_sound(clf, X):
 @pytest.mark.parametrize(
     "given",
     [
-        {"lambda_clst": 0, "lambda_sep": 0, "lambda_l1": 0},
+        {"lambda_clst": 0, "lambda_sep": 0, "lambda_l1": 0, "lambda_l2": 0},
+        {"lambda_l1": 0},
         {"lambda_clst": 1e3},
         {"lambda_sep": 1e3},
         {"lambda_l1": 1e3},
+        {"lambda_l2": 1e3},
         {"prototypes_per_class": 1},
         {"prototype_size": "full"},
         {"batch_size": 1},

@@ -357,7 +357,7 @@ def test_unreached_tolerance_is_said():
         result = solve_last_layer(*similarities(), 0.001, max_iter=1)
     assert not result.converged
     assert result.residual > 1e-6
-    with pytest.warns(ConvergenceWarning, match="lambda_l1 > 0"):
+    with pytest.warns(ConvergenceWarning, match="use a penalty > 0"):
         solve_last_layer(*similarities(), 0.0, max_iter=1)
     with pytest.warns(ConvergenceWarning):  # below rounding: it gives up before max_iter
         result = solve_last_layer(*similarities(), 0.01, tol=0.0)
@@ -391,6 +391,7 @@ G, Y, OWNER = similarities()
         ({"y": 0 * Y, "n_classes": 1}, "prototype_class must be below n_classes=1, got class ind"),
         ({"lambda_l1": -1e-4}, "lambda_l1 must be a finite number >= 0, got -0.0001"),
         ({"lambda_l1": float("nan")}, "lambda_l1 must be a finite number"),
+        ({"lambda_l2": -1e-4}, "lambda_l2 must be a finite number >= 0, got -0.0001"),
         ({"tol": -1.0}, "tol must be a finite number >= 0, got -1.0"),
         ({"max_iter": -1}, "max_iter must be an int >= 0, got -1"),
         ({"max_iter": 2.0}, "max_iter must be an int >= 0, got 2.0"),

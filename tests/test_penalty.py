@@ -20,12 +20,14 @@ def activations(n=60, m=12, n_classes=3, seed=0, weight=None):
     return Activations(g.double(), y, owner, n_classes, weight)
 
 
-def test_every_row_is_the_optimum_for_its_penalty():
+@pytest.mark.parametrize("lambda_l2", [0.0, 0.1])
+def test_every_row_is_the_optimum_for_its_penalty(lambda_l2):
     data = activations()
-    path = penalty_path(data, [1e-4, 1e-2, 1e-3], folds=3, seed=0)
+    path = penalty_path(data, [1e-4, 1e-2, 1e-3], folds=3, seed=0, lambda_l2=lambda_l2)
     assert path["lambda_l1"].tolist() == [1e-2, 1e-3, 1e-4]
     for _, row in path.iterrows():
-        alone = solve_last_layer(data.g, data.y, data.owner, row["lambda_l1"])
+        places = data.y, data.owner, row["lambda_l1"]
+        alone = solve_last_layer(data.g, *places, lambda_l2=lambda_l2)
         assert row["objective"] == pytest.approx(alone.objective, abs=1e-7)
         assert row["n_nonzero"] == (row["weight"] != 0).sum()
         assert row["n_prototypes"] == (row["weight"] != 0).any(0).sum()
@@ -43,6 +45,11 @@ def test_held_out_scores_are_those_of_images_left_out():
     assert path["train_accuracy"][0] > path["accuracy"][0] + 0.1
     assert 0 <= path["accuracy_std"][0] < 0.5
     assert path["cross_entropy"][0] > np.log(4) - 0.1
+
+
+def test_held_out_scores_are_of_both_penalties():
+    path = penalty_path(activations(), [1e-4], folds=3, seed=0, lambda_l2=1e3)
+    assert path["cross_entropy"][0] == pytest.approx(np.log(3), abs=0.01)  # all weights are small
 
 
 def test_without_folds_nothing_is_held_out():

@@ -94,7 +94,8 @@ def test_what_only_the_last_layer_sees_computes_nothing_again(files, tmp_path, c
     X, y = files
     frozen(tmp_path / "m").fit(X, y)
     assert computed == EVERYTHING
-    for changed in ({"lambda_l1": 1e-2}, {"lambda_l1": "cv"}, {"self_matches": "median"}):
+    penalties = {"lambda_l1": 1e-2}, {"lambda_l2": 1e-2}, {"lambda_l1": "cv"}
+    for changed in (*penalties, {"self_matches": "median"}):
         clf = frozen(tmp_path / "m", **changed).fit(X, y)
         assert_same_model(clf, frozen(None, **changed).fit(X, y), X)
         assert computed[3:] == EVERYTHING  # of the fit without memory
