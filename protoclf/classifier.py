@@ -110,7 +110,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         "cv" chooses by cross-validation on the activations: see `last_layer_path_`. A file that
         stands in X several times, as after oversampling, is held out as a whole.
     lambda_l2 : float, default=1e-3
-        Weight of half the mean over classes of the sum of squared weights, likewise. It shares a
+        Weight of half the mean over classes of the sum of squared weights, likewise, meant for
+        activations of at most 1; those of "log" are larger, and it matters less. It shares a
         weight among prototypes that are alike, where `lambda_l1` alone would pick one, and helps
         most where images of each class are few (0: the paper, and shorter sheets).
     warmup_epochs : int, default=0
