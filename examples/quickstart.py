@@ -47,8 +47,7 @@ def main() -> None:
         warmup_epochs=0,  # the backbone starts from scratch: there is nothing to keep frozen
         joint_epochs=args.epochs,
         backbone_lr=SETTINGS["lr"],
-        lambda_l1=1e-3,  # for short sheets, as is no squared penalty
-        lambda_l2=0.0,
+        lambda_l1=1e-3,
         random_state=args.seed,
         **SETTINGS,
     )

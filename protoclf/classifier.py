@@ -40,7 +40,7 @@ from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import refuse_unknown, with_parameters_of
 from protoclf.patch_search import view_activations
-from protoclf.penalty import PATH_RULES, PENALTIES, penalty_path
+from protoclf.penalty import PATH_RULES, PENALTIES, auto_penalty, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
 from protoclf.rules import check_rules
 from protoclf.torch_datasets import unpacked
@@ -105,15 +105,17 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         there, "keep" the activation as it is (the paper's). "auto" is "median" for rare classes
         alone, which the last layer would find too easy: those of fewer than half as many training
         images as the mean class, whatever they weigh.
-    lambda_l1 : float or "cv", default=2e-4
+    lambda_l1 : float, "auto" or "cv", default="auto"
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
-        "cv" chooses by cross-validation on the activations: see `last_layer_path_`. A file that
-        stands in X several times, as after oversampling, is held out as a whole.
-    lambda_l2 : float, default=1e-3
+        "auto" is 5e-4 where the backbone was trained, and 2e-4 where it is as it was given. "cv"
+        chooses by cross-validation on the activations: see `last_layer_path_`. A file that stands
+        in X several times, as after oversampling, is held out as a whole.
+    lambda_l2 : float or "auto", default="auto"
         Weight of half the mean over classes of the sum of squared weights, likewise, meant for
         activations of at most 1; those of "log" are larger, and it matters less. It shares a
-        weight among prototypes that are alike, where `lambda_l1` alone would pick one, and helps
-        most where images of each class are few (0: the paper, and shorter sheets).
+        weight among prototypes that are alike, where `lambda_l1` alone would pick one, and makes
+        sheets longer. "auto" is 0, as in the paper, where the backbone was trained; otherwise
+        1e-3, with which predictions are better, most of all where images of each class are few.
     warmup_epochs : int, default=0
         Epochs with the backbone frozen, once. Fresh add-on layers and random prototypes need some
         (5 in the paper).
@@ -271,8 +273,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         lambda_clst: float = 0.8,
         lambda_sep: float = 0.08,
         lambda_patch: float = 0.8,
-        lambda_l1: float | str = 2e-4,
-        lambda_l2: float = 1e-3,
+        lambda_l1: float | str = "auto",
+        lambda_l2: float | str = "auto",
         warmup_epochs: int = 0,
         joint_epochs: int = 10,
         cycles: int = 1,
@@ -621,7 +623,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         activations, known = self.activations_of(X, y, sample_weight)
         activations = activations.changed(torch.Tensor.double)
         of_groups = None if groups is None else read_groups(groups, len(known))[known]
-        path = penalty_path(activations, penalties, folds, self.seed_, of_groups, self.lambda_l2)
+        ridge = auto_penalty("lambda_l2", self.lambda_l2, self.backbone_trained_)
+        path = penalty_path(activations, penalties, folds, self.seed_, of_groups, ridge)
         if folds and path["accuracy"].isna().all():
             raise ValueError(
                 "folds needs a class of two images at least, and two groups where there are "

@@ -92,6 +92,10 @@ def _is_callback(value: Any) -> bool:
     return hasattr(callback, "on_epoch_end")  # of an instance or a class
 
 
+def _is_lambda_l1(value: Any) -> bool:
+    return value in ("auto", "cv") if isinstance(value, str) else NON_NEGATIVE[0](value)
+
+
 def _is_seed(value: Any) -> bool:
     if value is None or isinstance(value, np.random.RandomState):
         return True
@@ -127,8 +131,8 @@ RULES: dict[str, Rule] = {
     "lambda_clst": NON_NEGATIVE,
     "lambda_sep": NON_NEGATIVE,
     "lambda_patch": NON_NEGATIVE,
-    "lambda_l1": either("cv", NON_NEGATIVE),
-    "lambda_l2": NON_NEGATIVE,
+    "lambda_l1": (_is_lambda_l1, f'"auto", "cv" or {NON_NEGATIVE[1]}'),
+    "lambda_l2": either("auto", NON_NEGATIVE),
     "warmup_epochs": integer(0),
     "joint_epochs": integer(0),
     "cycles": COUNT,

@@ -7,6 +7,7 @@ the solution for the one before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,13 @@ from protoclf.rules import NON_NEGATIVE, Rule, integer
 PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
 """What `lambda_l1="cv"` chooses from, for activations of at most 1."""
 
+_AUTO = {"lambda_l1": (2e-4, 5e-4), "lambda_l2": (1e-3, 0.0)}
+"""Of the last layer over a backbone as it was given, and over one that was trained.
+
+Features that were trained for the classes are told apart by few prototypes; what else the squared
+penalty keeps makes sheets longer there, and predictions no better.
+"""
+
 PATH_RULES: dict[str, Rule] = {
     "folds": (lambda value: integer(0)[0](value) and value != 1, "0 or an int >= 2"),
     "penalties": (
@@ -27,6 +35,11 @@ PATH_RULES: dict[str, Rule] = {
 }
 
 _TOLERANCE = 0.01  # of held-out solves, as a share of the smallest penalty
+
+
+def auto_penalty(name: str, value: float | str, trained: bool) -> Any:
+    """Return the value of `lambda_l1` or `lambda_l2`; where it is "auto", that for the backbone."""
+    return _AUTO[name][trained] if value == "auto" else value
 
 
 def penalty_path(

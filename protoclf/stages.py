@@ -30,7 +30,7 @@ from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
-from protoclf.penalty import PENALTIES, penalty_path
+from protoclf.penalty import PENALTIES, auto_penalty, penalty_path
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import are_self_matches, rare_classes, replace_self_matches
 from protoclf.stage_cache import remembered
@@ -227,16 +227,16 @@ class LastLayer:
 
     Attributes
     ----------
-    lambda_l1 : float or "cv"
+    lambda_l1 : float, "auto" or "cv"
         "cv" chooses the penalty of the lowest cross-entropy on images left out.
     self_matches : {"auto", "median", "keep"}
         What becomes of a prototype's activation on its own source image.
-    lambda_l2 : float, default=0
+    lambda_l2 : float or "auto"
     """
 
     lambda_l1: float | str
     self_matches: str
-    lambda_l2: float = 0.0
+    lambda_l2: float | str
     name: str = "last layer"
     costly: ClassVar[bool] = True
 
@@ -263,7 +263,7 @@ class LastLayer:
     @torch.no_grad()
     def solve(self, net: SkorchProtoPNet) -> None:
         """Set W to the optimum for the activations that the net holds."""
-        (result,) = self._shown(net).solve([net.lambda_l1_], lambda_l2=self.lambda_l2)
+        (result,) = self._shown(net).solve([net.lambda_l1_], lambda_l2=self._ridge(net))
         weight = net.module_.last_layer.weight
         weight.copy_(result.weight)
         net.last_layer_result_ = replace(result, weight=weight.cpu().clone())
@@ -285,19 +285,23 @@ class LastLayer:
             a = a.changed(lambda g: replace_self_matches(g, *places))
         return a.changed(lambda g: g.to(widest_float(g.device)))
 
+    def _ridge(self, net: SkorchProtoPNet) -> float:
+        return auto_penalty("lambda_l2", self.lambda_l2, net.backbone_trained_)
+
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
         """Return the penalty.
 
         Where it is chosen by cross-validation, no held-out image, nor one of its group, may be the
         source of a prototype.
         """
-        if not isinstance(self.lambda_l1, str):
+        lambda_l1 = auto_penalty("lambda_l1", self.lambda_l1, net.backbone_trained_)
+        if not isinstance(lambda_l1, str):
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
-            return self.lambda_l1
+            return lambda_l1
         shown = self._shown(net, median=True, groups=data.groups)
         largest = _largest(shown.g, net.sources_["image"], data.groups)
         penalties = [p * largest for p in PENALTIES]
-        path = penalty_path(shown, penalties, 4, net.seed_, data.groups, self.lambda_l2)
+        path = penalty_path(shown, penalties, 4, net.seed_, data.groups, self._ridge(net))
         if path["cross_entropy"].isna().all():
             raise ValueError(
                 'lambda_l1="cv" needs a class of two images at least, and two groups where there '

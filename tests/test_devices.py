@@ -257,7 +257,7 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
         vars(clf)["criterion_"] = ProtoPNetLoss(module.owner, 0.8, 0.08, 0.5)
         data = FitData(clf, dataset, None)
         stages.Projection(None).run(clf, data)
-        stages.LastLayer(0.1, "auto").run(clf, data)
+        stages.LastLayer(0.1, "auto", 0.0).run(clf, data)
         assert on_gpu([data.train_features.features, data.train_distance, module.prototypes])
     assert clf.history[:, "stage"] == ["projection", "last layer"]
 

@@ -55,7 +55,7 @@ def test_what_is_removed_is_gone_and_the_rest_is_solved_anew(three_each, squares
     assert edited.prototypes_["source_index"].tolist() == sources["source_index"].tolist()
     g = torch.from_numpy(edited.transform(X)).double()
     places = codes(edited, y), edited.module_.owner
-    alone = solve_last_layer(g, *places, 1e-5, lambda_l2=three_each.lambda_l2)
+    alone = solve_last_layer(g, *places, 1e-5, lambda_l2=three_each.last_layer_result_.lambda_l2)
     np.testing.assert_allclose(edited.coef_, alone.weight, atol=2e-2)
     assert edited.last_layer_result_.residual < 1e-6
     assert edited.last_layer_result_.objective == pytest.approx(alone.objective, rel=1e-5)

@@ -160,7 +160,7 @@ def test_their_last_layer_is_optimal_without_matches_of_themselves(birds):
     assert len(views) == 2
     views = [replace_self_matches(view, codes, owner, source) for view in views]
     shown = torch.cat([g, *views]), codes.repeat(3), owner
-    alone = solve_last_layer(*shown, clf.lambda_l1_, lambda_l2=clf.lambda_l2)
+    alone = solve_last_layer(*shown, clf.lambda_l1_, lambda_l2=clf.last_layer_result_.lambda_l2)
     assert drawn.last_layer_result_.objective == pytest.approx(alone.objective, rel=1e-3)
     table = drawn.prototypes_
     assert (table["weight"] == drawn.coef_[owner, np.arange(len(owner))]).all()

@@ -137,14 +137,34 @@ def test_held_out_scores_are_solved_as_penalties_need_it(scale):
 
 
 def test_a_fixed_penalty_has_no_path(fitted):
-    assert fitted.lambda_l1_ == fitted.lambda_l1
     assert not hasattr(fitted, "last_layer_path_")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"train_backbone": False}, (2e-4, 1e-3)),
+        ({}, (5e-4, 0.0)),
+        ({"joint_epochs": 0}, (2e-4, 1e-3)),
+        ({"train_backbone": False, "lambda_l1": 0.01}, (0.01, 1e-3)),
+        ({"lambda_l2": 0.02}, (5e-4, 0.02)),
+    ],
+)
+def test_automatic_penalties_depend_on_whether_the_backbone_was_trained(
+    squares, parameters, expected
+):
+    settings = {"image_size": 48, "prototypes_per_class": 1, "joint_epochs": 1, "verbose": 0}
+    clf = ProtoPNetClassifier("small_cnn", **settings | parameters, random_state=0).fit(*squares)
+    result = clf.last_layer_result_
+    assert (clf.lambda_l1_, result.lambda_l1, result.lambda_l2) == (expected[0], *expected)
+    path = clf.last_layer_path(*squares, [expected[0]], folds=0)
+    assert path["objective"][0] == pytest.approx(result.objective, rel=1e-2)
 
 
 def test_the_path_of_a_fitted_classifier(fitted, squares):
     X, y = squares
     before = fitted.coef_.copy()
-    path = fitted.last_layer_path(X, y, [fitted.lambda_l1, 0.05], folds=3)
+    path = fitted.last_layer_path(X, y, [fitted.lambda_l1_, 0.05], folds=3)
     assert path["weight"][0].shape == fitted.coef_.shape
     np.testing.assert_allclose(path["weight"][1], before, atol=2e-2)
     assert path["n_nonzero"][0] < path["n_nonzero"][1]

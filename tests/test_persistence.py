@@ -1285,7 +1285,7 @@ def test_a_model_of_each_version_loads(version):
     expected = json.loads((DATA / f"saved_model_{version}_expected.json").read_text())
     folder = DATA / f"saved_model_{version}"
     clf = ProtoPNetClassifier.load(folder, backbone=made["tiny_backbone"](), device="cpu")
-    assert clf.last_layer_result_.lambda_l2 == clf.lambda_l2 == (0 if version < 3 else 1e-3)
+    assert clf.lambda_l2 == (0 if version < 3 else "auto")
     X, y = made["drawn_images"]()
     logits = np.array(expected["logits"])
     np.testing.assert_allclose(clf.decision_function(X), logits[:, 1] - logits[:, 0], atol=1e-4)

@@ -53,7 +53,11 @@ def test_the_last_layer_is_optimal_for_the_activations_it_is_shown(squares, self
         for g in shown:
             g[:, mine] = replace_self_matches(g[:, mine], a.y, a.owner[mine], source[mine])
     again = solve_last_layer(
-        torch.cat(shown), a.y.repeat(1 + views), a.owner, 0.01, lambda_l2=clf.lambda_l2
+        torch.cat(shown),
+        a.y.repeat(1 + views),
+        a.owner,
+        0.01,
+        lambda_l2=clf.last_layer_result_.lambda_l2,
     )
     np.testing.assert_allclose(again.objective, clf.last_layer_result_.objective, rtol=1e-5)
 
@@ -121,5 +125,7 @@ def test_an_edit_leaves_the_rule_of_rare_classes_as_it_was(squares):
     source = torch.from_numpy(edited.prototypes_["source_index"].to_numpy(copy=True))
     g = replace_self_matches(a.g, a.y, a.owner, source, some=a.owner == blue)
     assert not torch.equal(g, a.g)
-    again = solve_last_layer(g, a.y, a.owner, clf.lambda_l1, lambda_l2=clf.lambda_l2)
+    again = solve_last_layer(
+        g, a.y, a.owner, clf.lambda_l1_, lambda_l2=clf.last_layer_result_.lambda_l2
+    )
     np.testing.assert_allclose(again.objective, edited.last_layer_result_.objective, rtol=1e-5)

@@ -121,7 +121,7 @@ def test_schedule_by_default():
         Training("warm-up", net.warmup_epochs, heads),
         Training("joint", net.joint_epochs, {"backbone": net.backbone_lr, **heads}, "cosine"),
         Projection(None),
-        LastLayer(2e-4, "auto", 1e-3),
+        LastLayer("auto", "auto", "auto"),
     ]
 
 
@@ -131,16 +131,16 @@ def test_schedule_of_the_paper():
     assert schedule(ProtoPNetClassifier.paper(), first=True) == [
         Start("random"),
         Training("warm-up", 5, heads),
-        *(Training("joint", 10, joint, "step", 0), Projection(None), LastLayer(1e-4, "keep")),
-        *(Training("joint", 10, joint, "step", 10), Projection(None), LastLayer(1e-4, "keep")),
-        *(Training("joint", 10, joint, "step", 20), Projection(None), LastLayer(1e-4, "keep")),
+        *(Training("joint", 10, joint, "step", 0), Projection(None), LastLayer(1e-4, "keep", 0.0)),
+        *(Training("joint", 10, joint, "step", 10), Projection(None), LastLayer(1e-4, "keep", 0.0)),
+        *(Training("joint", 10, joint, "step", 20), Projection(None), LastLayer(1e-4, "keep", 0.0)),
     ]
 
 
 def test_schedule_without_training_the_backbone_has_no_joint_stage():
     stages = schedule(make(train_backbone=False, distinct="images", lambda_l1=0.5), first=True)
     assert [stage.name for stage in stages] == ["start", "warm-up", "projection", "last layer"]
-    assert stages[2:] == [Projection("images"), LastLayer(0.5, "auto", 1e-3)]
+    assert stages[2:] == [Projection("images"), LastLayer(0.5, "auto", "auto")]
 
 
 def test_schedule_of_a_continued_fit_begins_with_a_cycle():
@@ -195,8 +195,8 @@ def test_history_of_computed_stages_has_their_results(recorded, squares):
     assert clf.history[-2, "distinct_images"] == table["source_index"].nunique()
     codes = np.unique(squares[1], return_inverse=True)[1]
     entropy = -np.log(clf.predict_proba(squares[0])[np.arange(len(codes)), codes]).mean()
-    ridge = clf.lambda_l2 / 2 * (clf.coef_**2).sum(1).mean()
-    objective = entropy + clf.lambda_l1 * np.abs(clf.coef_).sum() + ridge
+    ridge = clf.last_layer_result_.lambda_l2 / 2 * (clf.coef_**2).sum(1).mean()
+    objective = entropy + clf.lambda_l1_ * np.abs(clf.coef_).sum() + ridge
     assert clf.history[-1, "objective"] == pytest.approx(objective, rel=1e-4)
     assert clf.history[-1, "residual"] == clf.last_layer_result_.residual
 
@@ -558,7 +558,7 @@ def test_last_layer_takes_weight_zero_as_left_out_and_weight_two_as_twice(square
         data = FitData(clf, dataset, None)
         with torch.no_grad():
             data.train_distance = clf.module_(dataset.pixels)[1]
-        LastLayer(0.01, "keep").run(clf, data)
+        LastLayer(0.01, "keep", 0.0).run(clf, data)
         solved.append(clf)
     np.testing.assert_allclose(solved[0].coef_, solved[1].coef_, atol=1e-3)
     objectives = [clf.last_layer_result_.objective for clf in solved]

@@ -84,8 +84,8 @@ def without_bounds(clf, train, test):
     g = torch.from_numpy(clf.transform(train[0])).double()
     y = torch.from_numpy((train[1][:, None] == clf.classes_).argmax(1))
     owner = clf.module_.owner.repeat(2)
-    both, ridge = torch.cat([g, -g], 1), {"lambda_l2": clf.lambda_l2}
-    weight = solve_last_layer(both, y, owner, clf.lambda_l1, **ridge).weight
+    both, ridge = torch.cat([g, -g], 1), {"lambda_l2": clf.last_layer_result_.lambda_l2}
+    weight = solve_last_layer(both, y, owner, clf.lambda_l1_, **ridge).weight
     positive, negative = weight.chunk(2, dim=1)
     logits = torch.from_numpy(clf.transform(test[0])).double() @ (positive - negative).T
     return accuracy_and_log_loss(test[1], logits.softmax(1).numpy(), clf.classes_)

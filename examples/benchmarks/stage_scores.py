@@ -10,6 +10,7 @@ from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.labels import encode
 from protoclf.last_layer import solve_last_layer
+from protoclf.penalty import auto_penalty
 
 
 class StageScores(Callback):
@@ -42,7 +43,7 @@ class StageScores(Callback):
         if stage == "joint":
             held_out = self._activations(net, self.held_out)
             self._record(net, "before", held_out, net.module_.last_layer.weight)
-            if not isinstance(net.lambda_l1, str):  # "cv" chooses behind the projection
+            if net.lambda_l1 != "cv":  # which chooses behind the projection
                 weight = solved(net, *self._activations(net, self.train))
                 self._record(net, "before, solved", held_out, weight)
         elif stage == "projection" and self.row:
@@ -69,7 +70,8 @@ def solved(net, g, y):
     """Return the last layer that is optimal for these activations and labels."""
     codes = torch.from_numpy(encode(y, net.classes_)[1]).to(g.device)
     owner, n_classes = net.module_.owner, len(net.classes_)
-    penalties = {"lambda_l1": net.lambda_l1, "lambda_l2": net.lambda_l2}
+    trained, names = net.backbone_trained_, ("lambda_l1", "lambda_l2")
+    penalties = {name: auto_penalty(name, getattr(net, name), trained) for name in names}
     return solve_last_layer(g.double(), codes, owner, n_classes=n_classes, **penalties).weight
 
 
