@@ -66,6 +66,7 @@ def classifier_and_images(args: argparse.Namespace):
     """
     folder = Path(tempfile.mkdtemp())
     frozen = {"train_backbone": False, "memory": folder / "features", "random_state": 0}
+    frozen |= {"lambda_l1": 5e-4, "lambda_l2": 0.0}  # a squared penalty keeps most of them in use
     if args.images:
         X, y = load_folder(args.images)
         clf = ProtoPNetClassifier(
