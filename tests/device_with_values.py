@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from protoclf import (
     ProtoPNetClassifier,
     backbone_facts,
-    last_layer,
+    last_layer_problem,
     parameters,
     prototype_layer,
     stages,
@@ -179,7 +179,7 @@ def device_with_values(float64: bool = True) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, _Device():
         if not float64:
             patch.setattr(sys.modules[__name__], "_has_float64", False)
-            for module in (last_layer, prototype_layer, stages):
+            for module in (last_layer_problem, prototype_layer, stages):
                 patch.setattr(module, "widest_float", lambda device: torch.float32)
         patch.setattr(torch, "tensor", made(tensor))
         patch.setattr(torch, "as_tensor", made(as_tensor))

@@ -149,7 +149,7 @@ def test_the_first_of_several_processes_draws_the_birds_of_the_page_about_gpus(t
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.glob("drawn by *")] == ["drawn by 0"]
-    assert (tmp_path / "model").is_dir()
+    assert (tmp_path / "trained").is_dir()
 
 
 BENCHMARKS = sorted(
