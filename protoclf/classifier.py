@@ -622,7 +622,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
         activations, known = self.activations_of(X, y, sample_weight)
         activations = activations.changed(torch.Tensor.double)
-        of_groups = None if groups is None else read_groups(groups, len(known))[known]
+        groups = read_groups(groups, len(known))
+        of_groups = None if groups is None else groups[known]
         ridge = auto_penalty("lambda_l2", self.lambda_l2, self.backbone_trained_)
         path = penalty_path(activations, penalties, folds, self.seed_, of_groups, ridge)
         if folds and path["accuracy"].isna().all():

@@ -335,8 +335,7 @@ def _taught(
     images = Images(X)
     codes = encode(read_labels(y, len(images)), clf.classes_)[1]
     weight = checked_weights(fit_params["sample_weight"], len(images))
-    if fit_params["groups"] is not None:
-        read_groups(fit_params["groups"], len(images))
+    read_groups(fit_params["groups"], len(images))
     table, taught = clf.prototypes_, copy.deepcopy(clf)
     dataset = ImageDataset(images, clf.preprocessing_, codes, on_bad_image=clf.on_bad_image)
     taught.prepare_processor()

@@ -212,8 +212,7 @@ class ProtoPNetEnsemble(
         y = read_labels(y, len(images))
         classes, codes = encode(y, None)
         conflicting_labels(images, y)
-        if groups is not None:
-            read_groups(groups, len(images))
+        read_groups(groups, len(images))
         weight = checked_weights(sample_weight, len(images))
         if weight is not None:
             check_no_class_is_left_out(weight, codes, classes)

@@ -270,7 +270,7 @@ class StagedNet(SkorchProtoPNet):
     ) -> TrainingData:
         """Check y and what goes with it, and decode all images; and say what is left out."""
         y = read_labels(y, len(images))
-        groups = None if groups is None else read_groups(groups, len(images))
+        groups = read_groups(groups, len(images))
         labels, codes = encode(y, None if first else self.classes_)
         conflicting_labels(images, y)
         sample_weight = checked_weights(sample_weight, len(images))
@@ -323,13 +323,12 @@ class StagedNet(SkorchProtoPNet):
                 "your own, pass all images and ValidSplit(PredefinedSplit(fold)), with fold -1 for "
                 "those to train on and 0 for the others."
             )
-        positions = in_whole(train)[1]
-        check_positions(positions, len(whole))
-        if valid is not None:
-            of_valid = in_whole(valid)[1]
-            check_positions(of_valid, len(whole))
-            if groups is not None:
-                check_apart(groups[positions], groups[of_valid])
+        parts = [in_whole(part)[1] for part in (train, valid) if part is not None]
+        for part in parts:
+            check_positions(part, len(whole))
+        if groups is not None and valid is not None:
+            check_apart(*(groups[part] for part in parts))
+        positions = parts[0]
         check_enough_images(self._images_needed(first), y[positions], self.classes_)
         if groups is None and self.lambda_l1 == "cv":
             groups = repeated_files(whole.images)

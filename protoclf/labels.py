@@ -86,8 +86,10 @@ def _without_extension(y: Any) -> Any:
     return y if dtype is None or pd.isna(y).any() else y.to_numpy(dtype)
 
 
-def read_groups(groups: Any, n: int) -> np.ndarray:
-    """Return the group of each of n images as a number."""
+def read_groups(groups: Any, n: int) -> np.ndarray | None:
+    """Return the group of each of n images as a number, or None where none are given."""
+    if groups is None:
+        return None
     groups = _as_they_are(column_or_1d(groups), groups)
     if len(groups) != n:
         raise ValueError(f"X has {n} images and groups {len(groups)} entries; as many are needed.")

@@ -92,10 +92,6 @@ def _is_callback(value: Any) -> bool:
     return hasattr(callback, "on_epoch_end")  # of an instance or a class
 
 
-def _is_lambda_l1(value: Any) -> bool:
-    return value in ("auto", "cv") if isinstance(value, str) else NON_NEGATIVE[0](value)
-
-
 def _is_seed(value: Any) -> bool:
     if value is None or isinstance(value, np.random.RandomState):
         return True
@@ -131,18 +127,18 @@ RULES: dict[str, Rule] = {
     "lambda_clst": NON_NEGATIVE,
     "lambda_sep": NON_NEGATIVE,
     "lambda_patch": NON_NEGATIVE,
-    "lambda_l1": (_is_lambda_l1, f'"auto", "cv" or {NON_NEGATIVE[1]}'),
-    "lambda_l2": either("auto", NON_NEGATIVE),
+    "lambda_l1": either("auto", "cv", rule=NON_NEGATIVE),
+    "lambda_l2": either("auto", rule=NON_NEGATIVE),
     "warmup_epochs": integer(0),
     "joint_epochs": integer(0),
     "cycles": COUNT,
-    "augmented_views": either("auto", integer(0)),
+    "augmented_views": either("auto", rule=integer(0)),
     "batch_norm": one_of("keep", "train"),
     "lr": NON_NEGATIVE,
     "backbone_lr": NON_NEGATIVE,
     "lr_schedule": one_of("cosine", "step", None),
     "batch_size": COUNT,
-    "micro_batch_size": optional(either("auto", COUNT)),
+    "micro_batch_size": optional(either("auto", rule=COUNT)),
     "precision": one_of("auto", "float32", "bfloat16"),
     "memory": (_is_memory, "None, a folder (and no file) or a joblib.Memory"),
     "checkpoint": (_is_folder, "None or a folder"),

@@ -18,7 +18,7 @@ _MODEL_STEPS = 150  # products with the Hessian in one quadratic model
 _CG_STEPS = 50  # and between two proximal steps
 _BENT_STEPS = 6  # lengths tried when a step crosses bounds
 _EXPLICIT = 1500  # weights up to which the Hessian is worth writing out
-_RIDGE = 1e-10  # of the mean diagonal, so that the whole Hessian can be factored
+_LIFT = 1e-10  # of the mean diagonal, so that the whole Hessian can be factored
 _DAMPING = 1e-4  # of a block's mean diagonal, so that collinear prototypes stay solvable
 _GATHERED = 8  # copies of the activations that the working set may take, before all is multiplied
 _MOST_GATHERED = 2**28  # numbers in these copies
@@ -73,7 +73,8 @@ class QuadraticModel:
         blocks = torch.cat(parts).to(self.problem.g)
         blocks = blocks * (self.sign[:, :, None] * self.sign[:, None, :])
         blocks = blocks * (self.valid[:, :, None] & self.valid[:, None, :])
-        return blocks + (self.problem.ridge * self.valid).diag_embed()
+        blocks.diagonal(dim1=1, dim2=2).add_(self.problem.ridge * self.valid)
+        return blocks
 
     def _damped(self, blocks: Tensor) -> Tensor:
         diagonal = blocks.diagonal(dim1=1, dim2=2)  # (C, k)
@@ -153,7 +154,7 @@ class QuadraticModel:
         assert self.hessian is not None
         hessian = self.hessian.clone()[None]  # (1, F, F)
         diagonal = hessian.diagonal(dim1=1, dim2=2)
-        diagonal += _RIDGE * diagonal.mean()
+        diagonal += _LIFT * diagonal.mean()
         x, linear = (part.flatten()[None, self.flat] for part in (start, gradient))  # (1, F)
         linear = linear - _times(hessian, x)
         x, _ = _nonnegative_quadratic(hessian, linear, x > 0)

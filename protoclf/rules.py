@@ -27,13 +27,14 @@ def one_of(*options: Any) -> Rule:
     return lambda value: isinstance(value, str | None) and value in options, f"one of {names}"
 
 
-def either(word: str, rule: Rule) -> Rule:
-    """Return the rule of one word, or of what another rule allows."""
+def either(*words: str, rule: Rule) -> Rule:
+    """Return the rule of some words, or of what another rule allows."""
 
     def holds(value: Any) -> bool:
-        return value == word if isinstance(value, str) else rule[0](value)
+        return value in words if isinstance(value, str) else rule[0](value)
 
-    return holds, f'"{word}" or {rule[1]}'
+    names = ", ".join(f'"{word}"' for word in words)
+    return holds, f"{names} or {rule[1]}"
 
 
 def optional(rule: Rule) -> Rule:
