@@ -74,7 +74,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         What the backbone expects, for pixels in [0, 1]: three numbers each.
     prototypes_per_class : int, dict or "auto", default=10
         A dict gives each class label its number. "auto" keeps what a sparse last layer makes use
-        of, up to 20 for a class.
+        of, up to 20 for a class; with ``distinct="images"``, no more than it has images.
     prototype_size : (int, int) or "full", default=(1, 1)
         Rows and columns of latent cells; "full" is the whole map.
     latent_dim : int or None, default=None

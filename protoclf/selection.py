@@ -40,7 +40,8 @@ def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     Candidates are patches of each class that differ from one another, several times as many as it
     is to have prototypes. The last layer is solved for them with a strong penalty, and those of
     largest weight for their class stay; among those without weight, the ones that tell the class
-    best from the others. Where the numbers of prototypes are "auto", those with weight stay.
+    best from the others. Where the numbers of prototypes are "auto", those with weight stay; with
+    distinct="images", no more than the class has images.
 
     Parameters
     ----------
@@ -57,6 +58,8 @@ def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     owner, weight = found["owner"], found["weight"]  # (M,), (M,)
     if net.prototypes_per_class == "auto":
         counts = owner[weight > 0].bincount(minlength=len(counts)).clamp(min=1).minimum(counts)
+        if net.distinct == "images":  # the projection needs one for each
+            counts = counts.minimum(data.train_y.bincount(minlength=len(counts)).to(counts))
     keep = _best(weight, found["contrast"], owner, counts.tolist())
     last_layer = module.last_layer.weight.new_zeros(len(counts), len(keep))
     net.replace_prototypes(found["prototypes"][keep], owner[keep], last_layer)

@@ -86,7 +86,8 @@ class Start:
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Centre cosines, and replace the random prototypes where another start is asked for."""
-        what = self, described(net.prototypes_per_class)
+        counts = net.prototypes_per_class
+        what = self, described(counts), net.distinct if counts == "auto" else None
         found = remembered(net, data, what, net.head(), lambda: self._begin(net, data))
         net.set_state(found, strict=False)
         net.agree()

@@ -1111,6 +1111,17 @@ def test_distinct_prototypes_are_distinct_within_a_class(distinct):
     assert clf.history[-2, f"distinct_{distinct}"] == 12
 
 
+def test_auto_keeps_no_more_prototypes_of_a_class_than_it_has_images_for(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
+    y, auto = np.repeat(NAMES, 4), {"prototypes_per_class": "auto", "train_backbone": False}
+    auto |= {"memory": tmp_path, "lambda_l1": 1e-4}
+    free = classifier(**auto).fit(noise, y)
+    assert free.prototypes_["class"].value_counts().max() > 4
+    clf = classifier(**auto, distinct="images").fit(noise, y)  # with a start of its own
+    assert clf.prototypes_["class"].value_counts().max() == 4
+    assert not clf.prototypes_.duplicated(["class", "source_index"]).any()
+
+
 # ---- reading a fitted model -------------------------------------------------------------------
 
 
