@@ -93,6 +93,7 @@ class StagedNet(SkorchProtoPNet):
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         before = None if first else self._copied_state()
+        table = vars(self).get("prototypes_")
         self._fitting = True
         try:
             with on_cpu_by_default():
@@ -100,6 +101,8 @@ class StagedNet(SkorchProtoPNet):
         except BaseException as error:
             if before is not None:
                 self.__dict__ = before
+            elif self._is_trained() and self.prototypes_ is not table:  # stopped at its very end
+                self._forget()
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(self._after_interrupt()) from error
             raise

@@ -16,7 +16,7 @@ from skorch.dataset import ValidSplit
 from skorch.history import History
 from torch import nn
 
-from protoclf import ProtoPNetClassifier
+from protoclf import ProtoPNetClassifier, fitting
 from protoclf.backbones import SmallCNN
 from protoclf.features import FitData
 from protoclf.image_dataset import ImageDataset
@@ -502,6 +502,26 @@ def test_an_interrupted_fit_stops_and_leaves_no_fitted_estimator(
     for use in (clf.predict, clf.transform, clf.explain, clf.similarity_maps):
         with pytest.raises(NotFittedError):
             use(squares[0])
+
+
+@pytest.mark.parametrize("fits_before", [0, 1])
+def test_a_fit_that_is_interrupted_at_its_very_end_leaves_none_either(
+    squares, monkeypatch, fits_before
+):
+    clf = make()
+    for _ in range(fits_before):
+        clf.fit(*squares)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "changes_since", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="is not fitted"):
+        clf.fit(*squares)
+    with pytest.raises(NotFittedError):
+        clf.predict(squares[0])
+    monkeypatch.undo()
+    check_is_fitted(clf.fit(*squares))
 
 
 class CtrlC(Callback):
