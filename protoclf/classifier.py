@@ -470,7 +470,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """A copy of the last layer W, (C, m)."""
         if not self._fitting:
             self._fitted()
-        return self.module_.last_layer.weight.detach().cpu().numpy().copy()
+        return self.weight_matrix().copy()
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the class label of each image, (n,).

@@ -205,7 +205,7 @@ class StagedNet(SkorchProtoPNet):
             )
 
     def _warn_of_bare_classes(self) -> None:
-        bare = (self.module_.last_layer.weight == 0).all(1).cpu().numpy()  # (C,)
+        bare = (self.weight_matrix() == 0).all(1)  # (C,)
         if not bare.any():
             return
         names = first_few([repr(label) for label in self.classes_[bare].tolist()])
@@ -437,7 +437,7 @@ class StagedNet(SkorchProtoPNet):
             self.classes_,
             sources,
             paths,
-            self.module_.last_layer.weight.detach().cpu().numpy(),
+            self.weight_matrix(),
             self.strongest_share_,
         )
         self._source_boxes: dict[Any, np.ndarray] = {}
@@ -445,7 +445,7 @@ class StagedNet(SkorchProtoPNet):
     def renew_table(self, kept: np.ndarray) -> None:
         """Renew numbers and weights of the prototypes that an edit kept."""
         owner = self.module_.owner.cpu().numpy()
-        weight = self.module_.last_layer.weight.detach().cpu().numpy()
+        weight = self.weight_matrix()
         self.prototypes_ = self.prototypes_.iloc[kept].assign(
             prototype=np.arange(len(kept)),
             weight=weight[owner, np.arange(len(kept))].astype(float),

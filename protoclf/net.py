@@ -135,6 +135,10 @@ class SkorchProtoPNet(NeuralNetClassifier):
         state = self.plain_module.state_dict()
         return {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
 
+    def weight_matrix(self) -> np.ndarray:
+        """Return W (C, m) in main memory."""
+        return self.plain_module.last_layer.weight.detach().cpu().numpy()
+
     def set_state(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Give the network a state, such as `head` returned: any number of prototypes."""
         state = {name: torch.as_tensor(v, device=self.device) for name, v in state.items()}

@@ -403,6 +403,6 @@ def _table(clf: ProtoPNetClassifier, saved: SavedModel) -> pd.DataFrame:
     sources = {name: _array(saved, f"prototypes.{column}") for name, column in names.items()}
     table = prototype_table(
         *(_array(saved, "network.owner"), saved.classes, sources, None),
-        *(clf.plain_module.last_layer.weight.detach().cpu().numpy(), clf.strongest_share_),
+        *(clf.weight_matrix(), clf.strongest_share_),
     )
     return table.assign(source=names_column(saved.sources))

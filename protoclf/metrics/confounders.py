@@ -140,10 +140,8 @@ def find_confounders(
         valid, codes = opened_with_labels(clf, X_valid, y_valid)
         own_valid = codes[:, None] == owner
         values["validation_drop"] = _drop(g, own, _activations(clf, valid)[0], own_valid)
-    weight = clf.module_.last_layer.weight.detach().cpu().numpy()
-    table = clf.prototypes_[["prototype", "class", "source"]].reset_index(drop=True)
-    table = table.assign(weight=weight[owner, np.arange(len(owner))].astype(float), **values)
-    return _ranked(table, limits)
+    table = clf.prototypes_[["prototype", "class", "source", "weight"]].reset_index(drop=True)
+    return _ranked(table.assign(**values), limits)
 
 
 def _thresholds(given: Mapping[str, float] | None) -> dict[str, float]:
