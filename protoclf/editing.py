@@ -27,7 +27,7 @@ from protoclf.fitted import check_editable, known_prototypes
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import restart_prototypes
-from protoclf.labels import checked_weights, encode, read_groups, read_labels
+from protoclf.labels import read_targets
 from protoclf.nearest_patches import find_concepts
 from protoclf.rules import COUNT, NON_NEGATIVE, Rule, check_rules, integer, optional
 from protoclf.stages import LastLayer, keep_prototypes
@@ -333,18 +333,14 @@ def _taught(
     chosen = sorted(known_prototypes("ids", ids, range(clf.n_prototypes_)))
     X, y = unpacked(X, y)
     images = Images(X)
-    codes = encode(read_labels(y, len(images)), clf.classes_)[1]
-    weight = checked_weights(fit_params["sample_weight"], len(images))
-    read_groups(fit_params["groups"], len(images))
+    targets = read_targets(images, y, **fit_params, classes=clf.classes_)
     table, taught = clf.prototypes_, copy.deepcopy(clf)
-    dataset = ImageDataset(images, clf.preprocessing_, codes, on_bad_image=clf.on_bad_image)
+    dataset = ImageDataset(images, clf.preprocessing_, targets.codes, on_bad_image=clf.on_bad_image)
     taught.prepare_processor()
     data = FitData(taught, dataset, None)
     kind = chosen, given["k"], forbidden, given["weight"]
     concepts = find_concepts(taught, dataset, data.train_features, *kind)
-    usable = ~dataset.failed(np.arange(len(images)))
-    if weight is not None:
-        usable &= weight > 0
+    usable = ~dataset.failed(np.arange(len(images))) & targets.counting()
     reasons = {j: reason if isinstance(reason, str) else reason.get(j, "") for j in chosen}
     if forbidden:
         avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)

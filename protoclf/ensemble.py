@@ -24,14 +24,8 @@ from protoclf.augmentation import augmentation_of
 from protoclf.classifier import ProtoPNetClassifier
 from protoclf.decoding import check_files
 from protoclf.explanation import EXPLAIN_RULES, chosen_classes, truncated, without_answer
-from protoclf.images import Images, conflicting_labels
-from protoclf.labels import (
-    check_no_class_is_left_out,
-    checked_weights,
-    encode,
-    read_groups,
-    read_labels,
-)
+from protoclf.images import Images
+from protoclf.labels import Targets, read_targets
 from protoclf.logits import LogitsMixin, probabilities
 from protoclf.parameters import (
     check_enough_images,
@@ -209,22 +203,15 @@ class ProtoPNetEnsemble(
     ) -> tuple[np.ndarray, np.ndarray]:
         """Check whatever can be checked before a member is trained; return y and its classes."""
         images = Images(X)
-        y = read_labels(y, len(images))
-        classes, codes = encode(y, None)
-        conflicting_labels(images, y)
-        read_groups(groups, len(images))
-        weight = checked_weights(sample_weight, len(images))
-        if weight is not None:
-            check_no_class_is_left_out(weight, codes, classes)
-            codes, weight = codes[weight > 0], weight[weight > 0]
+        given = read_targets(images, y, sample_weight, groups)
         for name, member in members:
             try:
-                _check_member(member, codes, classes, weight)
+                _check_member(member, given.of(given.counting()))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Member {name!r}: {error}") from error
         if any(member.on_bad_image == "raise" for _, member in members):
             check_files(images, progress=None if self.verbose else False)
-        return y, classes
+        return given.y, given.classes
 
     # Using it -----------------------------------------------------------------------------------
 
@@ -409,20 +396,15 @@ def _is_member(item: Any) -> bool:
     return isinstance(name, str) and name != "" and isinstance(member, ProtoPNetClassifier)
 
 
-def _check_member(
-    member: ProtoPNetClassifier,
-    codes: np.ndarray,
-    classes: np.ndarray,
-    weight: np.ndarray | None,
-) -> None:
+def _check_member(member: ProtoPNetClassifier, given: Targets) -> None:
     """Raise now what the member's fit would raise, which may be after the fits of others."""
     check_parameters(vars(member))
     normalization(member.normalization)
-    member.weights_of(codes, classes, weight)
+    member.weights_of(given.codes, given.classes, given.weight)
     augmentation_of(member.augmentation)
-    counts = prototype_counts(member.prototypes_per_class, classes)
+    counts = prototype_counts(member.prototypes_per_class, given.classes)
     if member.prototypes_per_class != "auto":
-        check_enough_images(counts, codes, classes)
+        check_enough_images(counts, given.codes, given.classes)
 
 
 def _fitted(member: ProtoPNetClassifier, X: Any, y: Any, sample_weight: Any, groups: Any):

@@ -27,16 +27,8 @@ from protoclf.file_changes import changes_since, stamps
 from protoclf.fit_key import changes, data_key, fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
-from protoclf.images import Images, conflicting_labels, repeated_files, skipped_images
-from protoclf.labels import (
-    check_no_class_is_left_out,
-    check_single_precision,
-    checked_weights,
-    class_weights,
-    encode,
-    read_groups,
-    read_labels,
-)
+from protoclf.images import Images, repeated_files, skipped_images
+from protoclf.labels import check_single_precision, class_weights, read_targets
 from protoclf.messages import first_few
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.parameters import (
@@ -272,11 +264,7 @@ class StagedNet(SkorchProtoPNet):
         self, images: Images, y: Any, sample_weight: Any, groups: Any, first: bool
     ) -> TrainingData:
         """Check y and what goes with it, and decode all images; and say what is left out."""
-        y = read_labels(y, len(images))
-        groups = read_groups(groups, len(images))
-        labels, codes = encode(y, None if first else self.classes_)
-        conflicting_labels(images, y)
-        sample_weight = checked_weights(sample_weight, len(images))
+        given = read_targets(images, y, sample_weight, groups, None if first else self.classes_)
         preprocessing = Preprocessing(self.image_size, self.resize)
         dataset = ImageDataset(images, preprocessing, on_bad_image=self.on_bad_image)
         show = None if self.verbose else False
@@ -285,15 +273,12 @@ class StagedNet(SkorchProtoPNet):
         else:
             dataset.keep(show, self.memory_folder)
         readable = ~dataset.failed(np.arange(len(images)))
-        skipped = skipped_images(dataset.failures.values(), y, np.flatnonzero(readable))
-        if sample_weight is not None:  # an image of weight 0 is as good as left out
-            check_no_class_is_left_out(sample_weight, codes, labels)
-            readable &= sample_weight > 0
-        good = np.flatnonzero(readable)
-        codes = codes[good]
-        sample_weight, groups = (v if v is None else v[good] for v in (sample_weight, groups))
-        weight = self.weights_of(codes, labels, sample_weight)
-        return TrainingData(dataset.of(good, codes, weight), labels, groups, skipped)
+        skipped = skipped_images(dataset.failures.values(), given.y, np.flatnonzero(readable))
+        good = np.flatnonzero(readable & given.counting())
+        given = given.of(good)
+        weight = self.weights_of(given.codes, given.classes, given.weight)
+        part = dataset.of(good, given.codes, weight)
+        return TrainingData(part, given.classes, given.groups, skipped)
 
     def weights_of(
         self, codes: np.ndarray, classes: np.ndarray, sample_weight: Any

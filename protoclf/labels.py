@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,52 @@ from sklearn.utils import column_or_1d
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight
+
+from protoclf.images import Images, conflicting_labels
+
+
+class Targets(NamedTuple):
+    """What goes with n images.
+
+    Attributes
+    ----------
+    y : ndarray of shape (n,)
+        The labels.
+    classes : ndarray of shape (C,)
+        All labels there are, sorted.
+    codes : ndarray of shape (n,), int64
+        The labels as indices into these.
+    weight, groups : ndarray of shape (n,) or None
+    """
+
+    y: np.ndarray
+    classes: np.ndarray
+    codes: np.ndarray
+    weight: np.ndarray | None
+    groups: np.ndarray | None
+
+    def counting(self) -> np.ndarray:
+        """Return which images count, (n,) bool: one of weight 0 is as good as left out."""
+        return np.ones(len(self.y), dtype=bool) if self.weight is None else self.weight > 0
+
+    def of(self, index: np.ndarray) -> Targets:
+        """Return what goes with some of the images, by their positions or a mask."""
+        weight, groups = (v if v is None else v[index] for v in (self.weight, self.groups))
+        return Targets(self.y[index], self.classes, self.codes[index], weight, groups)
+
+
+def read_targets(
+    images: Images, y: Any, sample_weight: Any, groups: Any, classes: np.ndarray | None = None
+) -> Targets:
+    """Check what a fit is given beside the images; `classes` are those of an earlier fit."""
+    n = len(images)
+    y = read_labels(y, n)
+    labels, codes = encode(y, classes)
+    conflicting_labels(images, y)
+    weight = checked_weights(sample_weight, n)
+    if weight is not None:
+        check_no_class_is_left_out(weight, codes, labels)
+    return Targets(y, labels, codes, weight, read_groups(groups, n))
 
 
 def read_labels(y: Any, n: int) -> np.ndarray:
