@@ -33,7 +33,7 @@ from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
-from protoclf.labels import check_classes, checked_weights, encode, read_groups, read_labels
+from protoclf.labels import Targets, check_classes, read_targets
 from protoclf.localization import covered_cells, upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
@@ -620,12 +620,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """
         penalties = list(penalties)
         check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
-        activations, known = self.activations_of(X, y, sample_weight)
+        activations, given = self.activations_of(X, y, sample_weight, groups)
         activations = activations.changed(torch.Tensor.double)
-        groups = read_groups(groups, len(known))
-        of_groups = None if groups is None else groups[known]
         ridge = auto_penalty("lambda_l2", self.lambda_l2, self.backbone_trained_)
-        path = penalty_path(activations, penalties, folds, self.seed_, of_groups, ridge)
+        path = penalty_path(activations, penalties, folds, self.seed_, given.groups, ridge)
         if folds and path["accuracy"].isna().all():
             raise ValueError(
                 "folds needs a class of two images at least, and two groups where there are "
@@ -634,35 +632,39 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         return path
 
     def activations_of(
-        self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None, views: bool = True
-    ) -> tuple[Activations, np.ndarray]:
-        """Return what a last layer is solved on, and which of the images that is, a mask (n,).
+        self,
+        X: Any,
+        y: ArrayLike | None,
+        sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+        views: bool = True,
+    ) -> tuple[Activations, Targets]:
+        """Return what a last layer is solved on, and what goes with the images that it is of.
 
         As in `fit`, views of the images are a part of it where `augmented_views` says so, unless
         not asked for. With ``on_bad_image="skip"`` those are left out that cannot be read.
         """
         X, y = unpacked(X, y)
+        given = read_targets(Images(X), y, sample_weight, groups, self._fitted().classes_)
         g = self.similarities(X)
-        labels, codes = encode(read_labels(y, len(g)), self.classes_)
-        known = np.ones(len(g), dtype=bool)
+        known = given.counting()
         if self.on_bad_image == "skip":
-            known = ~g.isnan().all(1).numpy()
-        weight = checked_weights(sample_weight, len(g))
-        if weight is not None:  # as in `fit`, an image of weight 0 is as good as left out
-            known &= weight > 0
-        weight = self.weights_of(codes[known], labels, None if weight is None else weight[known])
+            known &= ~g.isnan().all(1).numpy()
+        given = given.of(known)
+        weight = self.weights_of(given.codes, given.classes, given.weight)
+        codes, owner = torch.from_numpy(given.codes), self.module_.owner.cpu()
         activations = Activations(
-            *(g[known], torch.from_numpy(codes[known]), self.module_.owner.cpu(), len(labels)),
+            *(g[known], codes, owner, len(given.classes)),
             weight=None if weight is None else torch.from_numpy(weight),
-            views=self._views_of(X, codes, known) if views else None,
+            views=self._views_of(X, known, given.codes) if views else None,
         )
-        return activations, known
+        return activations, given
 
     @torch.no_grad()
-    def _views_of(self, X: Any, codes: np.ndarray, known: np.ndarray) -> torch.Tensor | None:
+    def _views_of(self, X: Any, known: np.ndarray, codes: np.ndarray) -> torch.Tensor | None:
         """Return the activations (V, k, m) of views of the k images of X that are known."""
         dataset: Any = self.get_dataset(X)
-        some = dataset.of(np.flatnonzero(known), codes[known], None)
+        some = dataset.of(np.flatnonzero(known), codes, None)
         found = view_activations(self, FitData(self, some, None))
         return None if found is None else found.cpu()
 

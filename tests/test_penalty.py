@@ -181,6 +181,17 @@ def test_the_path_of_a_fitted_classifier(fitted, squares):
         fitted.last_layer_path(X, y, groups=[0] * len(y))
 
 
+@pytest.mark.parametrize("wrong", ["y", "sample_weight", "groups"])
+def test_the_path_refuses_what_does_not_fit_before_it_looks_at_images(
+    fitted, squares, backbone_images, wrong
+):
+    X, y = squares
+    given = {"y": y} | {wrong: y[:3] if wrong != "sample_weight" else np.ones(3)}
+    with pytest.raises(ValueError, match=wrong):
+        fitted.last_layer_path(X, **given)
+    assert not backbone_images
+
+
 def test_auto_keeps_the_prototypes_that_count(chosen, squares):
     X, _ = squares
     table, coef = chosen.prototypes_, chosen.coef_
