@@ -32,7 +32,7 @@ from protoclf.features import FitData, distance_batches, latent_batches
 from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.image_errors import ImageError
-from protoclf.images import Images
+from protoclf.images import Images, repeated_files
 from protoclf.labels import Targets, check_classes, read_targets
 from protoclf.localization import covered_cells, upsample
 from protoclf.logits import LogitsMixin
@@ -604,7 +604,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         penalties : sequence of float
             Values of lambda_l1. `lambda_l2` is the parameter's, for all of them.
         folds : int, default=4
-            Stratified folds for the held-out columns; 0 leaves them out.
+            Stratified folds for the held-out columns; 0 leaves them out. Without `groups`, a file
+            that stands in X several times is held out as a whole, as in `fit`.
 
         Returns
         -------
@@ -620,6 +621,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """
         penalties = list(penalties)
         check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
+        X, y = unpacked(X, y)
+        if folds and groups is None:
+            groups = repeated_files(Images(X))
         activations, given = self.activations_of(X, y, sample_weight, groups)
         activations = activations.changed(torch.Tensor.double)
         ridge = auto_penalty("lambda_l2", self.lambda_l2, self.backbone_trained_)

@@ -192,6 +192,16 @@ def test_the_path_refuses_what_does_not_fit_before_it_looks_at_images(
     assert not backbone_images
 
 
+def test_the_path_holds_out_a_file_that_stands_in_x_several_times_as_a_whole(files):
+    X, y = files
+    settings = {"image_size": 48, "train_backbone": False, "random_state": 0, "verbose": 0}
+    clf = ProtoPNetClassifier("small_cnn", prototypes_per_class=1, **settings).fit(X, y)
+    twice = np.tile(X, 2), np.tile(y, 2)
+    path = clf.last_layer_path(*twice, [1e-3], folds=3)
+    grouped = clf.last_layer_path(*twice, [1e-3], folds=3, groups=np.tile(range(len(X)), 2))
+    assert path["cross_entropy"].equals(grouped["cross_entropy"])
+
+
 def test_auto_keeps_the_prototypes_that_count(chosen, squares):
     X, _ = squares
     table, coef = chosen.prototypes_, chosen.coef_
