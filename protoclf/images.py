@@ -142,7 +142,7 @@ def repeated_files(images: Images) -> np.ndarray | None:
 
 def _identity(path: str) -> Any:
     """Return what two paths to the same file have in common."""
-    with suppress(OSError):  # reading it says what is wrong
+    with suppress(OSError, ValueError):  # reading it says what is wrong
         found = os.stat(path)
         if found.st_ino:  # some file systems have none
             return found.st_dev, found.st_ino

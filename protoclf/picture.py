@@ -191,6 +191,8 @@ def reason_for(error: Exception) -> str:
             f"too large ({error}); the limit is PIL.Image.MAX_IMAGE_PIXELS = "
             f"{PIL.Image.MAX_IMAGE_PIXELS}: set it higher, or to None, if you trust the file"
         )
+    if isinstance(error, OSError) and error.errno is not None:  # the system's; Pillow's have none
+        return f"cannot be read ({error.strerror})"
     return f"truncated or damaged ({type(error).__name__}: {error})"
 
 

@@ -203,6 +203,17 @@ def test_a_bad_pil_image_is_refused_at_once(tmp_path, picture):
         error_of([picture, image], "position 1", "truncated")
 
 
+def test_what_the_system_refuses_is_named_and_not_taken_for_damage(paths, tmp_path):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    for name, reason in (("loop.png", "cannot be read (Too many levels"), ("a\0.png", "null byte")):
+        images = Images([*paths, tmp_path / name])
+        conflicting_labels(images, range(7))
+        with pytest.raises(ImageError) as caught:
+            images.open(6)
+        assert "position 6" in str(caught.value)
+        assert reason in str(caught.value)
+
+
 def test_a_file_has_one_label_by_whatever_path(paths, tmp_path):
     (tmp_path / "link.png").symlink_to(paths[1])
     images = Images([*paths, tmp_path / "link.png"])
