@@ -169,7 +169,11 @@ def _grey(image: PIL.Image.Image) -> np.ndarray:
         raise Unreadable("32-bit pixels beyond 0..65535; save the image with 8 or 16 bits")
     if image.mode == "I" and values.max() <= 255 and values.any():
         raise Unreadable("32-bit pixels that reach 255 at most; save the image with 8 bits")
-    return np.rint(values / 257).astype(np.uint8)
+    grey = np.rint(values / 257).astype(np.uint8)
+    transparent = image.info.get("transparency")  # one grey of all 16 bits, in a PNG
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return grey
 
 
 def _as_uint8(values: np.ndarray) -> np.ndarray:

@@ -111,6 +111,12 @@ def test_sixteen_bits_use_the_whole_range(tmp_path):
     assert np.asarray(Images([tmp_path / "a.png"]).open(0))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+def test_a_transparent_grey_of_sixteen_bits_is_white(tmp_path):
+    image = PIL.Image.fromarray(np.array([[257, 258, 32768]], np.uint16))
+    image.save(tmp_path / "a.png", transparency=258)
+    assert np.asarray(Images([tmp_path / "a.png"]).open(0))[0, :, 0].tolist() == [1, 255, 128]
+
+
 def test_first_frame_of_an_animation(tmp_path, picture):
     frames = [picture.convert("P"), PIL.Image.new("P", SIZE, 3)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
