@@ -429,7 +429,14 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         first = not (self.warm_start and self._is_trained())
         return self._fit(X, y, sample_weight, groups, first)
 
-    def partial_fit(self, X: Any, y: ArrayLike, classes=None, sample_weight=None, groups=None):
+    def partial_fit(
+        self,
+        X: Any,
+        y: ArrayLike | None = None,
+        classes: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ):
         """Go on from the present network: joint cycles, projection and last layer on X.
 
         The first call is a `fit`. Prototypes are projected onto patches of this X, so it should
@@ -447,8 +454,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             Those of y in the first call; others are refused.
         """
         first = not self._is_trained()
+        X, y = unpacked(X, y)
         if classes is not None:
-            check_classes(classes, unpacked(X, y)[1] if first else self.classes_)
+            check_classes(classes, y if first else self.classes_)
         return self._fit(X, y, sample_weight, groups, first)
 
     # Using it -----------------------------------------------------------------------------------

@@ -51,6 +51,23 @@ def test_tensors(squares, expected):
     assert half.prototypes_["source_index"].max() < 12
 
 
+def test_partial_fit_takes_a_data_set_as_fit_does_and_reads_it_once(squares, expected):
+    X, y = squares
+    codes, read = np.unique(y, return_inverse=True)[1], []
+
+    class Noted(Dataset):
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, i):
+            read.append(i)
+            return X[i], int(codes[i])
+
+    clf = small().partial_fit(Noted(), classes=range(3))
+    assert read == list(range(len(X)))
+    assert np.array_equal(clf.decision_function(X), expected.decision_function(X))
+
+
 @pytest.fixture
 def folder(squares, tmp_path):
     """The squares as torchvision reads them from a folder of class folders."""
