@@ -130,11 +130,11 @@ def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset
 
 
 def _check_finite(rows: Tensor, index: Tensor) -> None:
-    """Raise NotFinite for images whose features (n, H, W, C) are no numbers."""
-    sums = torch.cat([part.float().sum((1, 2, 3)) for part in rows.split(32)])  # (n,)
-    bad = ~sums.isfinite().cpu()
+    """Raise NotFinite for images whose features (n, H, W, C), or their squares, are not finite."""
+    lengths = [torch.linalg.vector_norm(part.float(), dim=(1, 2, 3)) for part in rows.split(32)]
+    bad = ~torch.cat(lengths).isfinite().cpu()  # (n,)
     if bad.any():
-        raise NotFinite("The backbone's features are not finite", index[bad])
+        raise NotFinite("The backbone's features are not finite, or their squares", index[bad])
 
 
 def feature_batches(

@@ -270,6 +270,23 @@ def test_what_is_not_a_number_stops_the_fit_and_names_the_images(squares, always
     assert not hasattr(clf, "prototypes_")
 
 
+class Huge(nn.Module):
+    """A backbone whose features are finite, and whose squares are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x):
+        return 1e25 * self.convolution(x)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "log"])
+def test_features_too_large_to_be_compared_stop_the_fit(squares, similarity):
+    with pytest.raises(FloatingPointError, match="features are not finite, or their squares"):
+        small(similarity=similarity, **FROZEN).set_params(backbone=Huge()).fit(*squares)
+
+
 class BrokenLater(Broken):
     """Makes NaN of bright images once it is told to."""
 
