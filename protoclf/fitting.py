@@ -317,7 +317,7 @@ class StagedNet(SkorchProtoPNet):
         if groups is not None and valid is not None:
             check_apart(*(groups[part] for part in parts))
         positions = parts[0]
-        check_enough_images(self._images_needed(first), y[positions], self.classes_)
+        check_enough_images(self._images_needed(first), y[positions], self.classes_, first)
         if groups is None and self.lambda_l1 == "cv":
             groups = repeated_files(whole.images)
         data = FitData(self, train, valid, None if groups is None else groups[positions])

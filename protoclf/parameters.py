@@ -224,8 +224,13 @@ def prototype_counts(spec: str | int | Mapping[Any, int], classes: np.ndarray) -
     return [int(spec[label]) for label in labels]
 
 
-def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -> None:
-    """Raise ValueError where a class has fewer images than prototypes; y holds class indices."""
+def check_enough_images(
+    counts: list[int], y: np.ndarray, classes: np.ndarray, first: bool = True
+) -> None:
+    """Raise ValueError where a class has fewer images than prototypes; y holds class indices.
+
+    In the `first` fit the numbers of prototypes are still to be chosen.
+    """
     have = np.bincount(y, minlength=len(classes))
     short = [
         f"{label!r} has {n} for {k} prototypes"
@@ -237,6 +242,8 @@ def check_enough_images(counts: list[int], y: np.ndarray, classes: np.ndarray) -
             'Set prototypes_per_class="auto", which does not need as many, lower it (a dict sets '
             "it for each class), or add images."
         )
+        if not first:
+            help_ = 'Set distinct to None or "patches", which do not need as many, or add images.'
         if not have.all():
             help_ = "Each fit needs images of every class, since prototypes are parts of them."
         raise ValueError(
