@@ -178,7 +178,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         on_cpu = torch.device(self.device).type == "cpu"
         if not on_cpu or self.compile or module.half_precision or n_images < _WORTH_FOLDING:
             return module
-        folds = evaluation_folds_of(module.backbone, self.image_size)
+        folds = evaluation_folds_of(module.backbone, self.preprocessing_.image_size)
         return module.with_folds(folds) if folds else module
 
     @property

@@ -325,6 +325,7 @@ def large_passes(monkeypatch):
     [
         *(({}, 0), ({"precision": "bfloat16"}, 6), ({"compile": True}, 6)),
         ({"memory": True}, 0),
+        ({"image_size": 40}, 0),  # for the next fit: no trial at another size than the images'
     ],
 )
 def test_passes_over_many_images_fold(
