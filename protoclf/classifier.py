@@ -40,7 +40,7 @@ from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import refuse_unknown, with_parameters_of
 from protoclf.patch_search import view_activations
-from protoclf.penalty import PATH_RULES, PENALTIES, auto_penalty, penalty_path
+from protoclf.penalty import PATH_RULES, auto_penalty, penalties_to_try, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
 from protoclf.rules import check_rules
 from protoclf.torch_datasets import unpacked
@@ -107,9 +107,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         images as the mean class, whatever they weigh.
     lambda_l1 : float, "auto" or "cv", default="auto"
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
-        "auto" is 5e-4 where the backbone was trained, and 2e-4 where it is as it was given. "cv"
-        chooses by cross-validation on the activations: see `last_layer_path_`. A file that stands
-        in X several times, as after oversampling, is held out as a whole.
+        "auto" is 5e-4 where the backbone was trained, and 2e-4 where it is as it was given; of
+        C > 10 classes, these times the root of 10 / C. "cv" chooses by cross-validation on the
+        activations: see `last_layer_path_`. A file that stands in X several times, as after
+        oversampling, is held out as a whole.
     lambda_l2 : float or "auto", default="auto"
         Weight of half the mean over classes of the sum of squared weights, likewise, meant for
         activations of at most 1; those of "log" are larger, and it matters less. It shares a
@@ -592,7 +593,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self,
         X: Any,
         y: ArrayLike,
-        penalties: Sequence[float] = PENALTIES,
+        penalties: Sequence[float] | None = None,
         folds: int = 4,
         sample_weight: ArrayLike | None = None,
         groups: ArrayLike | None = None,
@@ -609,8 +610,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             the images that they are parts of perfectly, so that held-out scores are a little too
             good; with ``lambda_l1="cv"``, `fit` itself sees to that. They are shown as they are,
             as with ``self_matches="keep"``: of rare classes, a fit with "auto" has other weights.
-        penalties : sequence of float
-            Values of lambda_l1. `lambda_l2` is the parameter's, for all of them.
+        penalties : sequence of float, optional
+            Values of lambda_l1; by default nine that suit activations of at most 1, from 1e-2 to
+            1e-4 for up to ten classes, and for more classes lower. `lambda_l2` is the parameter's,
+            for all of them.
         folds : int, default=4
             Stratified folds for the held-out columns; 0 leaves them out. Without `groups`, a file
             that stands in X several times is held out as a whole, as in `fit`.
@@ -627,14 +630,15 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
               and standard deviation over the folds
             - weight : the solution for all images, an array (C, m)
         """
-        penalties = list(penalties)
+        n_classes = len(self._fitted().classes_)
+        penalties = penalties_to_try(n_classes) if penalties is None else list(penalties)
         check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
         X, y = unpacked(X, y)
         if folds and groups is None:
             groups = repeated_files(Images(X))
         activations, given = self.activations_of(X, y, sample_weight, groups)
         activations = activations.changed(torch.Tensor.double)
-        ridge = auto_penalty("lambda_l2", self.lambda_l2, self.backbone_trained_)
+        ridge = auto_penalty("lambda_l2", self.lambda_l2, self.backbone_trained_, n_classes)
         path = penalty_path(activations, penalties, folds, self.seed_, given.groups, ridge)
         if folds and path["accuracy"].isna().all():
             raise ValueError(

@@ -17,7 +17,7 @@ from protoclf.activations import Activations
 from protoclf.rules import NON_NEGATIVE, Rule, integer
 
 PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
-"""What `lambda_l1="cv"` chooses from, for activations of at most 1."""
+"""What `lambda_l1="cv"` chooses from, for activations of at most 1 and up to ten classes."""
 
 _AUTO = {"lambda_l1": (2e-4, 5e-4), "lambda_l2": (1e-3, 0.0)}
 """Of the last layer over a backbone as it was given, and over one that was trained.
@@ -25,6 +25,8 @@ _AUTO = {"lambda_l1": (2e-4, 5e-4), "lambda_l2": (1e-3, 0.0)}
 Features that were trained for the classes are told apart by few prototypes; what else the squared
 penalty keeps makes sheets longer there, and predictions no better.
 """
+
+_FEW_CLASSES = 10  # that penalties were chosen for
 
 PATH_RULES: dict[str, Rule] = {
     "folds": (lambda value: integer(0)[0](value) and value != 1, "0 or an int >= 2"),
@@ -37,9 +39,30 @@ PATH_RULES: dict[str, Rule] = {
 _TOLERANCE = 0.01  # of held-out solves, as a share of the smallest penalty
 
 
-def auto_penalty(name: str, value: float | str, trained: bool) -> Any:
-    """Return the value of `lambda_l1` or `lambda_l2`; where it is "auto", that for the backbone."""
-    return _AUTO[name][trained] if value == "auto" else value
+def auto_penalty(name: str, value: float | str, trained: bool, n_classes: int) -> Any:
+    """Return the value of `lambda_l1` or `lambda_l2`; where it is "auto", one for the backbone.
+
+    That of `lambda_l1` falls with the root of the number of classes: less than their share of the
+    images does, since weights that many classes leave other than 0 make long sheets.
+    """
+    if value != "auto":
+        return value
+    penalty = _AUTO[name][trained]
+    return penalty * share_of_many(n_classes) ** 0.5 if name == "lambda_l1" else penalty
+
+
+def penalties_to_try(n_classes: int) -> list[float]:
+    """Return what `lambda_l1="cv"` chooses from, for activations of at most 1."""
+    return [penalty * share_of_many(n_classes) for penalty in PENALTIES]
+
+
+def share_of_many(n_classes: int) -> float:
+    """Return 1 for up to ten classes, and ten over their number for more.
+
+    The images of a class are about so much less of all. The gradient of the mean cross-entropy by
+    a weight is a mean over all images too, so that the same penalty on sum |W| weighs more.
+    """
+    return min(1.0, _FEW_CLASSES / n_classes)
 
 
 def penalty_path(

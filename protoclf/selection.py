@@ -16,6 +16,7 @@ from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import with_progress
+from protoclf.penalty import share_of_many
 from protoclf.prototype_layer import min_distances, patches_of
 from protoclf.stage_cache import remembered
 from protoclf.torch_settings import random_numbers_from
@@ -29,8 +30,8 @@ _FEWEST = 10  # prototypes: for fewer, candidates are as many as for so many, an
 _MOST_PRODUCTS = 2**27  # of numbers, of an image with all candidates: a third of a small backbone's
 _BLOCK = 2**22  # numbers in patches of images that are compared at once: 16 MiB
 _AT_ONCE = 512  # candidates that such a block is compared with: few enough for the caches
-_L1 = 3e-3  # for activations of at most 1
-_TOLERANCE = 1e-4  # likewise
+_L1 = 3e-3  # for activations of at most 1, and up to ten classes
+_TOLERANCE = 1 / 30  # of the penalty
 
 
 @torch.no_grad()
@@ -74,11 +75,11 @@ def _rated_candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -
     candidates, owner = _candidates(net, data, numbers)
     g = net.module_.activations(_distances(net, data, candidates))  # (N, M)
     y = data.train_y.to(g.device)
-    largest = float(g.amax().clamp_min(1e-6))
+    penalty = _L1 * share_of_many(len(numbers)) * float(g.amax().clamp_min(1e-6))
     weight = solve_last_layer(
-        *(g, y, owner, _L1 * largest),
+        *(g, y, owner, penalty),
         sample_weight=data.train_weight,
-        tol=_TOLERANCE * largest,
+        tol=_TOLERANCE * penalty,
         n_classes=len(numbers),
     ).weight  # (C, M)
     own = weight[owner, torch.arange(len(owner), device=owner.device)]

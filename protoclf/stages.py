@@ -30,7 +30,7 @@ from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
-from protoclf.penalty import PENALTIES, auto_penalty, penalty_path
+from protoclf.penalty import auto_penalty, penalties_to_try, penalty_path
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import are_self_matches, rare_classes, replace_self_matches
 from protoclf.stage_cache import remembered
@@ -287,7 +287,7 @@ class LastLayer:
         return a.changed(lambda g: g.to(widest_float(g.device)))
 
     def _ridge(self, net: SkorchProtoPNet) -> float:
-        return auto_penalty("lambda_l2", self.lambda_l2, net.backbone_trained_)
+        return auto_penalty("lambda_l2", self.lambda_l2, net.backbone_trained_, len(net.classes_))
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
         """Return the penalty.
@@ -295,13 +295,14 @@ class LastLayer:
         Where it is chosen by cross-validation, no held-out image, nor one of its group, may be the
         source of a prototype.
         """
-        lambda_l1 = auto_penalty("lambda_l1", self.lambda_l1, net.backbone_trained_)
+        n_classes = len(net.classes_)
+        lambda_l1 = auto_penalty("lambda_l1", self.lambda_l1, net.backbone_trained_, n_classes)
         if not isinstance(lambda_l1, str):
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
             return lambda_l1
         shown = self._shown(net, median=True, groups=data.groups)
         largest = _largest(shown.g, net.sources_["image"], data.groups)
-        penalties = [p * largest for p in PENALTIES]
+        penalties = [largest * penalty for penalty in penalties_to_try(n_classes)]
         path = penalty_path(shown, penalties, 4, net.seed_, data.groups, self._ridge(net))
         if path["cross_entropy"].isna().all():
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from protoclf import ProtoPNetClassifier
 from protoclf.activations import Activations
 from protoclf.last_layer import solve_last_layer
-from protoclf.penalty import PENALTIES, penalty_path
+from protoclf.penalty import PENALTIES, auto_penalty, penalties_to_try, penalty_path
 
 
 def activations(n=60, m=12, n_classes=3, seed=0, weight=None):
@@ -159,6 +159,20 @@ def test_automatic_penalties_depend_on_whether_the_backbone_was_trained(
     assert (clf.lambda_l1_, result.lambda_l1, result.lambda_l2) == (expected[0], *expected)
     path = clf.last_layer_path(*squares, [expected[0]], folds=0)
     assert path["objective"][0] == pytest.approx(result.objective, rel=1e-2)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_automatic_penalties_of_many_classes_are_lower(trained):
+    first = [auto_penalty("lambda_l1", "auto", trained, c) for c in (2, 10, 40, 1000)]
+    np.testing.assert_allclose(np.divide(first, first[1]), [1, 1, 0.5, 0.1])
+    second = {auto_penalty("lambda_l2", "auto", trained, c) for c in (2, 10, 40)}
+    assert len(second) == 1  # its sum of squares is divided by the number of classes
+    assert auto_penalty("lambda_l1", 0.01, trained, 40) == 0.01
+
+
+def test_what_is_chosen_from_is_lower_for_many_classes():
+    assert penalties_to_try(3) == penalties_to_try(10) == list(PENALTIES)
+    np.testing.assert_allclose(penalties_to_try(40), np.divide(PENALTIES, 4))
 
 
 def test_the_path_of_a_fitted_classifier(fitted, squares):

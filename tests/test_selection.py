@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.cluster import kmeans_plusplus
 
-from protoclf import selection
+from protoclf import ProtoPNetClassifier, selection
 from protoclf.selection import (
     _candidates_each,
     _contrast,
@@ -90,6 +91,40 @@ def test_contrasts_count_an_image_as_often_as_its_weight_says(weight):
     means = torch.stack([g[again][y[again] == c].mean(0)[j] for j, c in enumerate(owner)])
     given = None if weight is None else torch.tensor(weight)
     torch.testing.assert_close(_contrast(g, y, owner, given), means - g[again].mean(0))
+
+
+@pytest.fixture
+def forty_colours(tmp_path):
+    """Two images of each of forty classes, which differ in colour."""
+    rng = np.random.default_rng(0)
+    paths, y = [], []
+    for c, colour in enumerate(rng.integers(0, 256, (40, 3))):
+        for i in range(2):
+            pixels = (colour + rng.normal(0, 10, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+            paths.append(str(tmp_path / f"{c}-{i}.png"))
+            Image.fromarray(pixels).save(paths[-1])
+            y.append(f"class {c:02}")
+    return np.array(paths), np.array(y)
+
+
+@pytest.mark.parametrize(("n_classes", "share"), [(5, 1), (40, 0.25)])
+def test_candidates_of_many_classes_are_rated_with_a_lower_penalty(
+    forty_colours, monkeypatch, n_classes, share
+):
+    """Four times as many classes have gradients of a quarter, and few candidates a weight."""
+    seen, solve = [], selection.solve_last_layer
+
+    def noting(g, y, owner, penalty, **settings):
+        seen.append(penalty / float(g.amax()))
+        assert settings["tol"] < penalty / 10
+        return solve(g, y, owner, penalty, **settings)
+
+    monkeypatch.setattr(selection, "solve_last_layer", noting)
+    X, y = (values[: 2 * n_classes] for values in forty_colours)
+    settings = {"image_size": 32, "train_backbone": False, "random_state": 0, "verbose": 0}
+    clf = ProtoPNetClassifier("small_cnn", prototypes_per_class="auto", **settings).fit(X, y)
+    np.testing.assert_allclose(seen, [share * 3e-3], rtol=1e-6)
+    assert clf.lambda_l1_ == pytest.approx(2e-4 * share**0.5)
 
 
 @pytest.mark.parametrize("least", [1, 3])

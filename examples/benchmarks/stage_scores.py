@@ -71,7 +71,7 @@ def solved(net, g, y):
     codes = torch.from_numpy(encode(y, net.classes_)[1]).to(g.device)
     owner, n_classes = net.module_.owner, len(net.classes_)
     trained, names = net.backbone_trained_, ("lambda_l1", "lambda_l2")
-    penalties = {name: auto_penalty(name, getattr(net, name), trained) for name in names}
+    penalties = {name: auto_penalty(name, getattr(net, name), trained, n_classes) for name in names}
     return solve_last_layer(g.double(), codes, owner, n_classes=n_classes, **penalties).weight
 
 
