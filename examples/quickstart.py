@@ -29,7 +29,7 @@ from protoclf.parameters import normalization
 from protoclf.plotting import plot_explanation
 
 IMAGE_SIZE = 128  # pixels
-SETTINGS = {"batch_size": 16, "lr": 2e-3, "optimizer": torch.optim.Adam, "train_split": None}
+SETTINGS = {"batch_size": 8, "lr": 2e-3, "optimizer": torch.optim.Adam, "train_split": None}
 SHEET_COLUMNS = ["prototype", "similarity", "weight", "contribution", "x0", "y0", "x1", "y1"]
 
 
