@@ -107,8 +107,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         images as the mean class, whatever they weigh.
     lambda_l1 : float, "auto" or "cv", default="auto"
         Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
-        "auto" is 5e-4 where the backbone was trained, and 2e-4 where it is as it was given, times
-        the root of 10 / C for C > 10 classes. "cv" chooses by cross-validation on the
+        "auto" is 5e-4 where the backbone was trained, and 2e-4 where it is as it was given; for
+        C > 10 classes, these times the root of 10 / C. "cv" chooses by cross-validation on the
         activations: see `last_layer_path_`. A file that stands in X several times, as after
         oversampling, is held out as a whole.
     lambda_l2 : float or "auto", default="auto"

@@ -42,13 +42,12 @@ _TOLERANCE = 0.01  # of held-out solves, as a share of the smallest penalty
 def auto_penalty(name: str, value: float | str, trained: bool, n_classes: int) -> Any:
     """Return the value of `lambda_l1` or `lambda_l2`; where it is "auto", one for the backbone.
 
-    Over a backbone that was not trained, that of `lambda_l1` falls with the root of the number of
-    classes: less than their share of the images does, for the sake of short sheets.
+    That of `lambda_l1` falls with the root of the number of classes: less than their share of the
+    images does, for the sake of short sheets.
     """
     if value != "auto":
         return value
-    falls = name == "lambda_l1" and not trained
-    return _AUTO[name][trained] * (share_of_many(n_classes) ** 0.5 if falls else 1)
+    return _AUTO[name][trained] * (share_of_many(n_classes) ** 0.5 if name == "lambda_l1" else 1)
 
 
 def penalties_to_try(n_classes: int) -> list[float]:

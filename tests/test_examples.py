@@ -50,38 +50,31 @@ def test_confounders_are_found_and_forbidden(tmp_path):
     assert "without marks" in printed
 
 
-def quickstart_classifier(seed):
-    return ProtoPNetClassifier(
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """Training birds, new ones, and a classifier with the quickstart's settings."""
+    root = tmp_path_factory.mktemp("birds")
+    train, test = make_birds(root / "train", 40, 128), make_birds(root / "test", 20, 128, start=40)
+    clf = ProtoPNetClassifier(
         "small_cnn",
         image_size=128,
         prototypes_per_class=10,
         joint_epochs=40,
-        batch_size=16,
+        batch_size=8,
         lr=2e-3,
         backbone_lr=2e-3,
         lambda_l1=1e-3,
-        random_state=seed,
+        random_state=0,
         verbose=0,
     )
-
-
-@pytest.fixture(scope="module")
-def birds(tmp_path_factory):
-    root = tmp_path_factory.mktemp("birds")
-    train, test = make_birds(root / "train", 40, 128), make_birds(root / "test", 20, 128, start=40)
-    return train, test, quickstart_classifier(0).fit(*train[:2])
+    return train, test, clf.fit(*train[:2])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # it trains, for minutes where the machine is busy
 def test_quickstart_settings_reach_95_percent_on_new_birds(birds):
-    """In two fits of three: from scratch, the end depends on how a processor rounds."""
-    (X, y, _), (X_test, y_test, _), clf = birds
-    scores = [clf.score(X_test, y_test)]
-    for seed in (1, 2):
-        if sum(score >= 0.95 for score in scores) < 2:
-            scores.append(quickstart_classifier(seed).fit(X, y).score(X_test, y_test))
-    assert sum(score >= 0.95 for score in scores) >= 2, scores
+    _, (X_test, y_test, _), clf = birds
+    assert clf.score(X_test, y_test) >= 0.95
 
 
 @pytest.mark.slow

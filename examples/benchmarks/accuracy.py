@@ -3,6 +3,7 @@
     python examples/benchmarks/accuracy.py --train photos/train --test photos/test
     python examples/benchmarks/accuracy.py --train photos/train --fine-tune 10
 
+A class of fewer images than --prototypes has as many prototypes as images.
 Without --test, 4-fold cross-validation on the training folder: the way to choose settings.
 The black boxes: scikit-learn's logistic regression, its C cross-validated, on the standardised and
 pooled features (its time is that of one pass over the training images), and with --fine-tune the
@@ -154,12 +155,18 @@ def cnn(args, train, held_out, seed, keep_statistics):
     return {"model": name, **scores, "fit_s": seconds}
 
 
+def at_most_images(k, y):
+    """Return k for each class, or as many as it has images where these are fewer; "auto" stays."""
+    classes, counts = np.unique(y, return_counts=True)
+    return k if k == "auto" else dict(zip(classes, np.minimum(k, counts).tolist(), strict=True))
+
+
 def protopnet(args, train, held_out, seed, k):
     stages = StageScores(train, held_out)
     settings = {
         "train_backbone": bool(args.fine_tune),
         "joint_epochs": args.fine_tune,
-        "prototypes_per_class": value_of(k),
+        "prototypes_per_class": at_most_images(value_of(k), train[1]),
         "random_state": seed,
         "callbacks": [stages] if args.fine_tune else None,
     }
