@@ -456,7 +456,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """
         first = not self._is_trained()
         X, y = unpacked(X, y)
-        if classes is not None:
+        if classes is not None and not (first and y is None):  # which `fit` refuses
             check_classes(classes, y if first else self.classes_)
         return self._fit(X, y, sample_weight, groups, first)
 

@@ -68,6 +68,12 @@ def test_partial_fit_takes_a_data_set_as_fit_does_and_reads_it_once(squares, exp
     assert np.array_equal(clf.decision_function(X), expected.decision_function(X))
 
 
+@pytest.mark.parametrize("classes", [None, [0, 1, 2]])
+def test_partial_fit_asks_for_the_labels_of_plain_images(squares, classes):
+    with pytest.raises(ValueError, match="requires y to be passed"):
+        small().partial_fit(squares[0], classes=classes)
+
+
 @pytest.fixture
 def folder(squares, tmp_path):
     """The squares as torchvision reads them from a folder of class folders."""
