@@ -5,23 +5,25 @@
     python examples/benchmarks/accuracy.py --train clipart/train --test clipart/test
 
 A class is a folder, with what lies deeper than --depth. Of pictures that look alike all but one are
-left out, and so are classes of fewer than --least. A third of each class is to test on.
+left out, and so are files that cannot be read, and classes of fewer than --least. A third of each
+class is to test on.
 """
 
 import argparse
+import atexit
+import shutil
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from photos import photos
-from PIL import Image, UnidentifiedImageError
 
-from protoclf.picture import to_rgb
+from protoclf.image_errors import ImageError
+from protoclf.images import Images
 
 SIDE = 256  # pixels, at most
 ALIKE = 20  # bits of 256 that differ, at most
-UNREADABLE = UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError
 
 
 def main():
@@ -45,8 +47,8 @@ def pictures_by_class(files, args):
     found, hashes = defaultdict(list), np.zeros((0, 256), dtype=bool)
     for path in np.random.default_rng(0).permutation(np.array(files, dtype=object)):
         try:
-            picture = to_rgb(Image.open(path))
-        except UNREADABLE:
+            picture = Images([str(path)]).open(0)
+        except ImageError:
             continue
         picture.thumbnail((SIDE, SIDE))
         bits = difference_hash(picture)
@@ -78,8 +80,11 @@ def arguments():
     args = parser.parse_args()
     if args.quick:
         args.output, args.least = Path(tempfile.mkdtemp(prefix="picture-set-")), 4
+        atexit.register(shutil.rmtree, args.output, ignore_errors=True)
     elif args.pictures is None or args.output is None:
         parser.error("--pictures and --output are needed")
+    elif args.output.exists() and any(args.output.iterdir()):
+        parser.error(f"{args.output} is not empty: pictures of another set would stay in it")
     return args
 
 
