@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from warnings import warn
 
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
 from protoclf.augmentation import augmentation_of
-from protoclf.checkpoint import Checkpoint
+from protoclf.checkpoint import FILE, Checkpoint
 from protoclf.explanation import prototype_table
 from protoclf.features import FitData
 from protoclf.file_changes import changes_since, stamps
@@ -111,7 +112,8 @@ class StagedNet(SkorchProtoPNet):
 
     def _after_interrupt(self) -> str:
         left = "is as it was before" if self._is_trained() else "is not fitted"
-        how = "" if self.checkpoint is None else " The same call goes on from its checkpoint."
+        kept = self.checkpoint is not None and (Path(self.checkpoint) / FILE).exists()
+        how = " The same call goes on from its checkpoint." if kept else ""
         return f"The fit was interrupted; the classifier {left}.{how}"
 
     def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
