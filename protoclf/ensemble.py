@@ -204,9 +204,10 @@ class ProtoPNetEnsemble(
         """Check whatever can be checked before a member is trained; return y and its classes."""
         images = Images(X)
         given = read_targets(images, y, sample_weight, groups)
+        counting = given.of(given.counting())
         for name, member in members:
             try:
-                _check_member(member, given.of(given.counting()))
+                _check_member(member, counting)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Member {name!r}: {error}") from error
         if any(member.on_bad_image == "raise" for _, member in members):

@@ -136,7 +136,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         return {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
 
     def weight_matrix(self) -> np.ndarray:
-        """Return W (C, m) in main memory."""
+        """Return W (C, m) in main memory: on the CPU that of the network, not a copy."""
         return self.plain_module.last_layer.weight.detach().cpu().numpy()
 
     def set_state(self, state: Mapping[str, Any], strict: bool = True) -> None:
