@@ -36,7 +36,7 @@ PATH_RULES: dict[str, Rule] = {
     ),
 }
 
-_TOLERANCE = 0.01  # of held-out solves, as a share of the smallest penalty
+_TOLERANCE = 0.01  # of a solve, as a share of the smallest penalty
 
 
 def auto_penalty(name: str, value: float | str, trained: bool, n_classes: int) -> Any:
@@ -62,6 +62,15 @@ def share_of_many(n_classes: int) -> float:
     a weight is a mean over all images too, so that the same penalty on sum |W| weighs more.
     """
     return min(1.0, _FEW_CLASSES / n_classes)
+
+
+def tolerance(penalties: Sequence[float], n_classes: int) -> float:
+    """Return the residual that a last layer is solved to: 1e-6 for up to ten classes.
+
+    For more it is lower where penalties are weak, as far as their gradients are: beside a residual
+    that nears the penalty, weights that are due stay 0.
+    """
+    return float(np.clip(_TOLERANCE * min(penalties), 1e-6 * share_of_many(n_classes), 1e-6))
 
 
 def penalty_path(
@@ -100,7 +109,9 @@ def penalty_path(
     splits = _splits(activations.y.cpu().numpy(), folds, seed, groups)
     held_out = _held_out_scores(activations, penalties, splits, lambda_l2)  # (folds, penalties, 2)
     rows = []
-    for i, result in enumerate(activations.solve(penalties, lambda_l2=lambda_l2)):
+    tol = tolerance(penalties, activations.n_classes)
+    results = activations.solve(penalties, tol, lambda_l2)
+    for i, result in enumerate(results):
         weight = result.weight
         row = {
             "lambda_l1": penalties[i],

@@ -9,7 +9,7 @@ import torch
 from protoclf import ProtoPNetClassifier
 from protoclf.activations import Activations
 from protoclf.last_layer import solve_last_layer
-from protoclf.penalty import PENALTIES, auto_penalty, penalties_to_try, penalty_path
+from protoclf.penalty import PENALTIES, auto_penalty, penalties_to_try, penalty_path, tolerance
 
 
 def activations(n=60, m=12, n_classes=3, seed=0, weight=None):
@@ -173,6 +173,30 @@ def test_automatic_penalties_of_many_classes_are_lower(trained):
 def test_what_is_chosen_from_is_lower_for_many_classes():
     assert penalties_to_try(3) == penalties_to_try(10) == list(PENALTIES)
     np.testing.assert_allclose(penalties_to_try(40), np.divide(PENALTIES, 4))
+
+
+@pytest.mark.parametrize(
+    ("penalties", "n_classes", "expected"),
+    [([1e-9], 10, 1e-6), ([1e-4], 100, 1e-6), ([1e-3, 3e-5], 100, 3e-7), ([0.0], 100, 1e-7)],
+)
+def test_residuals_are_a_hundredth_of_weak_penalties_of_many_classes(
+    penalties, n_classes, expected
+):
+    assert tolerance(penalties, n_classes) == pytest.approx(expected)
+
+
+def test_weak_penalties_of_many_classes_are_solved_closely():
+    """To 1e-6 alone, the residual is 8e-7 and weights are missing."""
+    rng = np.random.default_rng(0)
+    colours = np.repeat(rng.integers(0, 190, (40, 1, 1, 3), dtype=np.uint8), 2, axis=0)
+    X, y = colours + rng.integers(0, 64, (80, 24, 24, 3), dtype=np.uint8), np.repeat(range(40), 2)
+    settings = {"image_size": 24, "train_backbone": False, "random_state": 0, "verbose": 0}
+    settings |= {"self_matches": "keep", "lambda_l1": 2.5e-5, "prototypes_per_class": 1}
+    clf = ProtoPNetClassifier("small_cnn", **settings).fit(X, y)
+    path = clf.last_layer_path(X, y, [2.5e-5], folds=0)
+    (closely,) = clf.activations_.changed(torch.Tensor.double).solve([2.5e-5], 1e-9, 1e-3)
+    for weight in (clf.coef_, path["weight"][0]):
+        np.testing.assert_allclose(weight, closely.weight, atol=2e-3)
 
 
 def test_the_path_of_a_fitted_classifier(fitted, squares):
