@@ -48,6 +48,7 @@ def main() -> None:
         joint_epochs=args.epochs,
         backbone_lr=SETTINGS["lr"],
         lambda_l1=1e-3,
+        distinct="patches",  # no part of an image twice in a sheet
         random_state=args.seed,
         **SETTINGS,
     )

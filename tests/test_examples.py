@@ -64,6 +64,7 @@ def birds(tmp_path_factory):
         lr=2e-3,
         backbone_lr=2e-3,
         lambda_l1=1e-3,
+        distinct="patches",
         random_state=0,
         verbose=0,
     )
