@@ -10,6 +10,26 @@ from torch import Tensor
 
 from protoclf.last_layer import LastLayerResult, last_layer_path
 
+_FEW_CLASSES = 10  # that penalties were chosen for
+
+
+def share_of_many(n_classes: int) -> float:
+    """Return 1 for up to ten classes, and ten over their number for more.
+
+    The images of a class are about so much less of all. The gradient of the mean cross-entropy by
+    a weight is a mean over all images too, so that the same penalty on sum |W| weighs more.
+    """
+    return min(1.0, _FEW_CLASSES / n_classes)
+
+
+def tolerance(penalties: Sequence[float], n_classes: int) -> float:
+    """Return the residual that a last layer is solved to: 1e-6 for up to ten classes.
+
+    For more it is lower where penalties are weak, as far as their gradients are: beside a residual
+    that nears the penalty, weights that are due stay 0.
+    """
+    return float(np.clip(0.01 * min(penalties), 1e-6 * share_of_many(n_classes), 1e-6))
+
 
 class Activations:
     """What the last layer is solved for.
@@ -65,9 +85,12 @@ class Activations:
         return Activations(**{**vars(self), **others})
 
     def solve(
-        self, penalties: Sequence[float], tol: float = 1e-6, lambda_l2: float = 0.0
+        self, penalties: Sequence[float], tol: float | None = None, lambda_l2: float = 0.0
     ) -> list[LastLayerResult]:
-        """Solve for each lambda_l1, the largest first, on images and views alike."""
+        """Solve for each lambda_l1, the largest first, on images and views alike.
+
+        To a residual of `tol`, by default that of `tolerance`.
+        """
         times = 1 + len(self.views)
         return last_layer_path(
             torch.cat([self.g, *self.views]),
@@ -76,7 +99,7 @@ class Activations:
             sample_weight=None if self.weight is None else self.weight.repeat(times),
             n_classes=self.n_classes,
             lambda_l2=lambda_l2,
-            tol=tol,
+            tol=tolerance(penalties, self.n_classes) if tol is None else tol,
         )
 
     def scores(self, weight: Tensor) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from protoclf.activations import Activations
+from protoclf.activations import Activations, share_of_many
 from protoclf.rules import NON_NEGATIVE, Rule, integer
 
 PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
@@ -26,8 +26,6 @@ Features that were trained for the classes are told apart by few prototypes; wha
 penalty keeps makes sheets longer there, and predictions no better.
 """
 
-_FEW_CLASSES = 10  # that penalties were chosen for
-
 PATH_RULES: dict[str, Rule] = {
     "folds": (lambda value: integer(0)[0](value) and value != 1, "0 or an int >= 2"),
     "penalties": (
@@ -36,7 +34,7 @@ PATH_RULES: dict[str, Rule] = {
     ),
 }
 
-_TOLERANCE = 0.01  # of a solve, as a share of the smallest penalty
+_TOLERANCE = 0.01  # of held-out solves, as a share of the smallest penalty
 
 
 def auto_penalty(name: str, value: float | str, trained: bool, n_classes: int) -> Any:
@@ -53,24 +51,6 @@ def auto_penalty(name: str, value: float | str, trained: bool, n_classes: int) -
 def penalties_to_try(n_classes: int) -> list[float]:
     """Return what `lambda_l1="cv"` chooses from, for activations of at most 1."""
     return [penalty * share_of_many(n_classes) for penalty in PENALTIES]
-
-
-def share_of_many(n_classes: int) -> float:
-    """Return 1 for up to ten classes, and ten over their number for more.
-
-    The images of a class are about so much less of all. The gradient of the mean cross-entropy by
-    a weight is a mean over all images too, so that the same penalty on sum |W| weighs more.
-    """
-    return min(1.0, _FEW_CLASSES / n_classes)
-
-
-def tolerance(penalties: Sequence[float], n_classes: int) -> float:
-    """Return the residual that a last layer is solved to: 1e-6 for up to ten classes.
-
-    For more it is lower where penalties are weak, as far as their gradients are: beside a residual
-    that nears the penalty, weights that are due stay 0.
-    """
-    return float(np.clip(_TOLERANCE * min(penalties), 1e-6 * share_of_many(n_classes), 1e-6))
 
 
 def penalty_path(
@@ -109,9 +89,7 @@ def penalty_path(
     splits = _splits(activations.y.cpu().numpy(), folds, seed, groups)
     held_out = _held_out_scores(activations, penalties, splits, lambda_l2)  # (folds, penalties, 2)
     rows = []
-    tol = tolerance(penalties, activations.n_classes)
-    results = activations.solve(penalties, tol, lambda_l2)
-    for i, result in enumerate(results):
+    for i, result in enumerate(activations.solve(penalties, lambda_l2=lambda_l2)):
         weight = result.weight
         row = {
             "lambda_l1": penalties[i],

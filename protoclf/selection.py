@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protoclf.activations import share_of_many
 from protoclf.features import Arrays, FitData
 from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import with_progress
-from protoclf.penalty import share_of_many
 from protoclf.prototype_layer import min_distances, patches_of
 from protoclf.stage_cache import remembered
 from protoclf.torch_settings import random_numbers_from

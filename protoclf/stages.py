@@ -30,7 +30,7 @@ from protoclf.initialization import centre_latents, kmeans_prototypes
 from protoclf.interrupts import noticing_ctrl_c
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
-from protoclf.penalty import auto_penalty, penalties_to_try, penalty_path, tolerance
+from protoclf.penalty import auto_penalty, penalties_to_try, penalty_path
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import are_self_matches, rare_classes, replace_self_matches
 from protoclf.stage_cache import remembered
@@ -264,9 +264,7 @@ class LastLayer:
     @torch.no_grad()
     def solve(self, net: SkorchProtoPNet) -> None:
         """Set W to the optimum for the activations that the net holds."""
-        penalties = [net.lambda_l1_]
-        tol = tolerance(penalties, len(net.classes_))
-        (result,) = self._shown(net).solve(penalties, tol, self._ridge(net))
+        (result,) = self._shown(net).solve([net.lambda_l1_], lambda_l2=self._ridge(net))
         weight = net.module_.last_layer.weight
         weight.copy_(result.weight)
         net.last_layer_result_ = replace(result, weight=weight.cpu().clone())

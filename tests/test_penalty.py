@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from protoclf import ProtoPNetClassifier
-from protoclf.activations import Activations
+from protoclf.activations import Activations, tolerance
 from protoclf.last_layer import solve_last_layer
-from protoclf.penalty import PENALTIES, auto_penalty, penalties_to_try, penalty_path, tolerance
+from protoclf.penalty import PENALTIES, auto_penalty, penalties_to_try, penalty_path
 
 
 def activations(n=60, m=12, n_classes=3, seed=0, weight=None):

@@ -157,8 +157,10 @@ def cnn(args, train, held_out, seed, keep_statistics):
 
 def at_most_images(k, y):
     """Return k for each class, or as many as it has images where these are fewer; "auto" stays."""
+    if not isinstance(k, int):
+        return k
     classes, counts = np.unique(y, return_counts=True)
-    return k if k == "auto" else dict(zip(classes, np.minimum(k, counts).tolist(), strict=True))
+    return dict(zip(classes, np.minimum(k, counts).tolist(), strict=True))
 
 
 def protopnet(args, train, held_out, seed, k):

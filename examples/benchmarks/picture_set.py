@@ -28,12 +28,7 @@ ALIKE = 20  # bits of 256 that differ, at most
 
 def main():
     args = arguments()
-    if args.quick:
-        files = [Path(path) for path in photos(None, quick=True)[0]]
-        args.pictures = files[0].parents[1]
-    else:
-        files = sorted(path for path in args.pictures.rglob("*") if path.is_file())
-    classes = pictures_by_class(files, args)
+    classes = pictures_by_class(args)
     for name, pictures in classes.items():
         for i, picture in enumerate(pictures):
             folder = args.output / ("test" if i % 3 == 2 else "train") / name
@@ -42,8 +37,9 @@ def main():
     print(f"{len(classes)} classes, {sum(map(len, classes.values()))} pictures in {args.output}")
 
 
-def pictures_by_class(files, args):
+def pictures_by_class(args):
     """Return lists of pictures by name of class, drawn at random."""
+    files = sorted(path for path in args.pictures.rglob("*") if path.is_file())
     found, hashes = defaultdict(list), np.zeros((0, 256), dtype=bool)
     for path in np.random.default_rng(0).permutation(np.array(files, dtype=object)):
         try:
@@ -79,6 +75,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="drawn birds, for correctness only")
     args = parser.parse_args()
     if args.quick:
+        args.pictures = Path(photos(None, quick=True)[0][0]).parents[1]
         args.output, args.least = Path(tempfile.mkdtemp(prefix="picture-set-")), 4
         atexit.register(shutil.rmtree, args.output, ignore_errors=True)
     elif args.pictures is None or args.output is None:
