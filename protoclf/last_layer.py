@@ -234,11 +234,16 @@ def _minimise(problem: Problem, v: Tensor, tol: float, max_iter: int) -> LastLay
     n_products = 0
     best_residual, best_objective, stalled = math.inf, 1e300, 0  # not inf: inf - inf is NaN
     penalty = problem.lambda_l1 if v.any() else math.inf
+    exact = problem.g_model.dtype == problem.exact
     for n_iter in range(max_iter + 1):
         logits = problem.logits(v)
         probability = logits.softmax(0)
-        smooth_gradient = problem.smooth_gradient(probability, v)
+        smooth_gradient = problem.smooth_gradient(probability, v, exact)
         residual = _residual(v, smooth_gradient + problem.lambda_l1)
+        if not exact and (not tol < residual < math.inf or stalled == _PATIENCE - 1):
+            exact = True  # for what is certified, or where a rough gradient leads no further
+            smooth_gradient = problem.smooth_gradient(probability, v, exact)
+            residual = _residual(v, smooth_gradient + problem.lambda_l1)
         objective = problem.objective(logits, v, problem.lambda_l1)
         better = objective < best_objective - 1e-9 * abs(best_objective)
         stalled = 0 if better or residual < best_residual else stalled + 1
@@ -252,7 +257,7 @@ def _minimise(problem: Problem, v: Tensor, tol: float, max_iter: int) -> LastLay
         penalty = _next_penalty(problem, v, smooth_gradient, penalty, tol)
         gradient = smooth_gradient + penalty
         model = QuadraticModel(problem, probability, _working_set(problem, v, gradient, tol))
-        step, products = model.minimise(v, gradient)
+        step, products = model.minimise(v, gradient, 0.3 * tol)
         n_products += products
         size = _line_search(problem, v, gradient, logits, model, step, penalty)
         if size > 0:

@@ -16,19 +16,21 @@ from torch import Tensor
 from protoclf.torch_settings import widest_float
 
 _SMALL = 2_000_000  # activations up to which single precision would save nothing
+_COPIED = 2**24  # activations that are copied to another dtype at once
 
 
 @dataclass
 class Problem:
     """Cross-entropy and penalties as a function of V = |W|, with class-major (C, n) logits."""
 
-    g: Tensor  # (n, m), exact dtype
+    g: Tensor  # (n, m), as given
     g_model: Tensor  # (m, n), model dtype, a row per prototype so that gathering is copying
     onehot: Tensor  # (C, n), bool
     sign: Tensor  # (C, m), +1 own class, -1 other
     omega: Tensor  # (n,), sample weights that sum to 1
     lambda_l1: float
     lambda_l2: float
+    exact: torch.dtype
     out_dtype: torch.dtype
 
     @classmethod
@@ -47,12 +49,13 @@ class Problem:
         model = torch.float32 if n * m > _SMALL else exact
         classes = torch.arange(n_classes, device=device)[:, None]  # (C, 1)
         return cls(
-            g=given.to(exact),
+            g=given,
             g_model=given.to(model).T.contiguous(),
             onehot=classes == y,
             sign=torch.where(classes == owner, 1.0, -1.0).to(exact),
             omega=omega.to(exact).to(device),
             **{name: float(value) for name, value in penalties.items()},
+            exact=exact,
             out_dtype=torch.float64 if given.dtype == torch.float64 else torch.float32,
         )
 
@@ -76,7 +79,18 @@ class Problem:
 
     def logits(self, v: Tensor) -> Tensor:
         """Logits of all images."""
-        return (self.sign * v) @ self.g.T  # (C, n)
+        w, g = self.sign * v, self.g
+        used = v.any(0).nonzero()[:, 0]
+        if 2 * len(used) < len(v.T):
+            w, g = w[:, used], g[:, used]
+        logits = w.new_zeros(len(w), len(g))  # (C, n)
+        for weights, activations in zip(self._parts(w), self._parts(g), strict=True):
+            logits.addmm_(weights, activations.to(self.exact).T)
+        return logits
+
+    def _parts(self, columns: Tensor) -> tuple[Tensor, ...]:
+        """Columns of some prototypes each, few enough to be copied to another dtype."""
+        return columns.split(max(1, _COPIED // len(self.g)), dim=1)
 
     @property
     def ridge(self) -> float:
@@ -91,10 +105,14 @@ class Problem:
             value = value + self.ridge / 2 * v.square().sum()
         return float(value)
 
-    def smooth_gradient(self, probability: Tensor, v: Tensor) -> Tensor:
-        """Gradient of all but the linear penalty with respect to V."""
+    def smooth_gradient(self, probability: Tensor, v: Tensor, exact: bool) -> Tensor:
+        """Gradient of all but the linear penalty with respect to V, or the model dtype's of it."""
         error = (probability - self.onehot.to(probability)) * self.omega  # (C, n)
-        return (self.sign * (error @ self.g)).add_(v, alpha=self.ridge)  # (C, m)
+        if exact:
+            pull = torch.cat([error @ part.to(self.exact) for part in self._parts(self.g)], 1)
+        else:
+            pull = (error.to(self.g_model) @ self.g_model.T).to(self.exact)
+        return (self.sign * pull).add_(v, alpha=self.ridge)  # (C, m)
 
 
 def projected(v: Tensor, gradient: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclf.network import ProtoPNet
+from protoclf.prototype_layer import distance_maps
 from protoclf.torch_settings import without_autocast
 
 BLOCK = 2**22  # pixels of upsampled maps at a time
@@ -47,12 +48,13 @@ def pair_patches(module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor
     Pairs are sorted by sample.
     """
     counts = torch.bincount(sample, minlength=len(z)).tolist()
-    maps = [
-        module.similarity_maps(z[i : i + 1], index)[0]  # (k_i, H', W')
+    prototypes = module.scaled_prototypes()
+    distances = [
+        distance_maps(z[i : i + 1], prototypes[index])[0]  # (k_i, H', W')
         for i, index in enumerate(prototype.split(counts))
         if len(index)
     ]
-    return torch.cat(maps)
+    return module.activations(torch.cat(distances))
 
 
 def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -80,7 +82,7 @@ def upsample(maps: Tensor, height: int, width: int) -> Tensor:
     down = _bicubic(maps.shape[1], height, maps)  # (height, H)
     right = _bicubic(maps.shape[2], width, maps)  # (width, W)
     with without_autocast(maps.device):
-        return down @ maps @ right.T
+        return down @ (maps @ right.T)  # the small product first
 
 
 def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> Tensor:

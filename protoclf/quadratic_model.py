@@ -70,7 +70,7 @@ class QuadraticModel:
             classes = slice(first, first + size)
             g = self._gather_rows(classes) if self.gathered is None else self.gathered[classes]
             parts.append((g * curvature[classes, None, :]) @ g.transpose(1, 2))  # (c, k, k)
-        blocks = torch.cat(parts).to(self.problem.g)
+        blocks = torch.cat(parts).to(self.problem.exact)
         blocks = blocks * (self.sign[:, :, None] * self.sign[:, None, :])
         blocks = blocks * (self.valid[:, :, None] & self.valid[:, None, :])
         blocks.diagonal(dim1=1, dim2=2).add_(self.problem.ridge * self.valid)
@@ -130,11 +130,15 @@ class QuadraticModel:
         part = torch.zeros_like(self.sign).flatten()
         return part.index_copy_(0, self.flat, values).view_as(self.sign)  # (C, k)
 
-    def minimise(self, v: Tensor, gradient: Tensor) -> tuple[Tensor, int]:
-        """Minimise the model within the bounds; returns the step from v, which goes downhill."""
+    def minimise(self, v: Tensor, gradient: Tensor, enough: float) -> tuple[Tensor, int]:
+        """Minimise the model within the bounds; returns the step from v, which goes downhill.
+
+        And the number of products with the Hessian that it took, until the residual is well below
+        that of v, or `enough`.
+        """
         start, gradient = self.gather(v, 0.0), self.gather(gradient, 1.0)  # (C, k)
         goal = self._residual(start, gradient)
-        goal *= min(0.1, math.sqrt(goal))
+        goal = max(goal * min(0.1, math.sqrt(goal)), min(enough, 0.3 * goal))
         products = 0
         if self.hessian is not None:
             x = self._exactly(start, gradient)

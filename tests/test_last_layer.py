@@ -156,6 +156,23 @@ def test_every_form_of_the_model_reaches_the_same_optimum(monkeypatch, explicit,
     np.testing.assert_allclose(result.objective, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("tol", [1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("copied", [0, 500, 10**9])
+def test_gradients_in_single_precision_certify_nothing(monkeypatch, tol, copied):
+    monkeypatch.setattr(last_layer_problem, "_SMALL", 0)
+    monkeypatch.setattr(last_layer_problem, "_COPIED", copied)
+    g, y, owner = similarities(n=200, m=30, n_classes=5)
+    given = g.astype(np.float32)
+    result = solve_last_layer(given, y, owner, 1e-3, tol=tol)
+    assert result.converged
+    weight, g = result.weight.astype(float), given.astype(float)
+    exact = residual_by_loops(weight, g, y, owner, 1e-3, None)
+    np.testing.assert_allclose(result.residual, exact, atol=1e-12)
+    np.testing.assert_allclose(
+        result.objective, objective_by_loops(weight, g, y, 1e-3, np.ones(200)), atol=1e-12
+    )
+
+
 @pytest.mark.parametrize(("name", "most"), [("_GATHERED", 0), ("_MOST_GATHERED", 5 * 200)])
 @pytest.mark.parametrize("small", [0, 10**9], ids=["single", "double"])
 def test_large_working_sets_are_not_gathered(monkeypatch, name, most, small):
