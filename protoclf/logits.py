@@ -8,7 +8,9 @@ from warnings import warn
 import numpy as np
 import torch
 from sklearn.metrics import accuracy_score
+from sklearn.utils.validation import check_is_fitted
 
+from protoclf.images import Images
 from protoclf.labels import read_labels
 from protoclf.torch_datasets import unpacked
 
@@ -45,12 +47,15 @@ class LogitsMixin:
         """Return the accuracy; images that are skipped, as they cannot be read, do not count.
 
         It warns where there are such, and raises ValueError where no other is left. Without y, X is
-        a torch Dataset that holds the labels too.
+        a torch Dataset that holds the labels too. Labels and weights are checked before an image is
+        read.
         """
         X, y = unpacked(X, y)
+        check_is_fitted(self)
+        y, weight = read_labels(y, len(Images(X))), sample_weight
+        accuracy_score(y, np.resize(self.classes_, len(y)), sample_weight=weight)  # or its errors
         answers = self.predict(X)
         known = np.array([answer is not None for answer in answers])
-        y, weight = read_labels(y, len(answers)), sample_weight
         if not known.all():
             if not known.any():
                 raise ValueError(f"None of the {len(known)} images can be read: there is no score.")

@@ -821,6 +821,21 @@ def test_a_fit_that_is_refused_leaves_the_earlier_model():
     assert_same_answers(clf, kept)
 
 
+@pytest.mark.parametrize(
+    ("y", "weight", "message"),
+    [
+        (Y[:-1], None, "labels; they must be as many"),
+        ([None, *Y[1:]], None, "NaN"),
+        (np.arange(len(Y)), None, "Mix of label input types"),
+        (Y, [1.0], "inconsistent numbers of samples"),
+    ],
+)
+def test_a_score_checks_labels_before_it_reads_images(fitted, backbone_images, y, weight, message):
+    with pytest.raises(ValueError, match=message):
+        fitted.score(X, y, weight)
+    assert not backbone_images
+
+
 class Failing:
     """An augmentation that breaks down."""
 

@@ -49,6 +49,10 @@ class OnTables(ProtoPNetClassifier):
         validate_data(self, X, reset=False, skip_check_array=True)
         return images
 
+    def score(self, X, y=None, sample_weight=None):
+        validate_data(self, X, reset=False, skip_check_array=True)
+        return super().score(as_images(X), y, sample_weight)
+
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags = InputTags()  # the checks shape their arrays after these
