@@ -70,7 +70,7 @@ def penalty_path(
         Values of lambda_l1.
     folds : int
         Stratified folds of the images; 0 leaves cross-validation out. Classes of fewer images
-        lower the number, down to 2.
+        lower the number, but for those of one image, which is never held out.
     seed : int
         For the folds.
     groups : ndarray of shape (N,), optional
@@ -110,18 +110,25 @@ Splits = list[tuple[np.ndarray, np.ndarray]]
 
 
 def _splits(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> Splits:
-    """Return stratified folds, (train, test) indices each; none where there are not two."""
-    counts = np.bincount(y)[np.unique(y)]
-    if counts.max() < 2:
+    """Return stratified folds, (train, test) indices each; none where there are not two.
+
+    The only image of a class says nothing of a last layer that never saw the class: it is learned
+    from in each fold, unless another image of its group is held out.
+    """
+    counts = np.bincount(y)
+    several = np.flatnonzero(counts[y] > 1)
+    if not len(several):
         return []
-    smallest = int(counts.min())
-    folds = min(folds, max(2, smallest)) if folds else 0
-    if groups is not None:
-        folds = min(folds, len(np.unique(groups)))
+    folds = min(folds, int(counts[counts > 1].min()))
+    together = np.arange(len(y)) if groups is None else groups
+    folds = min(folds, len(np.unique(together[several])))
     if folds < 2:
         return []
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    return list(kind(folds, shuffle=True, random_state=seed).split(y, y, groups))
+    known = several, y[several], None if groups is None else groups[several]
+    parts = kind(folds, shuffle=True, random_state=seed).split(*known)
+    held_out = [np.isin(together, together[several[test]]) for _, test in parts]
+    return [(np.flatnonzero(~out), np.flatnonzero(out)) for out in held_out]
 
 
 def _held_out_scores(

@@ -9,7 +9,7 @@ import torch
 from protoclf import ProtoPNetClassifier
 from protoclf.activations import Activations, tolerance
 from protoclf.last_layer import solve_last_layer
-from protoclf.penalty import PENALTIES, auto_penalty, penalties_to_try, penalty_path
+from protoclf.penalty import PENALTIES, _splits, auto_penalty, penalties_to_try, penalty_path
 
 
 def activations(n=60, m=12, n_classes=3, seed=0, weight=None):
@@ -64,6 +64,18 @@ def test_small_classes_lower_the_number_of_folds():
         warnings.simplefilter("error")
         path = penalty_path(data, [1e-3], folds=4, seed=0)
     assert 0.5 < path["accuracy"][0] <= 1
+
+
+@pytest.mark.parametrize("groups", [None, np.r_[np.arange(20) // 2, 10], np.r_[:20, 0]])
+def test_the_only_image_of_a_class_is_held_out_with_its_group_alone(groups):
+    y = np.repeat([0, 1, 2], [10, 10, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        splits = _splits(y, 4, 0, groups)
+    assert len(splits) == 4
+    for train, test in splits:
+        assert (20 in test) == (groups is not None and groups[20] in groups[test[test < 20]])
+        assert sorted([*train, *test]) == list(range(21))
 
 
 def test_weights_count_as_repeated_images():
