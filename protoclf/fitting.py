@@ -17,6 +17,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from skorch.callbacks import EpochScoring, LRScheduler
+from skorch.dataset import ValidSplit
 from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
@@ -304,8 +305,7 @@ class StagedNet(SkorchProtoPNet):
         checkpoint: Checkpoint | None = None,
     ):
         """Walk the stages over a data set of images (called by `fit`)."""
-        together = {} if groups is None else {"groups": groups}
-        train, valid = self.get_split_datasets(X, y, **together)
+        train, valid = self._divided(X, y, groups)
         whole = in_whole(X)[0]
         if any(in_whole(part)[0] is not whole for part in (train, valid) if part is not None):
             raise ValueError(
@@ -338,6 +338,21 @@ class StagedNet(SkorchProtoPNet):
             checkpoint.remove()
             self.processes.agreed(None)  # another fit of a process finds none: it waited
         return self
+
+    def _divided(self, X: Dataset, y: Any, groups: np.ndarray | None) -> tuple[Any, Any]:
+        """Return the training and the validation part."""
+        together = {} if groups is None else {"groups": groups}
+        try:
+            return self.get_split_datasets(X, y, **together)
+        except (TypeError, ValueError) as error:
+            if not isinstance(self.train_split, ValidSplit):
+                raise
+            raise ValueError(
+                f"train_split cannot divide the images ({error}). ValidSplit shows groups to its "
+                "splitter if fit was given them, and y to StratifiedKFold and "
+                "StratifiedShuffleSplit alone. Give it what another splitter, such as "
+                "StratifiedGroupKFold, chose: ValidSplit([next(splitter.split(X, y, groups))])."
+            ) from error
 
     def _images_needed(self, first: bool) -> list[int]:
         """Return how many images of each class a fit needs."""

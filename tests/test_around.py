@@ -21,6 +21,7 @@ from sklearn.model_selection import (
     HalvingGridSearchCV,
     PredefinedSplit,
     RandomizedSearchCV,
+    StratifiedGroupKFold,
     StratifiedKFold,
     cross_val_score,
     learning_curve,
@@ -442,6 +443,17 @@ def test_a_validation_split_that_takes_groups_apart_is_refused(paths, squares, s
     groups = np.random.default_rng(0).permutation(np.repeat(np.arange(6), 4))
     with pytest.raises(ValueError, match=r"train_split takes \d groups apart"):
         small(train_split=split).fit(paths, squares[1], groups=groups)
+
+
+@pytest.mark.parametrize("splitter", [GroupKFold(4), StratifiedGroupKFold(4)])
+def test_a_splitter_that_is_shown_too_little_is_refused_with_what_to_do(paths, squares, splitter):
+    y, groups = squares[1], np.arange(24) // 3
+    of_groups = isinstance(splitter, StratifiedGroupKFold)  # which needs y beside them
+    with pytest.raises(ValueError, match=r"if fit was given them.* ValidSplit\(\[next\("):
+        small(train_split=ValidSplit(splitter)).fit(paths, y, groups=groups if of_groups else None)
+    train, valid = next(splitter.split(paths, y, groups))
+    clf = small(train_split=ValidSplit([(train, valid)])).fit(paths, y, groups=groups)
+    assert len(clf.activations_.g) == len(train)
 
 
 @pytest.mark.parametrize("last", [-1, 0])
