@@ -168,7 +168,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         skorch's validation split, such as ``skorch.dataset.ValidSplit(5, stratified=True)``: it
         scores each epoch. Nothing is trained on, or projected onto, its validation part. One that
         names positions, as PredefinedSplit does, counts the images that are left: without those of
-        weight 0, and those that `on_bad_image` skips.
+        weight 0, and those that `on_bad_image` skips. ``ValidSplit([(train, valid)])``, whose
+        positions could be meant otherwise, is refused where images in front of others are left out.
     callbacks : None, "disable" or list of skorch callbacks, default=None
         Early stopping ends the stage in which it strikes, not the fit.
     precision : {"auto", "float32", "bfloat16"}, default="auto"

@@ -38,6 +38,7 @@ from protoclf.parameters import (
     check_enough_images,
     check_parameters,
     check_positions,
+    check_positions_known,
     prototype_counts,
 )
 from protoclf.saved_sources import sources_among
@@ -341,6 +342,7 @@ class StagedNet(SkorchProtoPNet):
 
     def _divided(self, X: Dataset, y: Any, groups: np.ndarray | None) -> tuple[Any, Any]:
         """Return the training and the validation part."""
+        check_positions_known(self.train_split, in_whole(X)[0].images.positions)
         together = {} if groups is None else {"groups": groups}
         try:
             return self.get_split_datasets(X, y, **together)

@@ -262,6 +262,21 @@ def check_positions(positions: np.ndarray, n: int) -> None:
         )
 
 
+def check_positions_known(train_split: Any, positions: np.ndarray) -> None:
+    """Raise ValueError where a split is given by positions, and those in X are not 0, 1 and so on.
+
+    `positions` (N,) are those of the images that are left of X.
+    """
+    listed = isinstance(getattr(train_split, "cv", None), Iterable)
+    shifted = np.flatnonzero(positions != np.arange(len(positions)))
+    if listed and len(shifted):
+        raise ValueError(
+            f"train_split names positions, and the image at position {shifted[0]} of X is left "
+            "out, since its weight is 0 or it cannot be read: those behind it would be taken for "
+            "one another. Leave it, and its like, out of X, y and the split."
+        )
+
+
 def check_apart(train: np.ndarray, valid: np.ndarray) -> None:
     """Raise ValueError where the groups of two parts of the data have one in common."""
     both = np.intersect1d(train, valid)

@@ -445,6 +445,16 @@ def test_a_validation_split_that_takes_groups_apart_is_refused(paths, squares, s
         small(train_split=split).fit(paths, squares[1], groups=groups)
 
 
+def test_listed_positions_are_refused_where_images_are_left_out_in_front_of_others(paths, squares):
+    weight = np.ones(24)
+    clf = small(train_split=ValidSplit([(np.arange(12), np.arange(12, 20))]))
+    weight[22:] = 0
+    clf.fit(paths, squares[1], sample_weight=weight)
+    weight[9] = 0
+    with pytest.raises(ValueError, match="the image at position 9 of X is left out"):
+        clf.fit(paths, squares[1], sample_weight=weight)
+
+
 @pytest.mark.parametrize("splitter", [GroupKFold(4), StratifiedGroupKFold(4)])
 def test_a_splitter_that_is_shown_too_little_is_refused_with_what_to_do(paths, squares, splitter):
     y, groups = squares[1], np.arange(24) // 3
