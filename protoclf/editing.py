@@ -246,7 +246,7 @@ def forbid(
         Joint epochs of each cycle; the classifier's `joint_epochs` by default. Without them, or
         with a frozen backbone, nothing but start and projection keeps prototypes away.
     sample_weight, groups
-        As in `partial_fit`.
+        As in `partial_fit`. Nothing is found, or forbidden, in an image of weight 0.
 
     Returns
     -------
@@ -334,13 +334,15 @@ def _taught(
     X, y = unpacked(X, y)
     images = Images(X)
     targets = read_targets(images, y, **fit_params, classes=clf.classes_)
+    counting = targets.counting()
+    images, codes = images.take(counting), targets.codes[counting]
     table, taught = clf.prototypes_, copy.deepcopy(clf)
-    dataset = ImageDataset(images, clf.preprocessing_, targets.codes, on_bad_image=clf.on_bad_image)
+    dataset = ImageDataset(images, clf.preprocessing_, codes, on_bad_image=clf.on_bad_image)
     taught.prepare_processor()
     data = FitData(taught, dataset, None)
     kind = chosen, given["k"], forbidden, given["weight"]
     concepts = find_concepts(taught, dataset, data.train_features, *kind)
-    usable = ~dataset.failed(np.arange(len(images))) & targets.counting()
+    usable = ~dataset.failed(np.arange(len(images)))
     reasons = {j: reason if isinstance(reason, str) else reason.get(j, "") for j in chosen}
     if forbidden:
         avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)

@@ -202,6 +202,17 @@ def test_weights_and_groups_are_checked_before_the_network_runs(clf, edit, backb
     assert not backbone_images
 
 
+@pytest.mark.parametrize("edit", [forbid, encourage])
+def test_nothing_is_found_in_images_of_weight_zero(clf, edit):
+    X, y = marked()
+    counting = np.arange(len(X)) >= 4
+    weight = counting.astype(float)
+    taught = edit(clf, on_mark(clf), X, y, k=3, sample_weight=weight)
+    alone = edit(clf, on_mark(clf), X[counting], y[counting], k=3)
+    assert torch.equal(taught.concepts_.images, alone.concepts_.images)
+    assert len(taught.concepts_) == 3
+
+
 def test_a_classifier_that_may_not_use_the_mark_does_not_miss_it(clf):
     taught = forbid(clf, on_mark(clf), *marked())
     X, y = marked(mark=False)
