@@ -40,9 +40,10 @@ from protoclf.losses import ProtoPNetLoss
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import refuse_unknown, with_parameters_of
 from protoclf.patch_search import view_activations
-from protoclf.penalty import PATH_RULES, auto_penalty, penalties_to_try, penalty_path
+from protoclf.penalty import PATH_RULES, penalties_to_try, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
 from protoclf.rules import check_rules
+from protoclf.stages import LastLayer
 from protoclf.torch_datasets import unpacked
 
 
@@ -612,9 +613,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             good; with ``lambda_l1="cv"``, `fit` itself sees to that. They are shown as they are,
             as with ``self_matches="keep"``: of rare classes, a fit with "auto" has other weights.
         penalties : sequence of float, optional
-            Values of lambda_l1; by default nine that suit activations of at most 1, from 1e-2 to
-            1e-4 for up to ten classes, and for more classes lower. `lambda_l2` is the parameter's,
-            for all of them.
+            Values of lambda_l1; by default nine, from 1e-2 to 1e-4 times the largest activation,
+            those of the image that is most like a prototype left out, and for more than ten
+            classes lower. `lambda_l2` is the parameter's, for all of them.
         folds : int, default=4
             Stratified folds for the held-out columns; 0 leaves them out. Without `groups`, a file
             that stands in X several times is held out as a whole, as in `fit`.
@@ -631,15 +632,17 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
               and standard deviation over the folds
             - weight : the solution for all images, an array (C, m)
         """
-        n_classes = len(self._fitted().classes_)
-        penalties = penalties_to_try(n_classes) if penalties is None else list(penalties)
+        self._fitted()
+        penalties = None if penalties is None else list(penalties)
         check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
         X, y = unpacked(X, y)
         if folds and groups is None:
             groups = repeated_files(Images(X))
         activations, given = self.activations_of(X, y, sample_weight, groups)
         activations = activations.changed(torch.Tensor.double)
-        ridge = auto_penalty("lambda_l2", self.lambda_l2, self.backbone_trained_, n_classes)
+        if penalties is None:
+            penalties = penalties_to_try(activations, groups=given.groups)
+        ridge = LastLayer.of(self).ridge(self)
         path = penalty_path(activations, penalties, folds, self.seed_, given.groups, ridge)
         if folds and path["accuracy"].isna().all():
             raise ValueError(

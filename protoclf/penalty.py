@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from torch import Tensor
 
 from protoclf.activations import Activations, share_of_many
-from protoclf.rules import NON_NEGATIVE, Rule, integer
+from protoclf.rules import NON_NEGATIVE, Rule, integer, optional
+from protoclf.self_matches import are_self_matches
 
 PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
 """What `lambda_l1="cv"` chooses from, for activations of at most 1 and up to ten classes."""
@@ -28,9 +31,11 @@ penalty keeps makes sheets longer there, and predictions no better.
 
 PATH_RULES: dict[str, Rule] = {
     "folds": (lambda value: integer(0)[0](value) and value != 1, "0 or an int >= 2"),
-    "penalties": (
-        lambda values: len(values) > 0 and all(map(NON_NEGATIVE[0], values)),
-        "one or more finite numbers >= 0",
+    "penalties": optional(
+        (
+            lambda values: len(values) > 0 and all(map(NON_NEGATIVE[0], values)),
+            "one or more finite numbers >= 0",
+        )
     ),
 }
 
@@ -48,9 +53,21 @@ def auto_penalty(name: str, value: float | str, trained: bool, n_classes: int) -
     return _AUTO[name][trained] * (share_of_many(n_classes) ** 0.5 if name == "lambda_l1" else 1)
 
 
-def penalties_to_try(n_classes: int) -> list[float]:
-    """Return what `lambda_l1="cv"` chooses from, for activations of at most 1."""
-    return [penalty * share_of_many(n_classes) for penalty in PENALTIES]
+def penalties_to_try(
+    activations: Activations, source: Tensor | None = None, groups: np.ndarray | None = None
+) -> list[float]:
+    """Return what `lambda_l1="cv"` chooses from, and `last_layer_path` shows by default.
+
+    In proportion to the largest activation, matches of prototypes with their own images, or with
+    groups (N,) of these, left out. `source` (m,) says which images those are; by default they are
+    the most similar ones, as among training images.
+    """
+    g = activations.g
+    source = g.argmax(0) if source is None else source.to(g.device)
+    alike = None if groups is None else torch.from_numpy(groups).to(g.device)
+    others = g.masked_fill(are_self_matches(len(g), source, alike), -torch.inf).amax()
+    largest = float(others if others > 0 else g.amax().clamp_min(1e-6))
+    return [largest * share_of_many(activations.n_classes) * penalty for penalty in PENALTIES]
 
 
 def penalty_path(

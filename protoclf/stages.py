@@ -32,7 +32,7 @@ from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
 from protoclf.penalty import auto_penalty, penalties_to_try, penalty_path
 from protoclf.selection import selected_prototypes
-from protoclf.self_matches import are_self_matches, rare_classes, replace_self_matches
+from protoclf.self_matches import rare_classes, replace_self_matches
 from protoclf.stage_cache import remembered
 from protoclf.torch_settings import widest_float
 
@@ -66,8 +66,7 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
         if net.train_backbone:
             before = net.joint_epochs * cycle
             stages.append(Training("joint", net.joint_epochs, joint, net.lr_schedule, before))
-        last_layer = LastLayer(net.lambda_l1, net.self_matches, net.lambda_l2)
-        stages += [Projection(net.distinct), last_layer]
+        stages += [Projection(net.distinct), LastLayer.of(net)]
     return stages
 
 
@@ -241,6 +240,11 @@ class LastLayer:
     name: str = "last layer"
     costly: ClassVar[bool] = True
 
+    @classmethod
+    def of(cls, net: SkorchProtoPNet) -> LastLayer:
+        """Return the last layer that the parameters of a net ask for."""
+        return cls(net.lambda_l1, net.self_matches, net.lambda_l2)
+
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
         """Solve and set W."""
         module = net.module_
@@ -264,7 +268,7 @@ class LastLayer:
     @torch.no_grad()
     def solve(self, net: SkorchProtoPNet) -> None:
         """Set W to the optimum for the activations that the net holds."""
-        (result,) = self._shown(net).solve([net.lambda_l1_], lambda_l2=self._ridge(net))
+        (result,) = self._shown(net).solve([net.lambda_l1_], lambda_l2=self.ridge(net))
         weight = net.module_.last_layer.weight
         weight.copy_(result.weight)
         net.last_layer_result_ = replace(result, weight=weight.cpu().clone())
@@ -286,7 +290,8 @@ class LastLayer:
             a = a.changed(lambda g: replace_self_matches(g, *places))
         return a.changed(lambda g: g.to(widest_float(g.device)))
 
-    def _ridge(self, net: SkorchProtoPNet) -> float:
+    def ridge(self, net: SkorchProtoPNet) -> float:
+        """Return the weight of the squared penalty."""
         return auto_penalty("lambda_l2", self.lambda_l2, net.backbone_trained_, len(net.classes_))
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
@@ -301,9 +306,8 @@ class LastLayer:
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
             return lambda_l1
         shown = self._shown(net, median=True, groups=data.groups)
-        largest = _largest(shown.g, net.sources_["image"], data.groups)
-        penalties = [largest * penalty for penalty in penalties_to_try(n_classes)]
-        path = penalty_path(shown, penalties, 4, net.seed_, data.groups, self._ridge(net))
+        penalties = penalties_to_try(shown, torch.from_numpy(net.sources_["image"]), data.groups)
+        path = penalty_path(shown, penalties, 4, net.seed_, data.groups, self.ridge(net))
         if path["cross_entropy"].isna().all():
             raise ValueError(
                 'lambda_l1="cv" needs a class of two images at least, and two groups where there '
@@ -311,17 +315,6 @@ class LastLayer:
             )
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
-
-
-def _largest(g: Tensor, source: np.ndarray, groups: np.ndarray | None) -> float:
-    """Return the largest of the activations (N, m), matches of prototypes with sources left out.
-
-    Which stay as they are in a class that has no other images, or no other group of them.
-    """
-    alike = None if groups is None else torch.from_numpy(groups)
-    own = are_self_matches(len(g), torch.from_numpy(source), alike).to(g.device)
-    others = g.masked_fill(own, -torch.inf).amax()
-    return float(others if others > 0 else g.amax().clamp_min(1e-6))
 
 
 @torch.no_grad()

@@ -182,9 +182,23 @@ def test_automatic_penalties_of_many_classes_are_lower(trained):
     assert auto_penalty("lambda_l1", 0.01, trained, 40) == 0.01
 
 
-def test_what_is_chosen_from_is_lower_for_many_classes():
-    assert penalties_to_try(3) == penalties_to_try(10) == list(PENALTIES)
-    np.testing.assert_allclose(penalties_to_try(40), np.divide(PENALTIES, 4))
+@pytest.mark.parametrize(("n_classes", "share"), [(3, 1), (10, 1), (40, 0.25)])
+def test_what_is_chosen_from_is_lower_for_many_classes(n_classes, share):
+    data = activations(n_classes=n_classes, m=80)
+    g = data.g.numpy().copy()
+    g[g.argmax(0), np.arange(80)] = 0  # those of prototypes with their own images
+    np.testing.assert_allclose(penalties_to_try(data), g.max() * share * np.array(PENALTIES))
+
+
+@pytest.mark.parametrize("given", [{}, {"groups": np.arange(24) // 3 * 3}])
+def test_the_path_shows_the_penalties_that_a_fit_chooses_from(squares, given):
+    common = {"image_size": 48, "prototypes_per_class": 2, "random_state": 0, "verbose": 0}
+    clf = ProtoPNetClassifier(
+        "small_cnn", similarity="log", lambda_l1="cv", joint_epochs=1, **common
+    ).fit(*squares, **given)
+    path = clf.last_layer_path(*squares, folds=0, **given)
+    expected = clf.last_layer_path_["lambda_l1"]
+    np.testing.assert_allclose(path["lambda_l1"], expected, rtol=0.05)  # medians among them
 
 
 @pytest.mark.parametrize(
