@@ -4,13 +4,14 @@ import torch
 from sklearn.metrics import log_loss
 from skorch.callbacks import Callback
 
+from protoclf.activations import Activations
 from protoclf.features import extract_features
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.labels import encode
-from protoclf.last_layer import solve_last_layer
 from protoclf.penalty import auto_penalty
+from protoclf.stages import LastLayer
 
 
 class StageScores(Callback):
@@ -67,12 +68,12 @@ class StageScores(Callback):
 
 
 def solved(net, g, y):
-    """Return the last layer that is optimal for these activations and labels."""
+    """Return the last layer that is optimal for these activations and labels, as a fit has it."""
     codes = torch.from_numpy(encode(y, net.classes_)[1]).to(g.device)
-    owner, n_classes = net.module_.owner, len(net.classes_)
-    trained, names = net.backbone_trained_, ("lambda_l1", "lambda_l2")
-    penalties = {name: auto_penalty(name, getattr(net, name), trained, n_classes) for name in names}
-    return solve_last_layer(g.double(), codes, owner, n_classes=n_classes, **penalties).weight
+    activations = Activations(g.double(), codes, net.module_.owner, len(net.classes_))
+    given = "lambda_l1", net.lambda_l1, net.backbone_trained_, len(net.classes_)
+    (result,) = activations.solve([auto_penalty(*given)], lambda_l2=LastLayer.of(net).ridge(net))
+    return result.weight
 
 
 def accuracy_and_log_loss(y, probability, classes):
