@@ -124,7 +124,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     joint_epochs : int, default=10
         Epochs with the backbone trained, in each cycle.
     cycles : int, default=1
-        Rounds of joint training, projection and last layer.
+        Rounds of joint training, projection and last layer; without joint training there is one.
     augmentation : None, "default" or callable, default="default"
         Random transform of uint8 images (3, S, S) in the joint stage, such as one of
         torchvision.transforms.v2 (in the grid of a search, inside a `v2.Compose`: scikit-learn

@@ -62,7 +62,8 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
         heads = {"add_on": net.lr, "prototypes": net.lr}
         stages.append(Training("warm-up", net.warmup_epochs, heads))
     joint = {"backbone": net.backbone_lr, "add_on": net.lr, "prototypes": net.lr}
-    for cycle in range(net.cycles):
+    cycles = net.cycles if net.trains_backbone else 1  # another projection would change nothing
+    for cycle in range(cycles):
         if net.train_backbone:
             before = net.joint_epochs * cycle
             stages.append(Training("joint", net.joint_epochs, joint, net.lr_schedule, before))

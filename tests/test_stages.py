@@ -143,6 +143,12 @@ def test_schedule_without_training_the_backbone_has_no_joint_stage():
     assert stages[2:] == [Projection("images"), LastLayer(0.5, "auto", "auto")]
 
 
+@pytest.mark.parametrize("given", [{"train_backbone": False}, {"joint_epochs": 0}])
+def test_nothing_is_projected_again_where_nothing_is_trained_between(given):
+    stages = schedule(make(cycles=3, **given), first=False)
+    assert [s.name for s in stages if s.name != "joint"] == ["projection", "last layer"]
+
+
 def test_schedule_of_a_continued_fit_begins_with_a_cycle():
     stages = schedule(make(cycles=2), first=False)
     assert [stage.name for stage in stages] == ["joint", "projection", "last layer"] * 2
