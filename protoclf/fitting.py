@@ -14,6 +14,7 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 import torch
+from numpy.random import RandomState
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from skorch.callbacks import EpochScoring, LRScheduler
@@ -89,11 +90,15 @@ class StagedNet(SkorchProtoPNet):
     def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         before = None if first else self._copied_state()
         table = vars(self).get("prototypes_")
+        drawn_from = self.random_state
+        stream = drawn_from.get_state() if isinstance(drawn_from, RandomState) else None
         self._fitting = True
         try:
             with on_cpu_by_default():
                 return self._fit_all(X, y, sample_weight, groups, first)
         except BaseException as error:
+            if stream is not None:  # the same call goes on from a checkpoint, or begins as this one
+                drawn_from.set_state(stream)
             if before is not None:
                 self.__dict__ = before
             elif self._is_trained() and self.prototypes_ is not table:  # stopped at its very end

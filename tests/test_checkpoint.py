@@ -83,6 +83,17 @@ def test_a_process_that_is_killed_goes_on(tmp_path, moment):
     assert_same_model(never_stopped("joint"), resumed, X)
 
 
+def test_a_stream_of_random_numbers_goes_on_too(tmp_path):
+    X, y = pictures()
+    stream = np.random.RandomState(0)
+    clf = classifier("joint", checkpoint=tmp_path, callbacks=[Stop(2)], random_state=stream)
+    with pytest.raises(RuntimeError, match="stopped"):
+        clf.fit(X, y)
+    clf.set_params(callbacks=[Stop()])
+    assert_same_model(never_stopped("joint"), clf.fit(X, y), X)
+    assert stream.randint(2**31) != np.random.RandomState(0).randint(2**31)  # the next fit's
+
+
 @pytest.mark.slow
 def test_a_compiled_network_goes_on_too(tmp_path):
     X, y = pictures()
