@@ -163,13 +163,13 @@ def latent_batches(
     Raises
     ------
     FloatingPointError
-        If a map is not finite, as `distance_batches` does for distances.
+        If a map or its squares are not finite, as `distance_batches` does for distances.
     """
     first = 0
     for inputs, y in feature_batches(net, dataset, progress):
         with torch.no_grad():
             z = net.module_.latents(inputs["features"])
-        _refuse_unless(z.sum((1, 2, 3)).isfinite(), dataset, first)
+        _refuse_unless(torch.linalg.vector_norm(z, dim=(1, 2, 3)).isfinite(), dataset, first)
         yield slice(first, first + len(y)), z
         first += len(y)
 

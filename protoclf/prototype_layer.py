@@ -159,11 +159,12 @@ def unit_length(x: Tensor, area: int = 1) -> Tensor:
     unit : Tensor, shaped as `x`
         In float32 at least. Vectors shorter than 1e-6 stay as good as zero, and the gradient is
         finite: at most 1e6 times what comes in. Their squared distance to one of unit length is 1,
-        as if the cosine were 0.5.
+        as if the cosine were 0.5. Those whose length overflows become NaN: they have no direction.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / (torch.where(length > 1e-6, length, 1) * area**0.5)
+    divisor = torch.where(length > 1e-6, length, 1).masked_fill(length.isinf(), torch.nan)
+    return x / (divisor * area**0.5)
 
 
 def patches_of(z: Tensor, prototypes: Tensor) -> Tensor:

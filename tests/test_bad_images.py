@@ -329,11 +329,13 @@ class Louder(nn.Module):
         return self.factor * self.convolution(x)
 
 
-def test_an_image_infinitely_far_from_all_prototypes_has_no_answer(squares):
-    clf = small(similarity="log", **FROZEN).set_params(backbone=Louder()).fit(*squares)
+@pytest.mark.parametrize("similarity", ["cosine", "log"])
+def test_an_image_infinitely_far_from_all_prototypes_has_no_answer(squares, similarity):
+    clf = small(similarity=similarity, **FROZEN).set_params(backbone=Louder()).fit(*squares)
     clf.module_.backbone.factor = 1e25
-    with pytest.raises(FloatingPointError, match="NaN or infinity of the images 0, 1,"):
-        clf.predict(squares[0][:2])
+    for ask in (clf.predict, clf.explain):
+        with pytest.raises(FloatingPointError, match="NaN or infinity of the images 0, 1,"):
+            ask(squares[0][:2])
 
 
 class OfContrast(nn.Module):
