@@ -75,7 +75,7 @@ def new_figure(width: float, height: float, layout: Any = "none") -> Figure:
 
 
 def tiles(
-    figure: Figure | SubFigure,
+    figure: Any,
     shape: tuple[int, int, int],
     above: float = 0.0,
     below: float = 0.0,
@@ -84,6 +84,8 @@ def tiles(
     right: float = 0.0,
 ) -> np.ndarray:
     """Fill a figure with empty axes: lines of blocks of tiles.
+
+    They are no subplots, so that no layout engine of the caller's moves them under their titles.
 
     Parameters
     ----------
@@ -111,11 +113,9 @@ def tiles(
         wspace=0.09,
         hspace=max(0, (above + below) * lines / max(inside, 0.1)),
     )
-    axes = [
-        [part.subgridspec(1, n_tiles, wspace=0.06).subplots(squeeze=False)[0] for part in line]
-        for line in (([grid[i, j] for j in range(blocks)]) for i in range(lines))
-    ]
-    array = np.array(axes, dtype=object).reshape(shape)
+    parts = [grid[i].subgridspec(1, n_tiles, wspace=0.06) for i in range(lines * blocks)]
+    places = [part[k].get_position(figure).bounds for part in parts for k in range(n_tiles)]
+    array = np.array([figure.add_axes(place) for place in places], dtype=object).reshape(shape)
     for axis in array.flat:
         axis.set_axis_off()
     return array

@@ -71,6 +71,7 @@ __all__ = [
 ]
 
 _TILE = 1.9  # inches
+_LETTERS = 0.8  # inches: what is written beside a tile is so high
 _PANEL = 2.1  # inches
 _PANELS = 4  # side by side
 
@@ -99,7 +100,7 @@ def plot_explanation(
     top : int, default=4
         Prototypes to draw for each class; the others are summed up.
     figure : matplotlib Figure, optional
-        Where to draw; a new one by default.
+        Where to draw; a new one by default. In a smaller one letters are smaller.
     attribution, percentile
         How boxes in the image are found: as in `ProtoPNetClassifier.explain`.
 
@@ -191,18 +192,29 @@ class ExplanationDisplay:
     sources: dict[int, np.ndarray]
 
     def plot(self, figure: Figure | None = None) -> ExplanationDisplay:
-        """Draw each class as a block of rows, blocks side by side."""
+        """Draw each class as a block of rows, blocks side by side.
+
+        In a figure smaller than a new one would be, letters are smaller too.
+        """
+        from matplotlib.text import Text
+
         groups = dict(iter(self.sheet.groupby("class", sort=False)))
         sheets = [groups.get(label, self.sheet[:0]) for label in self.verdicts["class"]]
         n_lines = max(1, *(int(rows["prototype"].notna().sum()) for rows in sheets))
+        width = len(sheets) * 4.35 * _TILE
         if figure is None:
-            figure = new_figure(len(sheets) * 4.35 * _TILE, n_lines * (_TILE + 0.1) + 1.6)
+            figure = new_figure(width, n_lines * (_TILE + 0.1) + 1.6)
+        needed = figure.dpi * width, figure.dpi * (n_lines * _LETTERS + 1.6)
+        zoom = min(1.0, figure.bbox.width / needed[0], figure.bbox.height / needed[1])
         with lettering(figure):
             parts = figure.subfigures(1, len(sheets), squeeze=False)[0]
             verdicts = self.verdicts.to_dict("records")
             for part, verdict, rows in zip(parts, verdicts, sheets, strict=True):
-                axes = tiles(part, (n_lines, 1, 4), above=0.1, top=0.8, bottom=0.5)[:, 0]
+                room = {"above": 0.1 * zoom, "top": 0.8 * zoom, "bottom": 0.5 * zoom}
+                axes = tiles(part, (n_lines, 1, 4), **room)[:, 0]
                 self._draw_class(part, axes, verdict, rows)
+                for text in part.findobj(Text):
+                    text.set_fontsize(zoom * text.get_fontsize())
         self.figure_ = figure
         return self
 

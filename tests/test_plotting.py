@@ -499,6 +499,32 @@ def test_tiles_stay_in_their_places_whatever_the_style(name, fitted):
         np.testing.assert_allclose(axes.get_position().bounds, other.get_position().bounds)
 
 
+def drawn_boxes(figure):
+    """Extents of all titles, and of what stands in the axes, in pixels."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    texts = [*[part.texts[0] for part in figure.subfigs]]
+    for axis in [axis for part in figure.subfigs for axis in part.axes]:
+        texts += [text for text in (axis.title, *axis.texts) if text.get_text()]
+    images = [axis.images[0] for part in figure.subfigs for axis in part.axes if axis.images]
+    return [artist.get_window_extent(renderer) for artist in (*texts, *images)]
+
+
+@pytest.mark.parametrize("layout", ["none", "constrained"])
+@pytest.mark.parametrize("size", [(14, 9), (6.4, 4.8), (16, 2), (2, 1.5)])
+def test_nothing_overlaps_in_a_figure_of_the_callers(fitted, squares, layout, size):
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=size, layout=layout)
+    plot_explanation(fitted, squares[0][0], top=2, figure=figure)
+    boxes = drawn_boxes(figure)
+    assert len(boxes) >= 2 * (1 + 3 + 2 * 4)
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
 def test_long_names_are_shortened_and_dollars_are_no_formulas():
     assert canvas.short("sparrow") == "sparrow"
     long = canvas.short("a_bird_whose_name_is_much_too_long", 20)
