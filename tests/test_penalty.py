@@ -222,7 +222,7 @@ def test_weak_penalties_of_many_classes_are_solved_closely():
     path = clf.last_layer_path(X, y, [2.5e-5], folds=0)
     (closely,) = clf.activations_.changed(torch.Tensor.double).solve([2.5e-5], 1e-9, 1e-3)
     for weight in (clf.coef_, path["weight"][0]):
-        np.testing.assert_allclose(weight, closely.weight, atol=2e-3)
+        np.testing.assert_allclose(weight, closely.weight, atol=4e-3)  # to 1e-6 it is 0.014
 
 
 def test_the_path_of_a_fitted_classifier(fitted, squares):
