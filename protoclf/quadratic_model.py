@@ -115,7 +115,7 @@ class QuadraticModel:
         if self.gathered is None:
             part = (error @ self.g.T).gather(1, self.index)  # (C, k)
         else:
-            part = (self.gathered @ error[:, :, None])[:, :, 0]  # (C, k)
+            part = _times(self.gathered, error)  # (C, k)
         return part * (self.sign * self.valid).to(part)
 
     def product(self, part: Tensor) -> Tensor:
@@ -260,7 +260,8 @@ def _model_change(step: Tensor, gradient: Tensor, h_step: Tensor) -> float:
 
 
 def _times(blocks: Tensor, part: Tensor) -> Tensor:
-    return (blocks @ part[:, :, None])[:, :, 0]  # (C, k)
+    """Return each of C matrices (k, n) times its vector (n,), the way that CPUs are faster at."""
+    return (part[:, None, :] @ blocks.transpose(1, 2))[:, 0]  # (C, k)
 
 
 def _nonnegative_quadratic(
