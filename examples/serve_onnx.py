@@ -146,10 +146,13 @@ def main():
             continue
         print(f"{photo}: {label}, logit {logit:.3f}, probability {probability:.3f}")
         for row in rows[: args.top]:
+            likeness = "is unlike" if row["similarity"] < 0 else "looks like"
             print(
                 "  {contribution:8.3f} = {similarity:.3f} x {weight:.3f}  ({x0}, {y0}, {x1}, {y1})"
-                " looks like prototype {prototype} of {prototype_class}, ({source_x0}, "
-                "{source_y0}, {source_x1}, {source_y1}) of {source}".format(**row)
+                " {likeness} prototype {prototype} of {prototype_class}, ({source_x0}, "
+                "{source_y0}, {source_x1}, {source_y1}) of {source}".format(
+                    likeness=likeness, **row
+                )
             )
         rest = sum(row["contribution"] for row in rows[args.top :])
         print(f"  {rest:8.3f}   {max(0, len(rows) - args.top)} more")

@@ -246,8 +246,9 @@ class ExplanationDisplay:
         draw_heat(axes[1], picture, View(heat, self.region), (heat.min(), heat.max()))
         draw_view(axes[2], view(self.sources[prototype]))
         draw_box(axes[2], row[SOURCE_BOX])
+        unlike = "unlike: " if row["similarity"] < 0 else ""
         text = (
-            f"{row['similarity']:.2f} × {row['weight']:+.2f}\n{_sum(row)}\n"
+            f"{unlike}{row['similarity']:.2f} × {row['weight']:+.2f}\n{_sum(row)}\n"
             f"prototype {prototype}\nof {short(row['source_class'], 22)}"
         )
         self._write(axes[3], 0.5, "center", text)

@@ -36,6 +36,11 @@ class Row(NamedTuple):
     weight: float
     contribution: float
 
+    @property
+    def likeness(self) -> str:
+        """Return what the similarity says in words."""
+        return "is unlike" if self.similarity < 0 else "looks like"
+
 
 @dataclass
 class Sheet:

@@ -112,6 +112,16 @@ def test_a_class_without_contributions_is_drawn_all_the_same(fitted, squares, tm
     display.figure_.savefig(tmp_path / "sheet.png")
 
 
+def test_a_part_that_is_unlike_the_other_is_marked(fitted, squares):
+    opposed = copy.deepcopy(fitted)
+    opposed.module_.prototypes.data.neg_()
+    for clf in (fitted, opposed):
+        display = plot_explanation(clf, squares[0][0], "all")
+        below = (display.sheet["similarity"] < 0).sum()
+        assert sum("unlike" in text for text in texts_of(display.figure_)) == below
+    assert below  # of the opposed one
+
+
 def test_no_sheet_is_drawn_of_nothing(fitted, squares, monkeypatch):
     empty = fitted.explain(squares[0][:1]).iloc[:0]
     monkeypatch.setattr(type(fitted), "explain", lambda *_, **__: empty)

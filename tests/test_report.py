@@ -122,6 +122,20 @@ def assert_sheet(page, card, sheet, rows):
     assert probability == pytest.approx(100 * rows["probability"].iloc[0], abs=0.101)
 
 
+def test_a_part_that_is_unlike_the_other_is_not_said_to_look_like_it(fitted, squares, tmp_path):
+    opposed = copy.deepcopy(fitted)
+    opposed.module_.prototypes.data.neg_()
+    page = Page(write_report(opposed, squares[0][:5], path=tmp_path / "report.html", top=9))
+    sheet = opposed.explain(squares[0][:5], "top2", top=9)
+    lines = [line for line in page.find("tr") if line.get("data-likeness")]
+    words = [line.get("data-likeness") for line in lines]
+    assert words.count("is unlike") == (sheet["similarity"] < 0).sum() > 0
+    assert ["unlike:" in text(line) for line in lines] == [word == "is unlike" for word in words]
+    for card in page.cards.values():
+        lit = page.find("tr", "lit", card)[0]
+        assert text(page.find("span", "likeness", card)[0]) == lit.get("data-likeness")
+
+
 def box_of(page, card, mark):
     (outline,) = [e for e in page.find("g", within=card) if e.get("data-mark") == mark]
     x, y, width, height = (

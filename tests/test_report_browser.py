@@ -156,6 +156,8 @@ def test_tab_reaches_every_line_and_lights_its_box_and_its_source(open_page, exp
         assert set(lit.evaluate_all("all => all.map(e => e.dataset.mark)")) == {mark}
         assert set(lit.evaluate_all("all => all.map(e => e.localName)")) == {"tr", "g", "span"}
         assert card.locator("g.lit .line").first.is_visible()
+        likeness = card.locator(".source .likeness").inner_text()
+        assert likeness == ("is unlike" if row.similarity < 0 else "looks like")
         name = card.locator(".source .name").inner_text()
         assert name == f"prototype {int(row.prototype)}, {row.prototype_class}"
         assert f"training image {row.source}" in card.locator(".source .file").inner_text()

@@ -15,6 +15,7 @@ function light(card, mark) {
     for (const [name, value] of Object.entries(sides)) edge.setAttribute(name, value);
   }
   source.querySelector(".scene").replaceWith(scene);
+  source.querySelector(".likeness").textContent = row.dataset.likeness;
   source.querySelector(".name").textContent = tile.dataset.name;
   source.querySelector(".file").textContent = tile.querySelector(".file").textContent;
 }
