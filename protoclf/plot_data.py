@@ -124,9 +124,13 @@ def nearest_rows(
     A column "agrees" says whether an image is of the prototype's class, where it has a label.
     """
     check_top(top)
-    missing = [name for name in _NEAREST_COLUMNS if name not in table.columns]
+    columns = getattr(table, "columns", ())  # a classifier, as other plots take first, has none
+    missing = [name for name in _NEAREST_COLUMNS if name not in columns]
     if missing:
-        raise ValueError(f"table must be one of nearest patches; it lacks the columns {missing}.")
+        raise ValueError(
+            "table must be one of nearest patches, as from nearest_patches(clf, X); it lacks the "
+            f"columns {missing}."
+        )
     if table.empty:
         raise ValueError("table must hold a row at least; it is empty.")
     if prototypes is None:

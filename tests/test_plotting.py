@@ -433,6 +433,8 @@ def test_wrong_tables_are_refused_by_name(fitted, squares, nearest):
     X, _ = squares
     with pytest.raises(ValueError, match=r"table .* lacks the columns \['similarity'\]"):
         plot_nearest_patches(nearest.drop(columns="similarity"), X=X)
+    with pytest.raises(ValueError, match=r"table .* nearest_patches\(clf, X\); it lacks"):
+        plot_nearest_patches(fitted, X=X)
     with pytest.raises(ValueError, match="table must hold a row"):
         plot_nearest_patches(nearest.iloc[:0], X=X)
     with pytest.raises(ValueError, match=r"prototypes .* that the table has.* got 9"):
