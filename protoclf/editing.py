@@ -83,7 +83,8 @@ def select_prototypes(
     """
     check_editable(clf)
     _check_reason(reason)
-    kept = np.array(sorted(known_prototypes("ids", ids, range(clf.n_prototypes_))), dtype=int)
+    known = known_prototypes("ids", ids, range(clf.n_prototypes_), may_be_none=True)
+    kept = np.array(sorted(known), dtype=int)
     table = clf.prototypes_
     bare = sorted(set(clf.classes_.tolist()) - set(table["class"].iloc[kept].tolist()))
     if bare:

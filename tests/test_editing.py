@@ -103,6 +103,7 @@ def test_an_edited_classifier_is_a_classifier(three_each, squares):
         (np.arange(9) == 3, r"np\.flatnonzero\(mask\) gives them"),
         ([-1], "ids must name"),
         ([1.5], "ids must name"),
+        (range(9), "Keep a prototype of each class: none would be left of \\['blue', "),
         ([0, 1, 2], "Keep a prototype of each class: none would be left of \\['blue'\\]"),
     ],
 )
