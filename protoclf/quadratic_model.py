@@ -17,7 +17,7 @@ from protoclf.last_layer_problem import Problem, projected
 _MODEL_STEPS = 150  # products with the Hessian in one quadratic model
 _CG_STEPS = 50  # and between two proximal steps
 _BENT_STEPS = 6  # lengths tried when a step crosses bounds
-_EXPLICIT = 1500  # weights up to which the Hessian is worth writing out
+_EXPLICIT = 700  # weights up to which the Hessian is worth writing out
 _LIFT = 1e-10  # of the mean diagonal, so that the whole Hessian can be factored
 _DAMPING = 1e-4  # of a block's mean diagonal, so that collinear prototypes stay solvable
 _GATHERED = 8  # copies of the activations that the working set may take, before all is multiplied
