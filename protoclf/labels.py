@@ -72,7 +72,7 @@ def read_labels(y: Any, n: int) -> np.ndarray:
     if len(missing):
         raise ValueError(
             f"Input y contains NaN: {len(missing)} label(s) are missing, the first at position "
-            f"{missing[0]}, {y[missing[0]]!r}. Leave out images without a label."
+            f"{missing[0]}, {y[missing[0]]}. Leave out images without a label."
         )
     strings = [isinstance(label, str) for label in y] if y.dtype == object else []
     if any(strings) and not all(strings):
