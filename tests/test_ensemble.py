@@ -504,6 +504,9 @@ class OnTables(ProtoPNetEnsemble):
     def transform(self, X):
         return super().transform(self._images(X))
 
+    def score(self, X, y=None, sample_weight=None):
+        return super().score(self._images(X), y, sample_weight)
+
     def _images(self, X):
         check_is_fitted(self)
         images = as_images(X)
