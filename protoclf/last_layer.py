@@ -257,7 +257,7 @@ def _minimise(problem: Problem, v: Tensor, tol: float, max_iter: int) -> LastLay
         penalty = _next_penalty(problem, v, smooth_gradient, penalty, tol)
         gradient = smooth_gradient + penalty
         model = QuadraticModel(problem, probability, _working_set(problem, v, gradient, tol))
-        step, products = model.minimise(v, gradient, 0.3 * tol)
+        step, products = model.minimise(v, gradient)
         n_products += products
         size = _line_search(problem, v, gradient, logits, model, step, penalty)
         if size > 0:

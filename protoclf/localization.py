@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclf.network import ProtoPNet
-from protoclf.prototype_layer import distance_maps
 from protoclf.torch_settings import without_autocast
 
 BLOCK = 2**22  # pixels of upsampled maps at a time
@@ -48,13 +47,12 @@ def pair_patches(module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor
     Pairs are sorted by sample.
     """
     counts = torch.bincount(sample, minlength=len(z)).tolist()
-    prototypes = module.scaled_prototypes()
-    distances = [
-        distance_maps(z[i : i + 1], prototypes[index])[0]  # (k_i, H', W')
+    maps = [
+        module.similarity_maps(z[i : i + 1], index)[0]  # (k_i, H', W')
         for i, index in enumerate(prototype.split(counts))
         if len(index)
     ]
-    return module.activations(torch.cat(distances))
+    return torch.cat(maps)
 
 
 def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -130,15 +130,11 @@ class QuadraticModel:
         part = torch.zeros_like(self.sign).flatten()
         return part.index_copy_(0, self.flat, values).view_as(self.sign)  # (C, k)
 
-    def minimise(self, v: Tensor, gradient: Tensor, enough: float) -> tuple[Tensor, int]:
-        """Minimise the model within the bounds; returns the step from v, which goes downhill.
-
-        And the number of products with the Hessian that it took, until the residual is well below
-        that of v, or `enough`.
-        """
+    def minimise(self, v: Tensor, gradient: Tensor) -> tuple[Tensor, int]:
+        """Minimise the model within the bounds; returns the step from v, which goes downhill."""
         start, gradient = self.gather(v, 0.0), self.gather(gradient, 1.0)  # (C, k)
         goal = self._residual(start, gradient)
-        goal = max(goal * min(0.1, math.sqrt(goal)), min(enough, 0.3 * goal))
+        goal *= min(0.1, math.sqrt(goal))
         products = 0
         if self.hessian is not None:
             x = self._exactly(start, gradient)
