@@ -6,6 +6,7 @@ N images, m prototypes of C classes, patches of K = D H1 W1 numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -105,57 +106,45 @@ def _candidates(net: SkorchProtoPNet, data: FitData, numbers: list[int]) -> tupl
 def _distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tensor:
     """Return squared distances (N, M) of all images to the candidates, perhaps approximate ones.
 
-    Where that saves half of the work, in the principal components of the candidates alone;
-    otherwise, of a backbone that computes in bfloat16, by products in bfloat16. That is enough to
-    choose by.
+    Where that saves half of the work, in the principal components of the candidates alone; of a
+    backbone that computes in bfloat16, by products in bfloat16. That is enough to choose by.
     """
     flat = candidates.flatten(1)  # (M, K)
     sizes = zip(data.train_features.features.shape[2:], candidates.shape[2:], strict=True)
     n_patches = math.prod(cells - own + 1 for cells, own in sizes)  # L
     axes = _axes_that_save_work(flat, n_patches, len(data.train_y))
-    batches = with_progress(net, data.train_latents(), len(data.train_y))
-    if axes is None:
-        rough = net.module_.half_precision and net.module_.similarity == "cosine"
-        find = _distances_in_half_precision if rough else _exact_distances
-        return torch.cat([find(z, candidates) for z, _ in batches])
-    centre = flat.mean(0)  # (K,)
-    points, squares = (flat - centre) @ axes, (flat - centre).square().sum(1)  # (M, d), (M,)
-    size = max(1, _BLOCK // (n_patches * flat.shape[1]))
+    latents = (z for z, _ in with_progress(net, data.train_latents(), len(data.train_y)))
+    in_half_precision = net.module_.half_precision and net.module_.similarity == "cosine"
+    if axes is None and not in_half_precision:
+        return torch.cat([min_distances(z, candidates)[0] for z in latents])
+    dtype = torch.bfloat16 if in_half_precision else flat.dtype
+    return _rough_distances(latents, candidates, axes, dtype)
+
+
+def _rough_distances(
+    latents: Iterable[Tensor], candidates: Tensor, axes: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return squared distances (N, M) by products along axes (K, d), or of all numbers.
+
+    Those are z.p - ||z||^2 / 2, which loses little to rounding: of unit vectors that are alike it
+    is about 0.5.
+    """
+    flat = candidates.flatten(1)  # (M, K)
+    centre = 0 if axes is None else flat.mean(0)  # (K,)
+    squares = (flat - centre).square().sum(1)  # (M,)
+    points = ((flat - centre) if axes is None else (flat - centre) @ axes).to(dtype)  # (M, d)
     scores = []
-    for batch, _ in batches:
-        for z in batch.split(size):
+    for batch in latents:
+        n_patches, size = patches_of(batch[:1], candidates).shape[1:]  # L, K
+        for z in batch.split(max(1, _BLOCK // (n_patches * max(size, _AT_ONCE)))):
             rows = patches_of(z, candidates).flatten(0, 1) - centre  # (n L, K)
-            half_squares = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_() / 2
-            rows = rows @ axes  # (n L, d)
+            half_squares = rows.square().sum(1, keepdim=True).div_(2).to(dtype)  # (n L, 1)
+            rows = (rows if axes is None else rows @ axes).to(dtype)  # (n L, d)
             best = [
                 torch.addmm(half_squares, rows, p.T, beta=-1).view(len(z), n_patches, -1).amax(1)
                 for p in points.split(_AT_ONCE)
             ]
-            scores.append(torch.cat(best, 1))  # (n, M)
-    return torch.cat(scores).mul_(-2).add_(squares).clamp_min_(0)
-
-
-def _exact_distances(z: Tensor, candidates: Tensor) -> Tensor:
-    return min_distances(z, candidates)[0]
-
-
-def _distances_in_half_precision(z: Tensor, candidates: Tensor) -> Tensor:
-    """Return squared distances (n, M) from products as precise as the features of such a backbone.
-
-    z.p - ||z||^2 / 2 loses little to rounding: of unit vectors that are alike it is about 0.5.
-    """
-    p = candidates.flatten(1)  # (M, K)
-    squares, points = p.square().sum(1), p.bfloat16()  # (M,), (M, K)
-    scores = []
-    for part in z.split(max(1, _BLOCK // (z.shape[2] * z.shape[3] * _AT_ONCE))):
-        rows = patches_of(part, candidates).flatten(0, 1)  # (n L, K)
-        half_squares = (rows.square().sum(1, keepdim=True) / 2).bfloat16()  # (n L, 1)
-        rows = rows.bfloat16()
-        best = [
-            torch.addmm(half_squares, rows, some.T, beta=-1).view(len(part), -1, len(some)).amax(1)
-            for some in points.split(_AT_ONCE)
-        ]
-        scores.append(torch.cat(best, 1).float())  # (n, M)
+            scores.append(torch.cat(best, 1).to(flat))  # (n, M)
     return torch.cat(scores).mul_(-2).add_(squares).clamp_min_(0)
 
 

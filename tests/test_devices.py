@@ -163,12 +163,18 @@ def test_gradients_of_similarities_on_the_meta_device(size, similarity):
     assert maps.shape == (2, 32, 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("components", [None, 2])
 @pytest.mark.parametrize("size", SIZES)
-def test_what_rates_candidates_and_tells_rare_classes_stays_on_the_device(gpu, size):
+def test_what_rates_candidates_and_tells_rare_classes_stays_on_the_device(
+    gpu, size, components, dtype
+):
     net, images, y = make(gpu, size, "cosine")
     with torch.no_grad():
         z = net.latents(net.features(images))
-        found = selection._distances_in_half_precision(z, net.scaled_prototypes())
+        candidates = net.scaled_prototypes()
+        axes = components and candidates[0].flatten().new_ones(candidates[0].numel(), components)
+        found = selection._rough_distances([z], candidates, axes, dtype)
     rare = rare_classes(y, 3)
     for tensor, shape in ((found, (5, 4)), (rare, (3,))):
         assert tensor.device.type == "cuda"
