@@ -15,7 +15,7 @@ from protoclf.network import ProtoPNet
 from protoclf.torch_settings import without_autocast
 
 BLOCK = 2**22  # pixels of upsampled maps at a time
-_SAMPLING = 13  # pixels; prime, so that a sample meets all columns of a map
+_SAMPLING = 61  # pixels; prime, so that a sample meets all columns of a map
 ROUNDING = 1e-5  # of a map's range: closer pixels are equal, as are those of a patch's cells
 
 
@@ -75,14 +75,16 @@ def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.max_pool2d(padded, size, stride=1)
 
 
-def upsample(maps: Tensor, height: int, width: int) -> Tensor:
+def upsample(maps: Tensor, height: int, width: int, out: Tensor | None = None) -> Tensor:
     """Upsample maps (k, H, W) bicubically, as the paper does, to (k, height, width)."""
     down = _bicubic(maps.shape[1], height, maps)  # (height, H)
     right = _bicubic(maps.shape[2], width, maps)  # (width, W)
     with without_autocast(maps.device):
-        return down @ (maps @ right.T)  # the small product first
+        wide = maps @ right.T  # (k, H, width); the small product first
+        return torch.bmm(down.expand(len(maps), -1, -1), wide, out=out)
 
 
+@torch.no_grad()
 def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> Tensor:
     """Return the smallest boxes around the high activations of upsampled maps.
 
@@ -102,7 +104,11 @@ def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> T
     """
     maps = maps - maps.amin((1, 2), keepdim=True)  # so that a constant map stays so, to the bit
     size = max(1, BLOCK // int(image_size) ** 2)
-    blocks = [_boxes(upsample(m, image_size, image_size), percentile) for m in maps.split(size)]
+    pixels = maps.new_empty(min(size, len(maps)), image_size, image_size)  # once: it costs time
+    blocks = [
+        _boxes(upsample(block, image_size, image_size, out=pixels[: len(block)]), percentile)
+        for block in maps.split(size)
+    ]
     return torch.cat(blocks)
 
 
@@ -124,31 +130,51 @@ def _boxes(maps: Tensor, percentile: float) -> Tensor:
     n = maps.shape[1:].numel()
     rank = int(np.ceil(round(percentile / 100 * (n - 1), 6)))  # the first at the percentile
     columns, rows = maps.amax(1), maps.amax(2)  # (k, S) each
-    threshold = order_statistic(maps.flatten(1), rank) - ROUNDING * rows.amax(1)  # (k,)
+    threshold = order_statistic(maps, rank, rows, columns) - ROUNDING * rows.amax(1)  # (k,)
     x0, x1 = _extent(columns >= threshold[:, None])
     y0, y1 = _extent(rows >= threshold[:, None])
     return torch.stack([x0, y0, x1, y1], dim=1).to(maps.dtype)
 
 
-def order_statistic(values: Tensor, rank: int) -> Tensor:
-    """Return the value of each row (k, n) that has `rank` others below it: (k,)."""
-    if values.device.type != "cpu":  # of kthvalue GPUs have no deterministic form
-        return values.topk(values.shape[1] - rank, dim=1, sorted=False).values.amin(1)
-    return torch.tensor([_select(row, rank) for row in values.numpy()], dtype=values.dtype)
+def order_statistic(maps: Tensor, rank: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the value of each map (k, H, W) that has `rank` others below it: (k,).
 
-
-def _select(values: np.ndarray, rank: int) -> float:
-    """Return the value that has `rank` others below it.
-
-    A sample tells what to leave out, so that far fewer values are partitioned.
+    `rows` (k, H) and `columns` (k, W) are their maxima.
     """
-    n_above = len(values) - rank  # itself included
-    sample = values[::_SAMPLING]
-    bound = max(0, len(sample) - 2 * len(sample) * n_above // len(values) - 2)
-    high = values[values > np.partition(sample, bound)[bound]]
-    if len(high) < n_above:  # a sample that misled, or many equal values
-        return np.partition(values, rank)[rank]
-    return np.partition(high, len(high) - n_above)[len(high) - n_above]
+    if maps.device.type != "cpu":  # of kthvalue GPUs have no deterministic form
+        values = maps.flatten(1)
+        return values.topk(values.shape[1] - rank, dim=1, sorted=False).values.amin(1)
+    n_above = maps.shape[1:].numel() - rank  # itself included
+    low, high = _around(maps, n_above)  # (k,) each
+    y0, y1 = _extent(rows > low[:, None])
+    x0, x1 = _extent(columns > low[:, None])
+    found = [
+        _select(values, values[top:bottom, left:right], below, above, n_above)
+        for values, top, bottom, left, right, below, above in zip(
+            maps.numpy(), *(each.tolist() for each in (y0, y1, x0, x1, low, high)), strict=True
+        )
+    ]
+    return torch.tensor(found, dtype=maps.dtype)
+
+
+def _around(maps: Tensor, n_above: int) -> Tensor:
+    """Return two values (2, k), from a sample, likely around each map's `n_above`-th highest."""
+    sample = maps.flatten(1)[:, ::_SAMPLING].numpy()  # (k, s)
+    n, share = sample.shape[1], n_above / maps.shape[1:].numel()
+    from_top = np.array([1.4 * share * n + 2, 0.7 * share * n - 2], int)
+    places = (n - 1 - from_top).clip(0, n - 1)
+    return torch.from_numpy(np.partition(sample, places, axis=1)[:, places].T.copy())
+
+
+def _select(values: np.ndarray, region: np.ndarray, low: float, high: float, n_above: int) -> float:
+    """Return the `n_above`-th highest of the values; those above `low` are all in the region."""
+    above = region[region > low]
+    between = above[above <= high]
+    place = len(above) - n_above
+    if not 0 <= place < len(between):  # a sample that misled, or many equal values
+        return float(np.partition(values.ravel(), -n_above)[-n_above])
+    between.partition(place)
+    return float(between[place])
 
 
 def _extent(marked: Tensor) -> tuple[Tensor, Tensor]:

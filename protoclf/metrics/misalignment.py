@@ -141,11 +141,11 @@ class _State:
     def high(self, j: Tensor, side: int) -> Tensor:
         """Return masks (n, S, S) of where prototype j (n,) is found in each image."""
         pixels = upsample(pair_maps(self.module, self.z, self.samples, j), side, side)
-        flat = pixels.flatten(1)  # (n, S S)
-        low, top = flat.aminmax(dim=1, keepdim=True)
-        rank = int(_HIGH / 100 * (flat.shape[1] - 1))
-        bound = order_statistic(flat, rank)[:, None] + _ROUNDING * (top - low)
-        return (flat > bound).view_as(pixels)
+        rows, columns = pixels.amax(2), pixels.amax(1)  # (n, S) each
+        rank = int(_HIGH / 100 * (side**2 - 1))
+        spread = rows.amax(1) - pixels.amin((1, 2))  # (n,)
+        bound = order_statistic(pixels, rank, rows, columns) + _ROUNDING * spread
+        return pixels > bound[:, None, None]
 
 
 def _attacked(
