@@ -524,8 +524,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         classes : {"predicted", "top2", "all"} or array-like of labels, default="predicted"
             The classes to explain: the predicted one, also its rival, all, or these.
         top : int or None, default=None
-            Keep the highest contributions of each class; the others are summed up in one row
-            whose `source` is "(rest)" and which has no prototype.
+            Keep the highest contributions of each class; the others, with what speaks most against
+            it, are summed up in one row whose `source` is "(rest)" and which has no prototype.
         attribution : {"upsampled", "gradient"}, default="upsampled"
             How boxes are found: from the similarity map upsampled to the image, as in the paper,
             or from the gradient of the similarity with respect to the pixels, which points at
