@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from warnings import warn
 
@@ -35,6 +36,7 @@ from protoclf.labels import check_single_precision, class_weights, read_targets
 from protoclf.messages import first_few
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.parameters import (
+    changed_parameters,
     check_apart,
     check_enough_images,
     check_parameters,
@@ -86,6 +88,7 @@ class StagedNet(SkorchProtoPNet):
     prototypes_: pd.DataFrame
     classes_inferred_: np.ndarray
     _fitting = False
+    _settings: Mapping[str, str] = MappingProxyType({})  # of the last fit, other than by default
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any, first: bool):
         before = None if first else self._copied_state()
@@ -153,6 +156,7 @@ class StagedNet(SkorchProtoPNet):
             raise torch.cuda.OutOfMemoryError(f"{error} {_IN_LESS_MEMORY}") from error
         finally:
             return_freed_memory()
+        self._settings = changed_parameters(self)
         self.optimizer_.state.clear()  # the moments of Adam are twice the size of the network
         self.module_.eval()
         self._warn_of_bare_classes()

@@ -34,6 +34,8 @@ _MOST_AUTO = 20  # prototypes of a class
 
 _LARGEST_SEED = 2**32 - 1  # of a RandomState
 
+_LONGEST_VALUE = 60  # characters, in a list of parameters
+
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
 
 
@@ -342,6 +344,27 @@ def defaults_of(estimator: type) -> dict[str, Any]:
     """Return what the parameters of a class and its bases are by default."""
     inits = [inspect.signature(cls).parameters for cls in estimator.__mro__[-2::-1]]  # but object
     return {p.name: p.default for init in inits for p in init.values() if p.kind != p.VAR_KEYWORD}
+
+
+def changed_parameters(estimator: Any) -> dict[str, str]:
+    """Return the parameters other than by default, as scikit-learn's repr would show them."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(type(estimator).__init__).parameters.items()
+    }
+    values = {name: _shown(value) for name, value in estimator.get_params(deep=False).items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if name != "verbose" and value != _shown(defaults.get(name, inspect.Parameter.empty))
+    }
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    if "\n" in text:  # a network
+        return f"{type(value).__name__}(…)"
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
 def refuse_unknown(

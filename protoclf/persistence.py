@@ -46,7 +46,7 @@ from protoclf.network_structure import (
     layers_of,
     probe,
 )
-from protoclf.parameters import check_parameters
+from protoclf.parameters import changed_parameters, check_parameters
 from protoclf.rules import check_rules
 from protoclf.saved_labels import labels_to_json
 from protoclf.saved_model import MOST_IMAGE_SIZE, PATH_COLUMNS, VERSION, SavedModel
@@ -330,6 +330,7 @@ def _restore_fit(
     clf.preprocessing_ = Preprocessing(saved.network["image_size"], saved.network["resize"])
     clf.seed_, clf.backbone_trained_ = saved.fit["seed"], saved.fit["backbone_trained"]
     clf.lambda_l1_ = float(saved.fit["lambda_l1"])
+    clf._settings = changed_parameters(clf)
     clf.concepts_ = None
     weight = saved.tensors["last_layer_result.weight"].clone()
     clf.last_layer_result_ = LastLayerResult(weight=weight, **saved.last_layer_result)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
-import inspect
 import math
 import os
 from collections import Counter
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 _SOURCES = 200  # training images at the full thumbnail size; more of them share its pixels
 _UNFOLDED = 40  # prototypes up to which the gallery starts unfolded
-_LONGEST_VALUE = 60  # characters of a parameter
-
 
 _RULES: dict[str, Rule] = {
     "top": COUNT,
@@ -137,7 +134,7 @@ def write_report(
     content = {
         "title": title,
         "facts": _facts(clf, cards),
-        "settings": _changed_parameters(clf),
+        "settings": clf._settings,
         "metrics": measured,
         "sources": _sources(clf, thumbnail),
         "tiles": tiles,
@@ -290,27 +287,6 @@ def _measured(metrics: pd.DataFrame) -> list[Measured]:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 999.5 or value == int(value) else f"{value:.3g}"
-
-
-def _changed_parameters(clf: ProtoPNetClassifier) -> dict[str, str]:
-    """Return the parameters other than by default, as scikit-learn's repr would show them."""
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(type(clf).__init__).parameters.items()
-    }
-    values = {name: _short(value) for name, value in clf.get_params(deep=False).items()}
-    return {
-        name: value
-        for name, value in values.items()
-        if name != "verbose" and value != _short(defaults.get(name, inspect.Parameter.empty))
-    }
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    if "\n" in text:  # a network
-        return f"{type(value).__name__}(…)"
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
 def _environment() -> Environment:

@@ -351,6 +351,17 @@ def test_the_settings_are_those_that_were_changed(fitted, squares, tmp_path):
     assert not any(setting.startswith(("latent_dim", "verbose")) for setting in settings)
 
 
+def test_the_settings_are_those_of_the_fit(fitted, squares, tmp_path):
+    later = copy.deepcopy(fitted).set_params(prototypes_per_class=7, lambda_clst=0.5)
+    loaded = ProtoPNetClassifier.load(fitted.save(tmp_path / "model"), device="cpu")
+    loaded.set_params(prototypes_per_class=7, lambda_clst=0.5)
+    for clf in (later, loaded):
+        page = Page(write_report(clf, squares[0][:1], path=tmp_path / "report.html"))
+        settings = {text(e) for e in page.find("code")}
+        assert "prototypes_per_class=2" in settings
+        assert not any(setting.startswith("lambda_clst") for setting in settings)
+
+
 def test_numbers_of_boxes_do_not_hide_one_another():
     picture = Thumbnail(200, 100, "")
     boxes = [(10, 10, 60, 60)] * 4 + [(0, 0, 3, 3), (195, 95, 200, 100)] + [(10, 10, 60, 60)] * 2
