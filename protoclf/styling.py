@@ -43,7 +43,8 @@ def style_sheet(
     Returns
     -------
     pandas Styler
-        It shows itself in a notebook; ``to_html`` writes it.
+        It shows itself in a notebook; ``to_html`` writes it. Similarities below 0 are marked
+        "unlike".
 
     Raises
     ------
@@ -75,6 +76,7 @@ def style_sheet(
     shown[_NUMBERS] = sheet[_NUMBERS]
     largest = float(np.abs(sheet["contribution"]).max()) if len(sheet) else 1.0
     formats: dict[str, Any] = dict.fromkeys(["logit", *_NUMBERS], "{:.2f}")
+    formats["similarity"] = _similarity
     formats |= {"this part": _image("part of the image"), "looks like": _image("training patch")}
     unreadable = sheet["source"] == UNREADABLE
     shown["class"] = shown["class"].astype(object).mask(unreadable, UNREADABLE)
@@ -99,6 +101,10 @@ def _patch(picture: PIL.Image.Image | None, box: list[Any], side: int) -> str:
         return ""
     x0, y0, x1, y1 = map(int, box)
     return thumbnail_of(picture.crop((x0, y0, x1, y1)), side).uri
+
+
+def _similarity(value: float) -> str:
+    return f"unlike: {value:.2f}" if value < 0 else f"{value:.2f}"
 
 
 def _image(alt: str) -> Any:

@@ -1,6 +1,7 @@
 """The view of a sheet in a notebook."""
 
 import base64
+import copy
 import io
 import re
 
@@ -34,6 +35,18 @@ def test_patches_are_those_of_the_boxes(fitted, squares):
             np.testing.assert_array_equal(np.asarray(picture), expected)
         assert f"{row['contribution']:.2f}" in html
     assert "(rest)" in html
+
+
+def test_a_part_that_is_unlike_the_other_is_marked(fitted, squares):
+    opposed = copy.deepcopy(fitted)
+    opposed.module_.prototypes.data.neg_()
+    for clf in (fitted, opposed):
+        sheet = clf.explain(squares[0][:2], "all")
+        below = sheet.loc[sheet["similarity"] < 0, "similarity"]
+        html = style_sheet(clf, sheet, squares[0][:2]).to_html()
+        found = re.findall(r">(unlike: [^<]*)<", html)
+        assert found == [f"unlike: {value:.2f}" for value in below]
+    assert found  # of the opposed one
 
 
 def test_pictures_come_from_paths_where_the_sheet_has_them(fitted, paths):
