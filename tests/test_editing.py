@@ -103,13 +103,20 @@ def test_an_edited_classifier_is_a_classifier(three_each, squares):
         (np.arange(9) == 3, r"np\.flatnonzero\(mask\) gives them"),
         ([-1], "ids must name"),
         ([1.5], "ids must name"),
-        (range(9), "Keep a prototype of each class: none would be left of \\['blue', "),
-        ([0, 1, 2], "Keep a prototype of each class: none would be left of \\['blue'\\]"),
+        (range(9), "Keep a prototype of each class: none would be left of 'blue', 'green', 'red'"),
+        ([0, 1, 2], "Keep a prototype of each class: none would be left of 'blue'\\."),
     ],
 )
 def test_edits_that_cannot_be_are_refused(three_each, ids, message):
     with pytest.raises(ValueError, match=message):
         remove(three_each, ids)
+
+
+def test_the_first_few_of_many_classes_without_a_prototype_are_named(fitted, squares):
+    y = np.arange(len(squares[0])) // 2
+    clf = clone(fitted).set_params(prototypes_per_class=1).fit(squares[0], y)
+    with pytest.raises(ValueError, match=r"left of 0, 1, 2, 3, 4, and \d+ more\."):
+        keep(clf, [clf.n_prototypes_ - 1])
 
 
 def test_a_reason_is_a_text(three_each):
