@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import accuracy_score
 from skorch import NeuralNet
 from torch import nn
 
@@ -490,6 +491,16 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         are class indices too.
         """
         return self._logits(X).argmax(1) if self._is_of_fit(X) else super().predict(X)
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Return the accuracy; images that are skipped, as they cannot be read, do not count.
+
+        It warns where there are such. To a callback in the middle of a fit, it is that of `predict`
+        there: y are class indices.
+        """
+        if self._is_of_fit(X):
+            return float(accuracy_score(y, self.predict(X), sample_weight=sample_weight))
+        return super().score(X, y, sample_weight)
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the activations g: the similarity of each image to each prototype, (n, m)."""

@@ -232,8 +232,9 @@ class StagedNet(SkorchProtoPNet):
                     "have it monitor 'train_loss'."
                 )
             if _scores_without_labels(callback):
+                scoring = "score" if callback.scoring is None else callback.scoring
                 raise ValueError(
-                    f"The callback {name!r} would be shown no labels for {callback.scoring!r}: "
+                    f"The callback {name!r} would be shown no labels for {scoring!r}: "
                     "leave use_caching at True."
                 )
             if isinstance(callback, LRScheduler):
@@ -472,5 +473,5 @@ class StagedNet(SkorchProtoPNet):
 
 def _scores_without_labels(callback: Any) -> bool:
     """Return whether a callback gives a scorer of scikit-learn no y, but a data set of ours."""
-    named = isinstance(callback, EpochScoring) and isinstance(callback.scoring, str)
-    return named and not callback.use_caching
+    ours = isinstance(callback, EpochScoring) and isinstance(callback.scoring, str | None)
+    return ours and not callback.use_caching

@@ -382,12 +382,36 @@ def test_skorchs_callbacks_work(paths, squares, tmp_path):
     assert clf.score(paths, squares[1]) > 0.5
 
 
+@pytest.mark.parametrize("scoring", [None, lambda clf, X, y: clf.score(X, y)])
+def test_callbacks_that_score_by_the_classifiers_own_score_see_the_accuracy(
+    paths, squares, scoring
+):
+    mine = {"scoring": scoring, "lower_is_better": False}
+    callbacks = [
+        EpochScoring(**mine, name="of_epoch"),
+        EpochScoring(**mine, name="of_train", on_train=True),
+        BatchScoring(**mine, name="of_batches"),
+    ]
+    clf = small(
+        train_backbone=True,
+        joint_epochs=2,
+        train_split=ValidSplit(3, stratified=True),
+        callbacks=callbacks,
+    )
+    clf.fit(paths, squares[1])
+    history = pd.DataFrame(clf.history.to_list())
+    np.testing.assert_allclose(history["of_epoch"], history["valid_acc"])
+    np.testing.assert_allclose(history["of_batches"], history["valid_acc"])
+    assert history["of_train"].between(0, 1).all()
+
+
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
         (EarlyStopping(), "'EarlyStopping' monitors 'valid_loss', and there is no validation"),
         (Checkpoint(), "'Checkpoint' monitors 'valid_loss_best', and there is no validation"),
         (EpochScoring("accuracy", use_caching=False), "shown no labels for 'accuracy'"),
+        (EpochScoring(None, use_caching=False), "shown no labels for 'score'"),
         (LRScheduler("StepLR", step_size=1), "'LRScheduler' would not be heeded: lr_schedule"),
     ],
 )
