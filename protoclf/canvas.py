@@ -164,15 +164,33 @@ def scale(limits: tuple[float, float]) -> ScalarMappable:
     return ScalarMappable(Normalize(*limits), "viridis")
 
 
-def draw_scale(axis: Axes, limits: tuple[float, float]) -> None:
+def draw_scale(axis: Axes, limits: tuple[float, float], zoom: float = 1.0) -> None:
     """Draw the colour bar at the right edge of the figure, as high as the line of a tile."""
     figure = axis.figure
-    inch = figure.dpi / figure.bbox.width
+    inch = zoom * figure.dpi / figure.bbox.width
     place = axis.get_position()
     bar = figure.add_axes((1 - 0.75 * inch, place.y0, 0.12 * inch, place.height))
-    figure.colorbar(scale(limits), cax=bar)
-    bar.tick_params(labelsize=8)
-    bar.set_ylabel("similarity", fontsize=8)
+    outline = figure.colorbar(scale(limits), cax=bar).outline
+    outline.set_linewidth(zoom * outline.get_linewidth())
+    bar.tick_params(labelsize=8 * zoom, length=3.5 * zoom, width=0.8 * zoom, pad=3.5 * zoom)
+    bar.set_ylabel("similarity", fontsize=8 * zoom, labelpad=4 * zoom)
+
+
+def room_for(figure: Figure | SubFigure, width: float, height: float) -> float:
+    """Return how many times so many inches fit into a figure."""
+    return min(figure.bbox.width / width, figure.bbox.height / height) / figure.dpi
+
+
+def shrink(figure: Any, zoom: float) -> None:
+    """Make letters and lines smaller."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.spines import Spine
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_fontsize(zoom * text.get_fontsize())
+    for line in (*figure.findobj(Rectangle), *figure.findobj(Spine)):
+        line.set_linewidth(zoom * line.get_linewidth())
 
 
 def draw_title(figure: Figure | SubFigure, title: str, **style: Any) -> None:

@@ -22,7 +22,9 @@ from protoclf.canvas import (
     lettering,
     new_figure,
     prototype_name,
+    room_for,
     short,
+    shrink,
     surroundings,
     tiles,
     value_range,
@@ -47,8 +49,9 @@ if TYPE_CHECKING:
 
 _TILE, _LARGE_TILE = 1.3, 1.5  # inches
 _AT_ONCE = 16  # full training images in memory
-_NARROWEST = 2.4  # inches of a block
+_LOWEST = 0.6  # inches of a tile, before letters become smaller
 _BLOCKS = 4  # prototypes side by side
+_PAD = 6  # points between a title and its tile
 _SIGNS = {True: ("✓ ", "-"), False: ("✗ ", "--")}  # whether labels agree: sign and line style
 
 
@@ -77,7 +80,7 @@ def plot_prototypes(
         Draw at most as many of each class, those of the highest weights. Of all classes, unless
         it is given, at most 4 of each are drawn, and at most 40.
     figure : matplotlib Figure or SubFigure, optional
-        Where to draw; a new one by default.
+        Where to draw; a new one by default. In a smaller one letters are smaller.
 
     Returns
     -------
@@ -144,26 +147,30 @@ class PrototypesDisplay:
     n_prototypes: int
 
     def plot(self, figure: Figure | SubFigure | None = None) -> PrototypesDisplay:
-        """Draw blocks of three tiles, at most 4 side by side; each class starts a line."""
-        most = _BLOCKS
-        if figure is not None:  # titles need room
-            inches = figure.bbox.width / figure.dpi - 1
-            most = max(1, min(_BLOCKS, int(inches / _NARROWEST)))
-        lines = self._lines(most)
-        blocks = max(map(len, lines))
+        """Draw blocks of three tiles, at most 4 side by side; each class starts a line.
+
+        In a figure smaller than a new one would be, letters are smaller too.
+        """
         if figure is None:
-            width = blocks * (3.3 * _TILE) + 1
-            figure = new_figure(width, len(lines) * (_TILE + 0.3) + 0.5)
-        with lettering(figure):
-            grid = tiles(figure, (len(lines), blocks, 3), above=0.3, top=0.3, right=0.75)
+            lines = self._lines(_BLOCKS)
+            figure = new_figure(*_inches(lines, _TILE))
+        else:
+            layouts = map(self._lines, range(1, _BLOCKS + 1))
+            lines = max(layouts, key=lambda lines: room_for(figure, *_inches(lines, _LOWEST)))
+        zoom = min(1.0, room_for(figure, *_inches(lines, _LOWEST)))
+        part: Any = figure.subfigures()
+        with lettering(part):
+            shape = len(lines), max(map(len, lines)), 3
+            grid = tiles(part, shape, above=0.3 * zoom, top=0.3 * zoom, right=0.75 * zoom)
             axes = np.array(
                 [a for g, line in zip(grid, lines, strict=True) for a in g[: len(line)]]
             )
             limits = value_range(self.maps.values())
             for line, (_, row) in zip(axes, self.table.iterrows(), strict=True):
-                self._draw_prototype(line, row, limits)
-            draw_title(figure, self._title())
-        draw_scale(axes[0, 0], limits)
+                self._draw_prototype(line, row, limits, zoom)
+            draw_title(part, self._title())
+        shrink(part, zoom)
+        draw_scale(axes[0, 0], limits, zoom)
         self.axes_, self.figure_ = axes, figure
         return self
 
@@ -186,7 +193,7 @@ class PrototypesDisplay:
         return f"{shown}: training image, box, similarity"
 
     def _draw_prototype(
-        self, axes: np.ndarray, row: pd.Series, limits: tuple[float, float]
+        self, axes: np.ndarray, row: pd.Series, limits: tuple[float, float], zoom: float
     ) -> None:
         j = row["prototype"]
         draw_view(axes[0], self.pictures[j])
@@ -194,9 +201,13 @@ class PrototypesDisplay:
         draw_view(axes[1], self.crops[j])
         draw_heat(axes[2], self.pictures[j], self.maps[j], limits)
         draw_box(axes[2], row[BOX])
-        axes[1].set_title(
-            f"{prototype_name(j, row['class'])}, weight {row['weight']:.2f}", fontsize=9
-        )
+        title = f"{prototype_name(j, row['class'])}, weight {row['weight']:.2f}"
+        axes[1].set_title(title, fontsize=9, pad=_PAD * zoom)
+
+
+def _inches(lines: list[range], tile: float) -> tuple[float, float]:
+    """Return width and height of a figure of blocks, with letters of full size."""
+    return max(map(len, lines)) * (3.3 * _TILE) + 1, len(lines) * (tile + 0.3) + 0.5
 
 
 def plot_nearest_patches(
@@ -226,7 +237,7 @@ def plot_nearest_patches(
     top : int, optional
         Draw the patches up to this rank.
     figure : matplotlib Figure or SubFigure, optional
-        Where to draw; a new one by default.
+        Where to draw; a new one by default. In a smaller one letters are smaller.
 
     Returns
     -------
@@ -289,28 +300,35 @@ class NearestPatchesDisplay:
     source_views: list[View] = field(default_factory=list)
 
     def plot(self, figure: Figure | SubFigure | None = None) -> NearestPatchesDisplay:
-        """Draw a row of tiles for each prototype."""
+        """Draw a row of tiles for each prototype.
+
+        In a figure smaller than a new one would be, letters are smaller too.
+        """
         groups = list(self.table.groupby("prototype", sort=False))
         first = 0 if self.sources is None else 1
         columns = first + max(len(rows) for _, rows in groups)
         judged = bool(self.table["agrees"].notna().any())
         below, top = (0.4, 0.3) if judged else (0.22, 0.0)
+        width = max(columns, 3) * 1.06 * _LARGE_TILE + 0.2
+        heights = [len(groups) * (h + 0.3 + below) + top + 0.2 for h in (_LARGE_TILE, _LOWEST)]
         if figure is None:
-            height = len(groups) * (_LARGE_TILE + 0.3 + below) + top + 0.2
-            figure = new_figure(max(columns, 3) * 1.06 * _LARGE_TILE + 0.2, height)
-        with lettering(figure):
-            shape = (len(groups), 1, columns)
-            axes = tiles(figure, shape, above=0.3, below=below, top=top)[:, 0]
+            figure = new_figure(width, heights[0])
+        zoom = min(1.0, room_for(figure, width, heights[1]))
+        room = {"above": 0.3 * zoom, "below": below * zoom, "top": top * zoom}
+        part: Any = figure.subfigures()
+        with lettering(part):
+            axes = tiles(part, (len(groups), 1, columns), **room)[:, 0]
             if judged:
-                draw_title(figure, "✓ of the prototype's class,  ✗ of another")
+                draw_title(part, "✓ of the prototype's class,  ✗ of another")
             for k, (line_of_axes, (_, rows)) in enumerate(zip(axes, groups, strict=True)):
-                self._draw_source(line_of_axes[0], k, rows.iloc[0])
+                self._draw_source(line_of_axes[0], k, rows.iloc[0], zoom)
                 for axis, i in zip(line_of_axes[first:], rows.index, strict=False):
                     self._draw_patch(axis, i)
+        shrink(part, zoom)
         self.axes_, self.figure_ = axes, figure
         return self
 
-    def _draw_source(self, axis: Axes, k: int, row: pd.Series) -> None:
+    def _draw_source(self, axis: Axes, k: int, row: pd.Series, zoom: float) -> None:
         title = prototype_name(row["prototype"], row["class"])
         if self.sources is not None:
             source = self.sources.iloc[k]
@@ -318,7 +336,7 @@ class NearestPatchesDisplay:
             draw_view(axis, self.source_views[k])
             draw_box(axis, source[BOX])
             _caption(axis, "training image")
-        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_title(title, fontsize=9, loc="left", pad=_PAD * zoom)
 
     def _draw_patch(self, axis: Axes, i: int) -> None:
         row = self.table.loc[i]

@@ -23,8 +23,10 @@ from protoclf.canvas import (
     draw_view,
     lettering,
     new_figure,
+    room_for,
     scale,
     short,
+    shrink,
     tiles,
     value_range,
     view,
@@ -196,16 +198,13 @@ class ExplanationDisplay:
 
         In a figure smaller than a new one would be, letters are smaller too.
         """
-        from matplotlib.text import Text
-
         groups = dict(iter(self.sheet.groupby("class", sort=False)))
         sheets = [groups.get(label, self.sheet[:0]) for label in self.verdicts["class"]]
         n_lines = max(1, *(int(rows["prototype"].notna().sum()) for rows in sheets))
         width = len(sheets) * 4.35 * _TILE
         if figure is None:
             figure = new_figure(width, n_lines * (_TILE + 0.1) + 1.6)
-        needed = figure.dpi * width, figure.dpi * (n_lines * _LETTERS + 1.6)
-        zoom = min(1.0, figure.bbox.width / needed[0], figure.bbox.height / needed[1])
+        zoom = min(1.0, room_for(figure, width, n_lines * _LETTERS + 1.6))
         with lettering(figure):
             parts = figure.subfigures(1, len(sheets), squeeze=False)[0]
             verdicts = self.verdicts.to_dict("records")
@@ -213,8 +212,7 @@ class ExplanationDisplay:
                 room = {"above": 0.1 * zoom, "top": 0.8 * zoom, "bottom": 0.5 * zoom}
                 axes = tiles(part, (n_lines, 1, 4), **room)[:, 0]
                 self._draw_class(part, axes, verdict, rows)
-                for text in part.findobj(Text):
-                    text.set_fontsize(zoom * text.get_fontsize())
+                shrink(part, zoom)
         self.figure_ = figure
         return self
 

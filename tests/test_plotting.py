@@ -517,20 +517,30 @@ def drawn_boxes(figure):
     renderer = figure.canvas.get_renderer()
     texts = [*[part.texts[0] for part in figure.subfigs]]
     for axis in [axis for part in figure.subfigs for axis in part.axes]:
-        texts += [text for text in (axis.title, *axis.texts) if text.get_text()]
+        titles = axis.title, axis._left_title
+        texts += [text for text in (*titles, *axis.texts) if text.get_text()]
     images = [axis.images[0] for part in figure.subfigs for axis in part.axes if axis.images]
     return [artist.get_window_extent(renderer) for artist in (*texts, *images)]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("layout", ["none", "constrained"])
-@pytest.mark.parametrize("size", [(14, 9), (6.4, 4.8), (16, 2), (2, 1.5)])
-def test_nothing_overlaps_in_a_figure_of_the_callers(fitted, squares, layout, size):
+@pytest.mark.parametrize("size", [(14, 9), (6.4, 4.8), (16, 2), (2, 1.5), (2, 1)])
+@pytest.mark.parametrize("plot", ["explanation", "prototypes", "nearest patches"])
+def test_nothing_overlaps_in_a_figure_of_the_callers(fitted, squares, nearest, layout, size, plot):
     from matplotlib import pyplot as plt
 
     figure = plt.figure(figsize=size, layout=layout)
-    plot_explanation(fitted, squares[0][0], top=2, figure=figure)
+    if plot == "explanation":
+        plot_explanation(fitted, squares[0][0], top=2, figure=figure)
+        least = 2 * (1 + 3 + 2 * 4)
+    elif plot == "prototypes":
+        least = 1 + 4 * len(plot_prototypes(fitted, figure=figure).table)
+    else:
+        table = plot_nearest_patches(nearest, fitted, squares[0], figure=figure).table
+        least = 1 + 2 * len(table)
     boxes = drawn_boxes(figure)
-    assert len(boxes) >= 2 * (1 + 3 + 2 * 4)
+    assert len(boxes) >= least
     for i, box in enumerate(boxes):
         assert box.x0 >= 0
         assert box.x1 <= figure.bbox.width
