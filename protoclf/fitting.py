@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
-from warnings import warn
+from warnings import catch_warnings, filterwarnings, warn
 
 import numpy as np
 import pandas as pd
@@ -355,7 +355,9 @@ class StagedNet(SkorchProtoPNet):
         check_positions_known(self.train_split, in_whole(X)[0].images.positions)
         together = {} if groups is None else {"groups": groups}
         try:
-            return self.get_split_datasets(X, y, **together)
+            with catch_warnings():  # whether groups stay together is checked
+                filterwarnings("ignore", "The groups parameter is ignored", UserWarning)
+                return self.get_split_datasets(X, y, **together)
         except (TypeError, ValueError) as error:
             if not isinstance(self.train_split, ValidSplit):
                 raise

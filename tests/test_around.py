@@ -469,6 +469,12 @@ def test_a_validation_split_that_takes_groups_apart_is_refused(paths, squares, s
         small(train_split=split).fit(paths, squares[1], groups=groups)
 
 
+@pytest.mark.filterwarnings("error:.*groups")
+def test_a_split_that_happens_to_keep_groups_together_does_not_warn_of_them(paths, squares):
+    groups = np.repeat([0, 1, 2], 8)
+    small(train_split=ValidSplit(3)).fit(paths, squares[1], groups=groups)
+
+
 def test_listed_positions_are_refused_where_images_are_left_out_in_front_of_others(paths, squares):
     weight = np.ones(24)
     clf = small(train_split=ValidSplit([(np.arange(12), np.arange(12, 20))]))
