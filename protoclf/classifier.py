@@ -644,7 +644,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             - weight : the solution for all images, an array (C, m)
         """
         self._fitted()
-        penalties = None if penalties is None else list(penalties)
+        penalties = list(penalties) if np.iterable(penalties) else penalties
         check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
         X, y = unpacked(X, y)
         if folds and groups is None:

@@ -33,8 +33,8 @@ PATH_RULES: dict[str, Rule] = {
     "folds": (lambda value: integer(0)[0](value) and value != 1, "0 or an int >= 2"),
     "penalties": optional(
         (
-            lambda values: len(values) > 0 and all(map(NON_NEGATIVE[0], values)),
-            "one or more finite numbers >= 0",
+            lambda v: isinstance(v, list) and len(v) > 0 and all(map(NON_NEGATIVE[0], v)),
+            "a list of one or more finite numbers >= 0",
         )
     ),
 }

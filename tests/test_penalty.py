@@ -238,8 +238,8 @@ def test_the_path_of_a_fitted_classifier(fitted, squares):
     for folds in (-1, 1, 2.5):
         with pytest.raises(ValueError, match="folds must be 0 or an int >= 2"):
             fitted.last_layer_path(X, y, folds=folds)
-    for penalties in ([], [-1e-3], ["a"]):
-        with pytest.raises(ValueError, match="penalties must be one or more finite numbers >= 0"):
+    for penalties in ([], [-1e-3], ["a"], 0.1):
+        with pytest.raises(ValueError, match="penalties must be a list of one or more finite numb"):
             fitted.last_layer_path(X, y, penalties)
     with pytest.raises(ValueError, match="two groups where there are groups; folds=0 leaves"):
         fitted.last_layer_path(X, y, groups=[0] * len(y))
