@@ -42,6 +42,7 @@ from protoclf.parameters import (
     normalization,
     prototype_counts,
     refuse_unknown,
+    refuse_unknown_metadata,
 )
 from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry
@@ -420,6 +421,16 @@ class SkorchProtoPNet(NeuralNetClassifier):
         super().set_params(**in_use)  # skorch gives the optimizer its own, and forgets them
         self.__dict__ |= {n: v for n, v in in_use.items() if n.startswith("optimizer__")}
         return self
+
+    def set_fit_request(self, **requests: Any):
+        """Say which metadata meta-estimators hand to `fit`: see scikit-learn's metadata routing."""
+        refuse_unknown_metadata(requests, self.fit)
+        return super().set_fit_request(**requests)
+
+    def set_partial_fit_request(self, **requests: Any):
+        """Say which metadata meta-estimators hand to `partial_fit`, likewise."""
+        refuse_unknown_metadata(requests, self.partial_fit)
+        return super().set_partial_fit_request(**requests)
 
     def _set_params_callback(self, **params: Any):
         """Set those of callbacks, once it is known that there are such (called by skorch)."""

@@ -390,6 +390,15 @@ def refuse_unknown_of_members(names: Iterable[str], ensemble: Any, members: Iter
             raise ValueError(f"{type(ensemble).__name__} has no parameter {name!r}.{hint}")
 
 
+def refuse_unknown_metadata(names: Iterable[str], method: Callable[..., Any]) -> None:
+    """Raise TypeError for metadata that a method does not take; skorch's take any."""
+    known = inspect.signature(method).parameters.keys() - {"X", "y"}
+    for name in names:
+        if name not in known:
+            what = f"{method.__name__} takes no metadata {name!r}, but {sorted(known)}."
+            raise TypeError(what + _nearest(name, known))
+
+
 def _nearest(name: str, known: Iterable[str], before: str = "", behind: str = "") -> str:
     known, other = sorted(known), _OTHER_NAMES.get(name, "")
     near = [other] if other in known else difflib.get_close_matches(name, known, n=1)

@@ -293,6 +293,16 @@ def test_transforms_with_a_get_params_of_their_own_are_parameters(photos, kind):
     assert "ProtoPNetClassifier" in clf._repr_html_()
 
 
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_metadata_that_a_method_does_not_take_is_refused(method):
+    ask = getattr(classifier(), f"set_{method}_request")
+    words = f"{method} takes no metadata 'sample_weights', but .* mean 'sample_weight'"
+    with config_context(enable_metadata_routing=True):
+        with pytest.raises(TypeError, match=words):
+            ask(sample_weights=True)
+        assert "sample_weights" not in str(ask(sample_weight=True).get_metadata_routing())
+
+
 def test_clones_keep_requests_of_metadata(photos):
     with config_context(enable_metadata_routing=True):
         asking = classifier().set_fit_request(groups=True)
