@@ -82,6 +82,8 @@ def read_labels(y: Any, n: int) -> np.ndarray:
         y = pd.Series(y).infer_objects().to_numpy()
     elif isinstance(given, list | tuple) and any(strings):
         y = y.astype(str)
+    if y.dtype == np.float16:  # which pandas cannot group the rows of sheets by
+        y = y.astype(np.float32)
     if y.dtype.kind in "mM":
         raise ValueError(f"y must hold strings, numbers or booleans, not {y.dtype}: use strings.")
     _check_labels(y)

@@ -299,6 +299,13 @@ def test_labels_that_pandas_could_miss_keep_their_type(labels, dtype):
         clf.fit(X, pd.Series([None, *labels[1:]], dtype=dtype))
 
 
+def test_labels_in_half_precision_are_explained():
+    labels = CODES.astype(np.float16)
+    clf = classifier(own_module()).fit(X, labels)
+    assert np.isin(clf.predict(X), labels).all()
+    assert clf.explain(X[:1])["class"].tolist()[0] in labels
+
+
 def test_a_missing_group_in_a_list_is_refused():
     with pytest.raises(ValueError, match="some are missing"):
         classifier().fit(X, Y, groups=["a", float("nan")] * 9)
