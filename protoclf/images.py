@@ -195,6 +195,11 @@ def as_index(indices: ArrayLike) -> np.ndarray:
 
 def _validated(X: Any) -> tuple[Any, list[str] | None]:
     """Return (items, paths): items[i] is a str, a PIL image, or an array (H, W[, 3])."""
+    if isinstance(X, str | os.PathLike) and os.path.isdir(X):
+        raise ImageError(
+            f"X is a folder, {os.fspath(X)!r}. protoclf.datasets.load_folder(folder) returns X and "
+            "y of one that holds a folder for each class."
+        )
     if isinstance(X, str | bytes | os.PathLike | PIL.Image.Image):
         what = "image" if isinstance(X, PIL.Image.Image) else f"path, {os.fspath(X)!r}"
         raise ImageError(f"X is a single {what}; put it in a list: [X].")

@@ -558,6 +558,7 @@ def wrong_pixels():
         ([*X[:17], None], ["position 17", "None"]),
         ([*X[:17], "a.png"], ["mixes", "position 17"]),
         ("a.png", ["single path", "list"]),
+        (Path(__file__).parent, ["folder", "load_folder"]),
         (pd.DataFrame({"file": ["a"] * 18, "label": Y}), ["file", "label", "Select the one"]),
     ]
 
