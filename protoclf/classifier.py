@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -905,7 +905,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
         if isinstance(classes, str) and classes in ("predicted", "top2", "all"):
             return classes
-        labels = np.atleast_1d(np.asarray(classes))
+        labels = np.atleast_1d(np.asarray(list(classes) if isinstance(classes, Set) else classes))
         index = {label: i for i, label in enumerate(self.classes_.tolist())}
         unknown = [label for label in labels.tolist() if label not in index]
         if unknown or not len(labels):

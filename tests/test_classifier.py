@@ -1254,6 +1254,8 @@ def test_a_sheet_can_speak_for_any_classes(model):
         sheet = model.explain(NEW_X, classes=labels)
         wanted = everything[everything["class"].isin(np.atleast_1d(labels))]
         pd.testing.assert_frame_equal(sheet, wanted.reset_index(drop=True))
+    one, other = (model.explain(NEW_X, classes=c) for c in ({"owl", "auk"}, ["owl", "auk"]))
+    pd.testing.assert_frame_equal(one, other)
 
 
 def test_a_truncated_sheet_still_sums_to_the_logits(model):
