@@ -362,6 +362,14 @@ def test_the_settings_are_those_of_the_fit(fitted, squares, tmp_path):
         assert not any(setting.startswith("lambda_clst") for setting in settings)
 
 
+@pytest.mark.parametrize(("top", "left_out"), [(1, True), (100, False)])
+def test_what_the_rest_holds_is_said_where_there_is_one(fitted, squares, tmp_path, top, left_out):
+    X = squares[0][:3]
+    page = Page(write_report(fitted, X, path=tmp_path / "report.html", top=top))
+    said = "those that speak most against the class, are summed up in “(rest)”" in text(page.root)
+    assert said == left_out == ("(rest): " in text(page.root))
+
+
 def test_numbers_of_boxes_do_not_hide_one_another():
     picture = Thumbnail(200, 100, "")
     boxes = [(10, 10, 60, 60)] * 4 + [(0, 0, 3, 3), (195, 95, 200, 100)] + [(10, 10, 60, 60)] * 2
