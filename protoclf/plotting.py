@@ -92,6 +92,9 @@ def plot_explanation(
 ) -> ExplanationDisplay:
     """Draw the scoring sheet of one image.
 
+    The colours of each similarity map run from its own lowest value to its own highest, so that it
+    shows where, and the number beside it how much; `plot_similarity_maps` has one scale for all.
+
     Parameters
     ----------
     clf : ProtoPNetClassifier
@@ -228,7 +231,8 @@ class ExplanationDisplay:
         if rows.empty:
             self._write(axes[0, 0], 0.5, "center", "No prototype speaks for or against it.")
             return
-        for axis, title in zip(axes[0], ("this image", "similarity", "looks like"), strict=False):
+        titles = "this image", "similarity, own scale", "looks like"
+        for axis, title in zip(axes[0], titles, strict=False):
             axis.set_title(title, fontsize=10)
         matches = rows[rows["prototype"].notna()]
         for line, (_, row) in zip(axes, matches.iterrows(), strict=False):

@@ -77,6 +77,13 @@ def test_a_sheet_is_drawn_with_its_maps(fitted, squares, tmp_path):
     display.figure_.savefig(tmp_path / "sheet.png")
 
 
+def test_the_maps_of_a_sheet_say_that_each_has_a_scale_of_its_own(fitted, squares):
+    figure = plot_explanation(fitted, squares[0][0], "predicted", top=2).figure_
+    heats = [axis.images[1].get_clim() for axis in figure.axes if len(axis.images) == 2]
+    assert len(set(heats)) == len(heats) == 2
+    assert "similarity, own scale" in texts_of(figure)
+
+
 def titles(display):
     return [part.texts[0].get_text().split("\n")[0] for part in display.figure_.subfigs]
 
