@@ -8,6 +8,9 @@ from protoclf.explanation import REST, UNREADABLE
 from protoclf.images import names_column
 
 _MATCH = ["prototype_class", "similarity"]
+_ABOUT = ["sample", "path", "class", "prototype", "prototype_class", "contribution"]
+_TOTALLED = [*_ABOUT, "is_predicted", "logit", "probability"]
+_COMPARED = [*_ABOUT, "similarity", "weight", "source"]
 
 
 def class_totals(sheet: pd.DataFrame) -> pd.DataFrame:
@@ -30,7 +33,13 @@ def class_totals(sheet: pd.DataFrame) -> pd.DataFrame:
         - n_prototypes : rows that name a prototype
 
         A class without any weight has no rows in a sheet and none here: its logit is 0.
+
+    Raises
+    ------
+    ValueError
+        If the sheet lacks columns.
     """
+    _check_columns(sheet, _TOTALLED)
     named = sheet["prototype"].notna()
     own = named & (sheet["prototype_class"] == sheet["class"])
     parts = sheet.assign(
@@ -75,8 +84,9 @@ def compare(sheet: pd.DataFrame) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        If a sample does not have exactly two classes, or the sheet is truncated.
+        If a sample does not have exactly two classes, or the sheet is truncated or lacks columns.
     """
+    _check_columns(sheet, _COMPARED)
     sheet = sheet[sheet["source"] != UNREADABLE]
     if (sheet["source"] == REST).any():
         raise ValueError('compare needs whole sheets: explain(X, classes="top2", top=None).')
@@ -84,6 +94,16 @@ def compare(sheet: pd.DataFrame) -> pd.DataFrame:
     if not tables:
         raise ValueError("compare needs a sheet with rows.")
     return pd.concat(tables, ignore_index=True)
+
+
+def _check_columns(sheet: pd.DataFrame, names: list[str]) -> None:
+    columns = getattr(sheet, "columns", ())  # a classifier, as other functions take first, has none
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise ValueError(
+            "sheet must be a scoring sheet, as from clf.explain(X); it lacks the columns "
+            f"{missing}."
+        )
 
 
 def _compared(rows: pd.DataFrame) -> pd.DataFrame:

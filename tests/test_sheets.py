@@ -51,6 +51,15 @@ def test_a_comparison_takes_two_classes(fitted, squares, classes):
         compare(fitted.explain(squares[0], classes))
 
 
+@pytest.mark.parametrize("summary", [class_totals, compare])
+def test_what_is_no_sheet_is_refused_by_its_columns(fitted, squares, summary):
+    sheet = fitted.explain(squares[0][:2], "top2")
+    with pytest.raises(ValueError, match=r"a scoring sheet, .* lacks the columns \['contribution'"):
+        summary(sheet.drop(columns="contribution"))
+    with pytest.raises(ValueError, match=r"explain\(X\); it lacks the columns \['sample'"):
+        summary(fitted)
+
+
 def test_a_comparison_takes_whole_sheets(fitted, squares):
     with pytest.raises(ValueError, match="compare needs whole sheets"):
         compare(fitted.explain(squares[0], "top2", top=1))
