@@ -14,7 +14,7 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 
 from protoclf.canvas import lettering, new_figure, short
-from protoclf.fitted import check_classifier
+from protoclf.fitted import check_classifier, check_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,10 +195,9 @@ def plot_last_layer_path(path: pd.DataFrame, axes: Axes | None = None) -> LastLa
     ValueError
         If path is no such table, or has no rows.
     """
-    missing = [name for name in _PATH_COLUMNS if name not in getattr(path, "columns", ())]
-    if missing or path.empty:
-        lack = f"the columns {missing}" if missing else "rows"
-        raise ValueError(f"path must be the table of last_layer_path; it lacks {lack}.")
+    check_columns("path", path, _PATH_COLUMNS, "the table of last_layer_path")
+    if path.empty:
+        raise ValueError("path must be the table of last_layer_path; it lacks rows.")
     return LastLayerPathDisplay(path).plot(axes)
 
 

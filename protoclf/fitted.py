@@ -1,4 +1,4 @@
-"""What functions beside the classifier's own methods ask of the classifier that they are given."""
+"""What functions beside the classifier's own methods ask of a classifier, and of its tables."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def check_classifier(clf: Any) -> None:
             "a pipeline, pipeline[-1], best_estimator_ of a search, and the members of an "
             "ensemble, ensemble.estimators_."
         )
+
+
+def check_columns(name: str, table: Any, columns: Iterable[str], what: str) -> None:
+    """Raise ValueError for a table that lacks some of the columns; `what` says what it must be."""
+    known = getattr(table, "columns", ())  # a classifier, as other functions take first, has none
+    missing = [column for column in columns if column not in known]
+    if missing:
+        raise ValueError(f"{name} must be {what}; it lacks the columns {missing}.")
 
 
 def check_editable(clf: Any) -> None:

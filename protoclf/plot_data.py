@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from protoclf.canvas import View
 from protoclf.explanation import BOX, EXPLAIN_RULES
-from protoclf.fitted import check_classifier, known_prototypes
+from protoclf.fitted import check_classifier, check_columns, known_prototypes
 from protoclf.images import Images
 from protoclf.localization import activation_boxes, covered_cells, upsample
 from protoclf.rules import check_rules
@@ -124,13 +124,8 @@ def nearest_rows(
     A column "agrees" says whether an image is of the prototype's class, where it has a label.
     """
     check_top(top)
-    columns = getattr(table, "columns", ())  # a classifier, as other plots take first, has none
-    missing = [name for name in _NEAREST_COLUMNS if name not in columns]
-    if missing:
-        raise ValueError(
-            "table must be one of nearest patches, as from nearest_patches(clf, X); it lacks the "
-            f"columns {missing}."
-        )
+    what = "one of nearest patches, as from nearest_patches(clf, X)"
+    check_columns("table", table, _NEAREST_COLUMNS, what)
     if table.empty:
         raise ValueError("table must hold a row at least; it is empty.")
     if prototypes is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from protoclf.explanation import REST, UNREADABLE
+from protoclf.fitted import check_columns
 from protoclf.images import names_column
 
 _MATCH = ["prototype_class", "similarity"]
 _ABOUT = ["sample", "path", "class", "prototype", "prototype_class", "contribution"]
 _TOTALLED = [*_ABOUT, "is_predicted", "logit", "probability"]
 _COMPARED = [*_ABOUT, "similarity", "weight", "source"]
+_SHEET = "a scoring sheet, as from clf.explain(X)"
 
 
 def class_totals(sheet: pd.DataFrame) -> pd.DataFrame:
@@ -39,7 +41,7 @@ def class_totals(sheet: pd.DataFrame) -> pd.DataFrame:
     ValueError
         If the sheet lacks columns.
     """
-    _check_columns(sheet, _TOTALLED)
+    check_columns("sheet", sheet, _TOTALLED, _SHEET)
     named = sheet["prototype"].notna()
     own = named & (sheet["prototype_class"] == sheet["class"])
     parts = sheet.assign(
@@ -86,7 +88,7 @@ def compare(sheet: pd.DataFrame) -> pd.DataFrame:
     ValueError
         If a sample does not have exactly two classes, or the sheet is truncated or lacks columns.
     """
-    _check_columns(sheet, _COMPARED)
+    check_columns("sheet", sheet, _COMPARED, _SHEET)
     sheet = sheet[sheet["source"] != UNREADABLE]
     if (sheet["source"] == REST).any():
         raise ValueError('compare needs whole sheets: explain(X, classes="top2", top=None).')
@@ -94,16 +96,6 @@ def compare(sheet: pd.DataFrame) -> pd.DataFrame:
     if not tables:
         raise ValueError("compare needs a sheet with rows.")
     return pd.concat(tables, ignore_index=True)
-
-
-def _check_columns(sheet: pd.DataFrame, names: list[str]) -> None:
-    columns = getattr(sheet, "columns", ())  # a classifier, as other functions take first, has none
-    missing = [name for name in names if name not in columns]
-    if missing:
-        raise ValueError(
-            "sheet must be a scoring sheet, as from clf.explain(X); it lacks the columns "
-            f"{missing}."
-        )
 
 
 def _compared(rows: pd.DataFrame) -> pd.DataFrame:
