@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from protoclf.prototype_layer import own_class_distances
+from protoclf.prototype_layer import n_patches, own_class_distances
 
 Choice = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From distances and cells (n, K, k) to the image and rank (K,) that each prototype takes."""
@@ -78,9 +78,9 @@ def find_sources(
     for z, y in latents:
         y = y.to(z.device)
         own = prototypes[slots[y]]  # (n, K, D, H1, W1)
-        n_patches = (z.shape[2] - own.shape[3] + 1) * (z.shape[3] - own.shape[4] + 1)
-        k = min(slots.shape[1], n_patches) if distinct == "patches" else 1
-        searched = k if forbidden is None else n_patches
+        L = n_patches(z, own)
+        k = min(slots.shape[1], L) if distinct == "patches" else 1
+        searched = k if forbidden is None else L
         distance, cell = own_class_distances(z, own, searched)  # (n, K, k or L) each
         barred = torch.zeros_like(cell, dtype=torch.bool)
         if forbidden is not None:

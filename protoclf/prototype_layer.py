@@ -79,7 +79,7 @@ def own_class_distances(z: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, 
         Flat indices of the patches, equally near ones in ascending order.
     """
     _check_shapes(z, prototypes)
-    L = _n_patches(z, prototypes)
+    L = n_patches(z, prototypes)
     if not 1 <= k <= L:
         raise ValueError(f"k must be 1 to {L}, the patches of a map; got {k}")
     with torch.no_grad(), without_autocast(z.device):
@@ -111,7 +111,7 @@ def distance_maps(z: Tensor, prototypes: Tensor) -> Tensor:
     _check_shapes(z, prototypes)
     z, prototypes = _as_float(z, prototypes)
     with without_autocast(z.device):
-        distances = _n_patches(z, prototypes) * len(prototypes)  # of an image
+        distances = n_patches(z, prototypes) * len(prototypes)  # of an image
         blocks = z.split(_images_per_block(z, prototypes, distances))
         maps = torch.cat([_all_distances(patches_of(a, prototypes), prototypes) for a in blocks])
     return maps.unflatten(2, _map_shape(z, prototypes))  # (N, m, H', W')
@@ -185,12 +185,12 @@ def patches_of(z: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def _min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    scores = _n_patches(z, prototypes) * min(len(prototypes), 512)  # by that many at a time
+    scores = n_patches(z, prototypes) * min(len(prototypes), 512)  # by that many at a time
     size = _images_per_block(z, prototypes, scores)
     distance = z.new_empty(len(z), len(prototypes))  # (N, m)
     cell = torch.empty_like(distance, dtype=torch.int64)  # (N, m)
     p, shape = prototypes.flatten(1), _map_shape(z, prototypes)  # (m, K)
-    buffer = z.new_empty(max(_block(z), _n_patches(z, prototypes), p.shape[1]))
+    buffer = z.new_empty(max(_block(z), n_patches(z, prototypes), p.shape[1]))
     with without_autocast(z.device):
         centre = _centre(p)  # (K,)
         centred = p - centre  # (m, K)
@@ -228,9 +228,9 @@ def _grad_z(g: Tensor, z: Tensor, prototypes: Tensor, cell: Tensor) -> Tensor:
     grad = torch.empty_like(z)
     for i in range(0, len(z), size):
         block = slice(i, i + size)
-        total = _sum_per_patch(g[block], cell[block], _n_patches(z, prototypes))  # (n, h1 w1, L)
+        total = _sum_per_patch(g[block], cell[block], n_patches(z, prototypes))  # (n, h1 w1, L)
         total = _fold(total.expand(-1, prototypes[0, 0].numel(), -1), z, prototypes)  # (n, 1, H, W)
-        pulled = _pulled(g[block], cell[block], p, _n_patches(z, prototypes))  # (n, K, L)
+        pulled = _pulled(g[block], cell[block], p, n_patches(z, prototypes))  # (n, K, L)
         torch.mul(z[block], total, out=grad[block])
         grad[block] -= _fold(pulled, z, prototypes)  # (n, D, H, W)
     return grad
@@ -394,7 +394,8 @@ def _map_shape(z: Tensor, prototypes: Tensor) -> tuple[int, int]:
     return z.shape[2] - prototypes.shape[-2] + 1, z.shape[3] - prototypes.shape[-1] + 1
 
 
-def _n_patches(z: Tensor, prototypes: Tensor) -> int:
+def n_patches(z: Tensor, prototypes: Tensor) -> int:
+    """Return how many patches of the size of a prototype there are in a map."""
     height, width = _map_shape(z, prototypes)
     return height * width
 
@@ -405,7 +406,7 @@ def _block(z: Tensor) -> int:
 
 def _images_per_block(z: Tensor, prototypes: Tensor, numbers: int) -> int:
     """How many images make a block, each of its patches and of so many other numbers."""
-    patches = _n_patches(z, prototypes) * prototypes.shape[-3:].numel()
+    patches = n_patches(z, prototypes) * prototypes.shape[-3:].numel()
     return max(1, _block(z) // max(patches, numbers))
 
 

@@ -18,7 +18,7 @@ from protoclf.initialization import class_patches
 from protoclf.last_layer import solve_last_layer
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import with_progress
-from protoclf.prototype_layer import min_distances, patches_of
+from protoclf.prototype_layer import min_distances, n_patches, patches_of
 from protoclf.stage_cache import remembered
 from protoclf.torch_settings import random_numbers_from
 
@@ -110,9 +110,8 @@ def _distances(net: SkorchProtoPNet, data: FitData, candidates: Tensor) -> Tenso
     backbone that computes in bfloat16, by products in bfloat16. That is enough to choose by.
     """
     flat = candidates.flatten(1)  # (M, K)
-    sizes = zip(data.train_features.features.shape[2:], candidates.shape[2:], strict=True)
-    n_patches = math.prod(cells - own + 1 for cells, own in sizes)  # L
-    axes = _axes_that_save_work(flat, n_patches, len(data.train_y))
+    L = n_patches(data.train_features.features, candidates)
+    axes = _axes_that_save_work(flat, L, len(data.train_y))
     latents = (z for z, _ in with_progress(net, data.train_latents(), len(data.train_y)))
     in_half_precision = net.module_.half_precision and net.module_.similarity == "cosine"
     if axes is None and not in_half_precision:
@@ -131,34 +130,35 @@ def _rough_distances(
     """
     flat = candidates.flatten(1)  # (M, K)
     centre = 0 if axes is None else flat.mean(0)  # (K,)
-    squares = (flat - centre).square().sum(1)  # (M,)
-    points = ((flat - centre) if axes is None else (flat - centre) @ axes).to(dtype)  # (M, d)
+    points = flat - centre  # (M, K)
+    squares = points.square().sum(1)  # (M,)
+    points = (points if axes is None else points @ axes).to(dtype)  # (M, d)
     scores = []
     for batch in latents:
-        n_patches, size = patches_of(batch[:1], candidates).shape[1:]  # L, K
-        for z in batch.split(max(1, _BLOCK // (n_patches * max(size, _AT_ONCE)))):
+        L = n_patches(batch, candidates)
+        for z in batch.split(max(1, _BLOCK // (L * max(flat.shape[1], _AT_ONCE)))):
             rows = patches_of(z, candidates).flatten(0, 1) - centre  # (n L, K)
             half_squares = rows.square().sum(1, keepdim=True).div_(2).to(dtype)  # (n L, 1)
             rows = (rows if axes is None else rows @ axes).to(dtype)  # (n L, d)
             best = [
-                torch.addmm(half_squares, rows, p.T, beta=-1).view(len(z), n_patches, -1).amax(1)
+                torch.addmm(half_squares, rows, p.T, beta=-1).view(len(z), L, -1).amax(1)
                 for p in points.split(_AT_ONCE)
             ]
             scores.append(torch.cat(best, 1).to(flat))  # (n, M)
     return torch.cat(scores).mul_(-2).add_(squares).clamp_min_(0)
 
 
-def _axes_that_save_work(candidates: Tensor, n_patches: int, n_images: int) -> Tensor | None:
+def _axes_that_save_work(candidates: Tensor, L: int, n_images: int) -> Tensor | None:
     """Return principal axes (K, d) of candidates (M, K), or None where they save less than half.
 
     Without axes to meet all candidates takes a patch M K products. Along d axes it takes d (K + M),
     `_MOST_PRODUCTS` for all patches of an image, and to find the axes some for each candidate.
     """
     m, size = candidates.shape
-    d = max(_MOST_PRODUCTS // (n_patches * (m + size)), _COMPONENTS)
+    d = max(_MOST_PRODUCTS // (L * (m + size)), _COMPONENTS)
     found = (6 * m * size + 8 * (m + size) * d) * d
-    along = n_images * n_patches * (m + size) * d
-    if 2 * (found + along) >= n_images * n_patches * m * size:
+    along = n_images * L * (m + size) * d
+    if 2 * (found + along) >= n_images * L * m * size:
         return None
     return _principal_axes(candidates, d)
 
