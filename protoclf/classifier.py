@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.exceptions import NotFittedError
-from sklearn.metrics import accuracy_score
 from skorch import NeuralNet
 from torch import nn
 
@@ -495,11 +494,12 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the accuracy; images that are skipped, as they cannot be read, do not count.
 
-        It warns where there are such. To a callback in the middle of a fit, it is that of `predict`
-        there: y are class indices.
+        It warns where there are such, and raises ValueError where no other is left. Without y, X is
+        a torch Dataset that holds the labels too. Labels and weights are checked before an image is
+        read. To a callback in the middle of a fit, y are class indices, as in `predict`.
         """
         if self._is_of_fit(X):
-            return float(accuracy_score(y, self.predict(X), sample_weight=sample_weight))
+            return ClassifierMixin.score(self, X, y, sample_weight)
         return super().score(X, y, sample_weight)
 
     def transform(self, X: Any) -> np.ndarray:
