@@ -348,10 +348,7 @@ def defaults_of(estimator: type) -> dict[str, Any]:
 
 def changed_parameters(estimator: Any) -> dict[str, str]:
     """Return the parameters other than by default, as scikit-learn's repr would show them."""
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(type(estimator).__init__).parameters.items()
-    }
+    defaults = defaults_of(type(estimator))
     values = {name: _shown(value) for name, value in estimator.get_params(deep=False).items()}
     return {
         name: value
