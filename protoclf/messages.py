@@ -1,4 +1,4 @@
-"""What messages and files say: lists of names, which may be long, and the version."""
+"""What messages, sheets and files say: lists of names, similarities, and the version."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ def first_few(names: Sequence[str], most: int = 5) -> str:
     """Return the first names, and how many more there are."""
     more = [f"and {len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more]) or "none"
+
+
+def similarity_in_words(value: float) -> str:
+    """Return a similarity with two digits, marked where it says that parts are not alike."""
+    return f"unlike: {value:.2f}" if value < 0 else f"{value:.2f}"
 
 
 def installed_version() -> str:

@@ -43,6 +43,7 @@ from protoclf.gallery import (
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
 from protoclf.logits import probabilities, ranking
+from protoclf.messages import similarity_in_words
 from protoclf.plot_data import (
     check_one_of,
     check_top,
@@ -248,9 +249,9 @@ class ExplanationDisplay:
         draw_heat(axes[1], picture, View(heat, self.region), (heat.min(), heat.max()))
         draw_view(axes[2], view(self.sources[prototype]))
         draw_box(axes[2], row[SOURCE_BOX])
-        unlike = "unlike: " if row["similarity"] < 0 else ""
+        similarity = similarity_in_words(row["similarity"])
         text = (
-            f"{unlike}{row['similarity']:.2f} × {row['weight']:+.2f}\n{_sum(row)}\n"
+            f"{similarity} × {row['weight']:+.2f}\n{_sum(row)}\n"
             f"prototype {prototype}\nof {short(row['source_class'], 22)}"
         )
         self._write(axes[3], 0.5, "center", text)

@@ -14,6 +14,7 @@ import PIL.Image
 from protoclf.explanation import BOX, REST, SOURCE_BOX, UNREADABLE
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
+from protoclf.messages import similarity_in_words
 from protoclf.thumbnails import thumbnail_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def style_sheet(
     shown[_NUMBERS] = sheet[_NUMBERS]
     largest = float(np.abs(sheet["contribution"]).max()) if len(sheet) else 1.0
     formats: dict[str, Any] = dict.fromkeys(["logit", *_NUMBERS], "{:.2f}")
-    formats["similarity"] = _similarity
+    formats["similarity"] = similarity_in_words
     formats |= {"this part": _image("part of the image"), "looks like": _image("training patch")}
     unreadable = sheet["source"] == UNREADABLE
     shown["class"] = shown["class"].astype(object).mask(unreadable, UNREADABLE)
@@ -101,10 +102,6 @@ def _patch(picture: PIL.Image.Image | None, box: list[Any], side: int) -> str:
         return ""
     x0, y0, x1, y1 = map(int, box)
     return thumbnail_of(picture.crop((x0, y0, x1, y1)), side).uri
-
-
-def _similarity(value: float) -> str:
-    return f"unlike: {value:.2f}" if value < 0 else f"{value:.2f}"
 
 
 def _image(alt: str) -> Any:
