@@ -359,6 +359,18 @@ def test_curves_and_permutations(paths, squares):
 # ---- skorch's own -----------------------------------------------------------------------------
 
 
+def fitted_with_validation(callbacks, X, y):
+    """Return a classifier that two joint epochs were validated of, and its history."""
+    clf = small(
+        train_backbone=True,
+        joint_epochs=2,
+        train_split=ValidSplit(3, stratified=True),
+        callbacks=callbacks,
+    )
+    clf.fit(X, y)
+    return clf, pd.DataFrame(clf.history.to_list())
+
+
 def test_skorchs_callbacks_work(paths, squares, tmp_path):
     callbacks = [
         EarlyStopping(patience=1),
@@ -367,14 +379,7 @@ def test_skorchs_callbacks_work(paths, squares, tmp_path):
         BatchScoring("accuracy", name="of_batches", lower_is_better=False),
         ProgressBar(),
     ]
-    clf = small(
-        train_backbone=True,
-        joint_epochs=2,
-        train_split=ValidSplit(3, stratified=True),
-        callbacks=callbacks,
-    )
-    clf.fit(paths, squares[1])
-    history = pd.DataFrame(clf.history.to_list())
+    clf, history = fitted_with_validation(callbacks, paths, squares[1])
     assert {"stage", "balanced", "valid_loss"} <= set(history.columns)
     np.testing.assert_allclose(history["of_batches"], history["valid_acc"])
     assert history["stage"].iloc[-2:].tolist() == ["projection", "last layer"]
@@ -392,14 +397,7 @@ def test_callbacks_that_score_by_the_classifiers_own_score_see_the_accuracy(
         EpochScoring(**mine, name="of_train", on_train=True),
         BatchScoring(**mine, name="of_batches"),
     ]
-    clf = small(
-        train_backbone=True,
-        joint_epochs=2,
-        train_split=ValidSplit(3, stratified=True),
-        callbacks=callbacks,
-    )
-    clf.fit(paths, squares[1])
-    history = pd.DataFrame(clf.history.to_list())
+    _, history = fitted_with_validation(callbacks, paths, squares[1])
     np.testing.assert_allclose(history["of_epoch"], history["valid_acc"])
     np.testing.assert_allclose(history["of_batches"], history["valid_acc"])
     assert history["of_train"].between(0, 1).all()
