@@ -33,7 +33,7 @@ def main():
     for m in args.prototypes:
         y = np.arange(args.images) % args.classes
         net = initialized(args, m // args.classes)
-        dataset = ImageDataset(Images(X), Preprocessing(args.image_size), y).keep()
+        dataset = ImageDataset(Images(X), net.preprocessing_, y).keep()
         forms = {"pass": partial(one_pass, net, dataset), "ours": partial(project, net, dataset)}
         seconds = alternate(forms, args.rounds)
         ratio = seconds["ours"] / seconds["pass"]
@@ -51,6 +51,7 @@ def initialized(args, prototypes_per_class):
         verbose=0,
     )
     net.classes_inferred_ = np.arange(args.classes)
+    net.preprocessing_ = Preprocessing(args.image_size)
     net.initialize()
     net.prepare_processor()
     net.callbacks_ = []
@@ -78,7 +79,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for correctness only")
     args = parser.parse_args()
     if args.quick:
-        args.backbone, args.image_size, args.images, args.rounds = "small_cnn", 32, 24, 1
+        args.backbone, args.image_size, args.images, args.rounds = "small_cnn", 32, 64, 1
         args.prototypes, args.classes = [8, 16], 4
     return args
 
