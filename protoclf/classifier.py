@@ -536,7 +536,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             The classes to explain: the predicted one, also its rival, all, or these.
         top : int or None, default=None
             Keep the highest contributions of each class; the others, with what speaks most against
-            it, are summed up in one row whose `source` is "(rest)" and which has no prototype.
+            it, are summed up in one row whose `source` is "(rest)" and which has no prototype. The
+            fewer are kept, the sooner it is done: boxes, which take most of the time that `predict`
+            does not, are found for these alone.
         attribution : {"upsampled", "gradient"}, default="upsampled"
             How boxes are found: from the similarity map upsampled to the image, as in the paper,
             or from the gradient of the similarity with respect to the pixels, which points at
@@ -572,7 +574,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.prepare_processor()
         sheets, side = [], self.preprocessing_.image_size
         for rows, z in latent_batches(self, dataset):
-            batch = explain_batch(self.module_, z, chosen, side, percentile)
+            batch = explain_batch(self.module_, z, chosen, side, percentile, top)
             fields = receptive_fields(self.geometry_, batch, self.module_.prototype_size)
             sheets.append(sheet_rows(batch, rows.start, dataset, fields, self.classes_, table, top))
         sheet = without_answer(

@@ -41,7 +41,7 @@ UNREADABLE = "(unreadable)"
 
 
 class BatchExplanation(NamedTuple):
-    """What the sheet says of one batch, a row for each (sample, class, prototype)."""
+    """What the sheet says of one batch, a row for each (sample, class, prototype), in its order."""
 
     sample: np.ndarray
     class_index: np.ndarray
@@ -53,6 +53,7 @@ class BatchExplanation(NamedTuple):
     weight: np.ndarray
     row: np.ndarray
     col: np.ndarray
+    rank: np.ndarray
     box: np.ndarray
 
 
@@ -63,25 +64,39 @@ def explain_batch(
     classes: str | list[int],
     image_size: int,
     percentile: float,
+    top: int | None = None,
 ) -> BatchExplanation:
     """Explain images by their latent maps (n, D, H, W); boxes are in pixels of the model input.
 
-    `classes` is "predicted", "top2", "all" or class indices.
+    `classes` is "predicted", "top2", "all" or class indices. Rows that rank behind `top` have no
+    box, but zeros.
     """
     logits, distance, cell = module.compare(z)  # (n, C), (n, m), (n, m)
     g, weight = module.activations(distance), module.last_layer.weight  # (n, m), (C, m)
     chosen = chosen_classes(logits, classes)  # (n, c)
     sample, slot, prototype = torch.nonzero(g[:, None] * weight[chosen], as_tuple=True)
     class_index = chosen[sample, slot]
-    boxes = pair_boxes(module, z, sample, prototype, image_size, percentile)
     row, col = _row_col(cell[sample, prototype], z.shape[3] - module.prototypes.shape[3] + 1)
-    probability = logits.softmax(1)
-    values = (
-        *(sample, class_index, prototype, class_index == logits.argmax(1)[sample]),
-        *(logits[sample, class_index], probability[sample, class_index], g[sample, prototype]),
-        *(weight[class_index, prototype], row, col, boxes),
-    )
-    return BatchExplanation(*(v.cpu().numpy() for v in values))
+    values = {
+        "sample": sample,
+        "class_index": class_index,
+        "prototype": prototype,
+        "is_predicted": class_index == logits.argmax(1)[sample],
+        "logit": logits[sample, class_index],
+        "probability": logits.softmax(1)[sample, class_index],
+        "similarity": g[sample, prototype],
+        "weight": weight[class_index, prototype],
+        "row": row,
+        "col": col,
+    }
+    rows = {name: v.cpu().numpy() for name, v in values.items()}
+    order, rank = _ranking(rows)
+    shown = rank <= (top or len(rank))
+    at = torch.from_numpy(order[shown]).to(z.device)
+    boxes = pair_boxes(module, z, sample[at], prototype[at], image_size, percentile).cpu().numpy()
+    box = np.zeros((len(rank), 4), boxes.dtype)
+    box[shown] = boxes
+    return BatchExplanation(**{name: v[order] for name, v in rows.items()}, rank=rank, box=box)
 
 
 def chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
@@ -97,6 +112,19 @@ def chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
 
 def _row_col(cell: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return cell // width, cell % width
+
+
+def _ranking(rows: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of a sheet's rows, and in that order the place of each in its class.
+
+    Samples are as in X, their likeliest class comes first, and its highest contribution.
+    """
+    contribution = rows["similarity"].astype(float) * rows["weight"].astype(float)
+    order = np.lexsort(
+        (rows["prototype"], -contribution, rows["class_index"], -rows["logit"], rows["sample"])
+    )
+    group = pd.DataFrame({name: rows[name][order] for name in ("sample", "class_index")})
+    return order, group.groupby(["sample", "class_index"]).cumcount().to_numpy() + 1
 
 
 def sheet_rows(
@@ -124,6 +152,7 @@ def sheet_rows(
             "is_predicted": batch.is_predicted,
             "logit": batch.logit.astype(float),
             "probability": batch.probability.astype(float),
+            "rank": batch.rank,
             "prototype": batch.prototype,
             "similarity": similarity,
             "weight": weight,
@@ -142,7 +171,8 @@ def sheet_rows(
     sheet["source_index"] = owners["source_index"].to_numpy()
     sheet["source_class"] = owners["class"].to_numpy()
     sheet[SOURCE_BOX] = owners[BOX].to_numpy()
-    return _ranked(sheet, batch, top)[SHEET_COLUMNS]
+    sheet = sheet[SHEET_COLUMNS]
+    return sheet if top is None else truncated(sheet, top)
 
 
 def receptive_fields(
@@ -150,17 +180,6 @@ def receptive_fields(
 ) -> np.ndarray:
     """Return the pixels of the model input that each match of a batch sees, boxes (k, 4)."""
     return np.stack(geometry.cell_box(batch.row, batch.col, *prototype_size), axis=1)
-
-
-def _ranked(sheet: pd.DataFrame, batch: BatchExplanation, top: int | None) -> pd.DataFrame:
-    """Sort: samples as in X, their likeliest class first, its highest contribution first."""
-    order = np.lexsort(
-        (batch.prototype, -sheet["contribution"], batch.class_index, -batch.logit, batch.sample)
-    )
-    sheet = sheet.iloc[order].reset_index(drop=True)
-    group = sheet.groupby(["sample", "class"], sort=False)
-    sheet["rank"] = group.cumcount() + 1
-    return sheet if top is None else truncated(sheet, top)
 
 
 def truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:

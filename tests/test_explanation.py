@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from protoclf import ProtoPNetClassifier
+from protoclf import ProtoPNetClassifier, explanation
 from protoclf.explanation import BOX, REST, SHEET_COLUMNS, chosen_classes
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
@@ -208,6 +208,19 @@ def test_a_truncated_sheet_keeps_the_highest_and_sums_up_the_rest(case, top):
             empty = ["prototype", "prototype_class", "similarity", "weight", "row", "col"]
             empty += [*BOX, "source_index", "source_class", *(f"source_{side}" for side in BOX)]
             assert last[empty].isna().all()
+
+
+@pytest.mark.parametrize("top", [None, 1, 2])
+def test_boxes_are_found_for_the_rows_that_a_sheet_shows_alone(fitted, squares, monkeypatch, top):
+    pairs, find = [], explanation.pair_boxes
+
+    def counted(module, z, sample, *others):
+        pairs.append(len(sample))
+        return find(module, z, sample, *others)
+
+    monkeypatch.setattr(explanation, "pair_boxes", counted)
+    sheet = fitted.explain(squares[0], "top2", top)
+    assert sum(pairs) == sheet["prototype"].notna().sum()
 
 
 def test_truncation_leaves_whole_numbers_whole(fitted, squares):

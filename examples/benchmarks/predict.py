@@ -34,13 +34,14 @@ def main():
         "tuned": partial(tuned, clf, paths),
         "predict": partial(clf.predict, paths),
         "explain": partial(clf.explain, paths),
+        "explain, top=5": partial(clf.explain, paths, top=5),
     }
     seconds = {"plain": plain_in_fresh_process(args)} | alternate(forms, args.rounds)
     print(f"{args.backbone} at {args.image_size}, {len(paths)} images, bfloat16: {half(clf)}")
-    print(f"{'':>8} {'seconds':>8} {'/ plain':>8} {'/ tuned':>8} {'/ predict':>10}")
+    print(f"{'':>14} {'seconds':>8} {'/ plain':>8} {'/ tuned':>8} {'/ predict':>10}")
     for name, value in seconds.items():
         ratios = [value / seconds[other] for other in ("plain", "tuned", "predict")]
-        print(f"{name:>8} {value:8.2f} {ratios[0]:8.3f} {ratios[1]:8.3f} {ratios[2]:10.3f}")
+        print(f"{name:>14} {value:8.2f} {ratios[0]:8.3f} {ratios[1]:8.3f} {ratios[2]:10.3f}")
 
 
 def half(clf):
