@@ -37,6 +37,7 @@ from protoclf.labels import Targets, check_classes, read_targets
 from protoclf.localization import covered_cells, upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
+from protoclf.messages import first_few
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import refuse_unknown, with_parameters_of
 from protoclf.patch_search import view_activations
@@ -646,7 +647,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             - weight : the solution for all images, an array (C, m)
         """
         self._fitted()
-        penalties = list(penalties) if np.iterable(penalties) else penalties
+        if np.iterable(penalties) and not isinstance(penalties, str):
+            penalties = list(penalties)
         check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
         X, y = unpacked(X, y)
         if folds and groups is None:
@@ -911,10 +913,11 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         index = {label: i for i, label in enumerate(self.classes_.tolist())}
         unknown = [label for label in labels.tolist() if label not in index]
         if unknown or not len(labels):
+            got = f"the unknown {first_few(list(map(repr, unknown)))}" if unknown else "none"
+            known = first_few(list(map(repr, index)), most=20)
             raise ValueError(
-                'classes must be "predicted", "top2", "all" or labels of y; got '
-                f"{f'the unknown {unknown}' if unknown else 'none'}. Known are "
-                f"{self.classes_.tolist()}."
+                f'classes must be "predicted", "top2", "all" or labels of y; got {got}. Known are '
+                f"{known}."
             )
         return list(dict.fromkeys(index[label] for label in labels.tolist()))  # each once
 

@@ -330,7 +330,9 @@ class StagedNet(SkorchProtoPNet):
         if groups is not None and valid is not None:
             check_apart(*(groups[part] for part in parts))
         positions = parts[0]
-        check_enough_images(self._images_needed(first), y[positions], self.classes_, first)
+        check_enough_images(
+            self._images_needed(first), y[positions], self.classes_, first, valid is not None
+        )
         if groups is None and self.lambda_l1 == "cv":
             groups = repeated_files(whole.images)
         data = FitData(self, train, valid, None if groups is None else groups[positions])

@@ -227,11 +227,16 @@ def prototype_counts(spec: str | int | Mapping[Any, int], classes: np.ndarray) -
 
 
 def check_enough_images(
-    counts: list[int], y: np.ndarray, classes: np.ndarray, first: bool = True
+    counts: list[int],
+    y: np.ndarray,
+    classes: np.ndarray,
+    first: bool = True,
+    divided: bool = False,
 ) -> None:
     """Raise ValueError where a class has fewer images than prototypes; y holds class indices.
 
-    In the `first` fit the numbers of prototypes are still to be chosen.
+    In the `first` fit the numbers of prototypes are still to be chosen. Where they are `divided`,
+    these are the images that `train_split` has left.
     """
     have = np.bincount(y, minlength=len(classes))
     short = [
@@ -248,8 +253,12 @@ def check_enough_images(
             help_ = 'Set distinct to None or "patches", which do not need as many, or add images.'
         if not have.all():
             help_ = "Each fit needs images of every class, since prototypes are parts of them."
+            if divided:
+                help_ += " ValidSplit(5, stratified=True), say, leaves some of each."
+        left = " that train_split leaves" if divided else ""
         raise ValueError(
-            f"Some classes have fewer training images than prototypes: {first_few(short)}. {help_}"
+            f"Some classes have fewer training images{left} than prototypes: {first_few(short)}. "
+            f"{help_}"
         )
 
 

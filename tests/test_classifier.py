@@ -18,6 +18,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import DataConversionWarning, NotFittedError
+from sklearn.model_selection import PredefinedSplit
 from skorch.callbacks import Callback, EarlyStopping
 from skorch.dataset import ValidSplit
 from torch import nn
@@ -371,7 +372,15 @@ def test_too_few_images_of_a_class_say_which_and_how_many(backbone_images):
 
 def test_images_of_the_validation_part_do_not_count_for_prototypes(backbone_images):
     clf = classifier(prototypes_per_class=6, train_split=ValidSplit(3, stratified=True))
-    with pytest.raises(ValueError, match="'auk' has 4 for 6 prototypes"):
+    with pytest.raises(ValueError, match=r"that train_split leaves .* 'auk' has 4 for 6 prototype"):
+        clf.fit(X, Y)
+    assert not backbone_images
+
+
+def test_a_validation_part_that_holds_a_whole_class_is_named_for_it(backbone_images):
+    clf = classifier(train_split=ValidSplit(PredefinedSplit(np.where(CODES == 1, 0, -1))))
+    words = r"that train_split leaves .* 'auk' has 0 for 2 prototypes\. Each fit .* stratified=True"
+    with pytest.raises(ValueError, match=words):
         clf.fit(X, Y)
     assert not backbone_images
 
@@ -1271,9 +1280,9 @@ def test_a_truncated_sheet_still_sums_to_the_logits(model):
 
 
 def test_wrong_requests_to_explain_are_refused(model):
-    with pytest.raises(ValueError, match=r"unknown \['kiwi'\]\. Known are \['auk', 'owl', 'wren"):
+    with pytest.raises(ValueError, match=r"unknown 'kiwi'\. Known are 'auk', 'owl', 'wren'"):
         model.explain(NEW_X, classes=["owl", "kiwi"])
-    with pytest.raises(ValueError, match=r"unknown \['predictd'\]"):
+    with pytest.raises(ValueError, match="unknown 'predictd'"):
         model.explain(NEW_X, classes="predictd")
     with pytest.raises(ValueError, match="classes must"):
         model.explain(NEW_X, classes=[])

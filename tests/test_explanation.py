@@ -161,7 +161,7 @@ def test_contributions_of_a_sample_and_class_sum_to_its_logit(case, classes, top
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["red", "purple"], r"got the unknown \['purple'\]. Known are \['blue', 'green', 'red'\]"),
+        (["red", "purple"], r"got the unknown 'purple'. Known are 'blue', 'green', 'red'\."),
         ([], "got none. Known are"),
         ("purple", "got the unknown"),
     ],

@@ -238,7 +238,7 @@ def test_the_path_of_a_fitted_classifier(fitted, squares):
     for folds in (-1, 1, 2.5):
         with pytest.raises(ValueError, match="folds must be 0 or an int >= 2"):
             fitted.last_layer_path(X, y, folds=folds)
-    for penalties in ([], [-1e-3], ["a"], 0.1):
+    for penalties in ([], [-1e-3], ["a"], 0.1, "auto"):
         with pytest.raises(ValueError, match="penalties must be a list of one or more finite numb"):
             fitted.last_layer_path(X, y, penalties)
     with pytest.raises(ValueError, match="two groups where there are groups; folds=0 leaves"):
