@@ -26,6 +26,7 @@ from protoclf.explanation import (
     explain_batch,
     receptive_fields,
     sheet_rows,
+    with_rest_named,
     without_answer,
 )
 from protoclf.features import FitData, distance_batches, latent_batches
@@ -578,9 +579,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             batch = explain_batch(self.module_, z, chosen, side, percentile, top)
             fields = receptive_fields(self.geometry_, batch, self.module_.prototype_size)
             sheets.append(sheet_rows(batch, rows.start, dataset, fields, self.classes_, table, top))
-        sheet = without_answer(
-            pd.concat(sheets, ignore_index=True), list(dataset.failures), dataset.images.paths
-        )
+        sheet = pd.concat(sheets, ignore_index=True)
+        if top is not None:
+            sheet = with_rest_named(sheet, top)
+        sheet = without_answer(sheet, list(dataset.failures), dataset.images.paths)
         if attribution == "gradient":
             sheet[BOX] = gradient_boxes(self, dataset, sheet, percentile)
             sheet[SOURCE_BOX] = self._gradient_boxes_of_sources(sheet, percentile)

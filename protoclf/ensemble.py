@@ -23,7 +23,13 @@ from sklearn.utils.validation import check_is_fitted
 from protoclf.augmentation import augmentation_of
 from protoclf.classifier import ProtoPNetClassifier
 from protoclf.decoding import check_files
-from protoclf.explanation import EXPLAIN_RULES, chosen_classes, truncated, without_answer
+from protoclf.explanation import (
+    EXPLAIN_RULES,
+    chosen_classes,
+    with_rest_named,
+    with_sum_of_rest,
+    without_answer,
+)
 from protoclf.images import Images
 from protoclf.labels import Targets, read_targets
 from protoclf.logits import LogitsMixin, probabilities
@@ -307,7 +313,8 @@ class ProtoPNetEnsemble(
                 sheet.insert(2, "member", name)
                 sheets.append(sheet)
         sheet = self._ranked(pd.concat(sheets, ignore_index=True), logits)
-        sheet = sheet if top is None else truncated(sheet, top)
+        if top is not None:
+            sheet = with_rest_named(with_sum_of_rest(sheet, top), top)
         return without_answer(sheet, np.flatnonzero(np.isnan(logits[:, 0])).tolist())
 
     def _ranked(self, sheet: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:

@@ -138,6 +138,8 @@ def sheet_rows(
 ) -> pd.DataFrame:
     """Return the scoring sheet of a batch, whose first sample is number `first` of the data set.
 
+    What is behind the `top` rows of a class is summed up in one more, which is not named yet.
+
     `fields` (k, 4) are the receptive fields of its rows, in pixels of the model input.
     """
     sample = batch.sample + first
@@ -172,7 +174,7 @@ def sheet_rows(
     sheet["source_class"] = owners["class"].to_numpy()
     sheet[SOURCE_BOX] = owners[BOX].to_numpy()
     sheet = sheet[SHEET_COLUMNS]
-    return sheet if top is None else truncated(sheet, top)
+    return sheet if top is None else with_sum_of_rest(sheet, top)
 
 
 def receptive_fields(
@@ -182,13 +184,17 @@ def receptive_fields(
     return np.stack(geometry.cell_box(batch.row, batch.col, *prototype_size), axis=1)
 
 
-def truncated(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
-    """Sum up what comes after the first `top` rows of each class in one row "(rest)"."""
+def with_sum_of_rest(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
+    """Add up, in the first row behind the `top` of each class, the contributions of all behind."""
     hidden = sheet["rank"] > top
     total = sheet["contribution"].where(hidden).groupby([sheet["sample"], sheet["class"]])
     sheet = sheet.assign(contribution=sheet["contribution"].where(~hidden, total.transform("sum")))
     shown = (sheet["rank"] <= top + 1) | sheet["class"].isna()  # without an answer, no class
-    sheet = sheet[shown].reset_index(drop=True)
+    return sheet[shown].reset_index(drop=True)
+
+
+def with_rest_named(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
+    """Call a row behind the `top` of its class "(rest)", and leave what is about the class."""
     rest = sheet["rank"] > top
     about_class = ["sample", "path", "class", "is_predicted", "logit", "probability"]
     about_match = sheet.columns.difference([*about_class, "rank", "contribution"])

@@ -300,7 +300,7 @@ def test_any_form_of_images_is_explained(ensemble, image_paths, squares):
 
 
 def test_a_wrong_class_or_setting_of_a_sheet_is_refused(ensemble, new_images):
-    with pytest.raises(ValueError, match="the unknown \\['pink'\\]"):
+    with pytest.raises(ValueError, match="the unknown 'pink'"):
         ensemble.explain(new_images, ["pink"])
     with pytest.raises(ValueError, match="top must be"):
         ensemble.explain(new_images, top=0)
