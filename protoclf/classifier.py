@@ -38,7 +38,7 @@ from protoclf.labels import Targets, check_classes, read_targets
 from protoclf.localization import covered_cells, upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
-from protoclf.messages import first_few
+from protoclf.messages import first_quoted
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import refuse_unknown, with_parameters_of
 from protoclf.patch_search import view_activations
@@ -915,11 +915,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         index = {label: i for i, label in enumerate(self.classes_.tolist())}
         unknown = [label for label in labels.tolist() if label not in index]
         if unknown or not len(labels):
-            got = f"the unknown {first_few(list(map(repr, unknown)))}" if unknown else "none"
-            known = first_few(list(map(repr, index)), most=20)
+            got = f"the unknown {first_quoted(unknown)}" if unknown else "none"
             raise ValueError(
                 f'classes must be "predicted", "top2", "all" or labels of y; got {got}. Known are '
-                f"{known}."
+                f"{first_quoted(index, most=20)}."
             )
         return list(dict.fromkeys(index[label] for label in labels.tolist()))  # each once
 

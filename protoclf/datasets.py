@@ -13,7 +13,7 @@ from sklearn.utils import check_random_state
 
 from protoclf.birds import LOOKS, MARKS, PARTS, TWINS, draw_picture
 from protoclf.files import replaced
-from protoclf.messages import first_few
+from protoclf.messages import first_quoted
 
 __all__ = ["BIRD_CLASSES", "bird_part", "bird_twin", "load_folder", "make_birds"]
 
@@ -237,7 +237,7 @@ def load_folder(
     if empty:
         raise ValueError(
             f"no images ({', '.join(endings)}) in {len(empty)} class folder(s) of '{root}': "
-            f"{first_few(list(map(repr, empty)))}; "
+            f"{first_quoted(empty)}; "
             "add images, remove the folder, or pass their `extensions`"
         )
     names = sorted(set(labels))

@@ -28,7 +28,7 @@ from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import restart_prototypes
 from protoclf.labels import read_targets
-from protoclf.messages import first_few
+from protoclf.messages import first_quoted
 from protoclf.nearest_patches import find_concepts
 from protoclf.rules import COUNT, NON_NEGATIVE, Rule, check_rules, integer, optional
 from protoclf.stages import LastLayer, keep_prototypes
@@ -89,7 +89,7 @@ def select_prototypes(
     table = clf.prototypes_
     bare = sorted(set(clf.classes_.tolist()) - set(table["class"].iloc[kept].tolist()))
     if bare:
-        names = first_few(list(map(repr, bare)))
+        names = first_quoted(bare)
         raise ValueError(f"Keep a prototype of each class: none would be left of {names}.")
     activations = activations_of(clf, X, y)
     edited = copy.deepcopy(clf)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from protoclf.messages import first_few
+from protoclf.messages import first_quoted
 
 
 def check_classifier(clf: Any) -> None:
@@ -74,5 +74,5 @@ def known_prototypes(
     if not (values or may_be_none):
         raise ValueError(f"{must}; got none.")
     if unknown:
-        raise ValueError(f"{must}; got {first_few(list(map(repr, unknown)))}.")
+        raise ValueError(f"{must}; got {first_quoted(unknown)}.")
     return list(dict.fromkeys(values))

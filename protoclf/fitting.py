@@ -33,7 +33,7 @@ from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
 from protoclf.images import Images, repeated_files, skipped_images
 from protoclf.labels import check_single_precision, class_weights, read_targets
-from protoclf.messages import first_few
+from protoclf.messages import first_few, first_quoted
 from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.parameters import (
     changed_parameters,
@@ -213,7 +213,7 @@ class StagedNet(SkorchProtoPNet):
         bare = (self.weight_matrix() == 0).all(1)  # (C,)
         if not bare.any():
             return
-        names = first_few([repr(label) for label in self.classes_[bare].tolist()])
+        names = first_quoted(self.classes_[bare].tolist())
         warn(
             f"lambda_l1={self.lambda_l1_:g} leaves no weight for the classes {names}: their logit "
             "is always 0, and sheets have no row for them. A smaller one may leave some.",
@@ -331,7 +331,11 @@ class StagedNet(SkorchProtoPNet):
             check_apart(*(groups[part] for part in parts))
         positions = parts[0]
         check_enough_images(
-            self._images_needed(first), y[positions], self.classes_, first, valid is not None
+            self._images_needed(first),
+            y[positions],
+            self.classes_,
+            first=first,
+            divided=valid is not None,
         )
         if groups is None and self.lambda_l1 == "cv":
             groups = repeated_files(whole.images)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
+from typing import Any
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """Return the first names, and how many more there are."""
     more = [f"and {len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more]) or "none"
+
+
+def first_quoted(values: Iterable[Any], most: int = 5) -> str:
+    """Return the first values as Python writes them, and how many more there are."""
+    return first_few([repr(value) for value in values], most)
 
 
 def similarity_in_words(value: float) -> str:

@@ -14,7 +14,7 @@ import joblib
 import numpy as np
 import torch
 
-from protoclf.messages import first_few
+from protoclf.messages import first_few, first_quoted
 from protoclf.rules import (
     COUNT,
     NON_NEGATIVE,
@@ -220,8 +220,8 @@ def prototype_counts(spec: str | int | Mapping[Any, int], classes: np.ndarray) -
     if missing or unknown:
         raise ValueError(
             "prototypes_per_class as a dict must name every class of y once; "
-            f"missing: {first_few(list(map(repr, missing)))}; not in y: "
-            f"{first_few(list(map(repr, unknown)))}."
+            f"missing: {first_quoted(missing)}; not in y: "
+            f"{first_quoted(unknown)}."
         )
     return [int(spec[label]) for label in labels]
 
