@@ -51,49 +51,51 @@ from protoclf.torch_datasets import unpacked
 
 @with_parameters_of(NeuralNet)
 class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
-    """ProtoPNet: an image classifier whose every prediction is a scoring sheet.
+    """ProtoPNet: an image classifier that gives a scoring sheet with each prediction.
 
-    These image parts look like those parts of those training images; similarity times weight is a
-    contribution, and the contributions of a class sum to its logit. Chen et al., "This Looks Like
-    That: Deep Learning for Interpretable Image Recognition", NeurIPS 2019.
+    A sheet says which parts of the image look like which parts of training images. Similarity
+    times weight is a contribution, and the contributions of a class sum to its logit. Chen et al.,
+    "This Looks Like That: Deep Learning for Interpretable Image Recognition", NeurIPS 2019.
 
     Parameters
     ----------
     backbone : str or nn.Module, default="resnet18"
         A torchvision name (see `protoclf.backbones.available_backbones`), "small_cnn" (ours, for
         CPUs and without downloads), or a module that maps images (N, 3, S, S) to a feature map
-        (N, C, h, w), in float32. A module is copied, never changed; its parameters that do not
-        require gradients stay as they are.
+        (N, C, h, w), in float32. A module is copied and never changed. Its parameters that do not
+        require gradients are not trained.
     weights : str, path or None, default="DEFAULT"
-        torchvision weights, a path to a state dict, or None for random ones.
+        torchvision weights, a path to a state dict, or None for random weights.
     train_backbone : bool, default=True
-        Whether the joint stage, which trains the backbone, takes place. Without it the backbone's
+        Whether there is a joint stage, which trains the backbone. Without it the backbone's
         features are computed once and reused.
     image_size : int, default=224
         Side of the square model input, in pixels.
     resize : {"crop", "squash"}, default="crop"
-        The centred square on the shorter side, or the whole image squashed to a square.
+        "crop" shows the model the centred square on the shorter side of an image, "squash" the
+        whole image, squashed to a square.
     normalization : "imagenet" or (mean, std), default="imagenet"
-        What the backbone expects, for pixels in [0, 1]: three numbers each.
+        The normalization that the backbone expects, for pixels in [0, 1]: three numbers each.
     prototypes_per_class : int, dict or "auto", default=10
-        A dict gives each class label its number. "auto" keeps what a sparse last layer makes use
-        of, up to 20 for a class; with ``distinct="images"``, no more than it has images.
+        A dict gives each class label its number. "auto" keeps the prototypes that a sparse last
+        layer uses, up to 20 for a class; with ``distinct="images"``, no more than it has images.
     prototype_size : (int, int) or "full", default=(1, 1)
         Rows and columns of latent cells; "full" is the whole map.
     latent_dim : int or None, default=None
-        Channels behind the two 1 x 1 convolutions of the add-on layers (128 in the authors' code);
-        None compares the backbone's own channels.
+        Channels behind the two 1 x 1 convolutions of the add-on layers (128 in the authors' code).
+        None: there are no convolutions, and the backbone's own channels are compared.
     similarity : {"cosine", "log"}, default="cosine"
-        "log" is the paper's log((d + 1) / (d + 1e-4)) of the squared L2 distance d, for which raw
-        features lie too far apart: it needs a `latent_dim`, and training. "cosine" is 1 - d / 2 of
-        latents of unit length.
+        "cosine" is 1 - d / 2, of the squared L2 distance d of latents of unit length. "log" is the
+        paper's log((d + 1) / (d + 1e-4)). Raw features lie too far apart for "log": it needs a
+        `latent_dim`, and training.
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
-        "kmeans" starts at the centres of k-means on each class's latent patches, "selected" at
-        those patches that a sparse last layer makes use of, of 8 to 32 times as many (a class of
-        fewer than 10 prototypes has the candidates of 10), "random" at random (the paper's).
+        Where prototypes start. "selected": there are 8 to 32 times as many candidates, patches of
+        the class, and those that a sparse last layer uses are kept (a class of fewer than 10
+        prototypes has the candidates of 10). "kmeans": at the centres of k-means on the latent
+        patches of the class. "random": at random (the paper's).
     class_weight : None, "balanced" or dict, default=None
-        Weight of the images of each class, times `sample_weight`; "balanced" gives all classes
-        the same weight in sum.
+        Weight of the images of each class, multiplied with `sample_weight`. "balanced" gives all
+        classes the same total weight.
     distinct : {None, "patches", "images"}, default=None
         Whether the prototypes of a class must be projected onto distinct patches, or even onto
         distinct images.
@@ -101,27 +103,28 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Weights of the cluster and the separation cost in the joint loss.
     lambda_patch : float, default=0.8
         Weight of the patch cost in the joint loss: the mean distance of a prototype to the nearest
-        patch of its class in the batch. It keeps what the projection changes small (0: the paper).
+        patch of its class in the batch. With it, the projection changes prototypes less (0: the
+        paper).
     self_matches : {"auto", "keep", "median"}, default="auto"
-        A prototype matches the training image that it is a part of perfectly, as no new image
-        will: "median" shows the last layer the median activation of the class's other images
-        there, "keep" the activation as it is (the paper's). "auto" is "median" for rare classes
-        alone, which the last layer would find too easy: those of fewer than half as many training
-        images as the mean class, whatever they weigh.
+        What the last layer sees where a prototype meets the training image that it is a part of: a
+        perfect match, as no new image will be. "keep": the activation as it is (the paper's).
+        "median": the median activation of the other images of the class. "auto": "median" for rare
+        classes only, which the last layer would find too easy; those have fewer than half as many
+        training images as the mean class, whatever their weights.
     lambda_l1 : float, "auto" or "cv", default="auto"
-        Weight of sum |W| in the last layer's objective; larger means fewer prototypes in a sheet.
-        "auto" is 5e-4 where the backbone was trained, and 2e-4 where it is as it was given; for
-        C > 10 classes, these times the root of 10 / C. "cv" chooses by cross-validation on the
-        activations: see `last_layer_path_`. A file that stands in X several times, as after
-        oversampling, is held out as a whole.
+        Weight of sum |W| in the last layer's objective. A larger value means fewer prototypes in a
+        sheet. "auto" is 5e-4 if the backbone was trained, and 2e-4 otherwise; for C > 10 classes,
+        this times the root of 10 / C. "cv" chooses by cross-validation on the activations: see
+        `last_layer_path_`. A file that is in X several times, as after oversampling, is held out
+        as a whole.
     lambda_l2 : float or "auto", default="auto"
-        Weight of half the mean over classes of the sum of squared weights, likewise, meant for
-        activations of at most 1; those of "log" are larger, and it matters less. It shares a
-        weight among prototypes that are alike, where `lambda_l1` alone would pick one, and makes
-        sheets longer. "auto" is 0, as in the paper, where the backbone was trained; otherwise
-        1e-3, with which predictions are better, most of all where images of each class are few.
+        Weight of sum W^2 / 2 / C in the last layer's objective. It shares a weight among
+        prototypes that are alike, where `lambda_l1` alone would pick one, and makes sheets longer.
+        "auto" is 0 if the backbone was trained, as in the paper. Otherwise it is 1e-3, with which
+        predictions are better, most of all if there are few images of each class. It is meant for
+        activations of at most 1. Those of "log" are larger, and there it matters less.
     warmup_epochs : int, default=0
-        Epochs with the backbone frozen, once. Fresh add-on layers and random prototypes need some
+        Epochs with the backbone frozen, once. New add-on layers and random prototypes need some
         (5 in the paper).
     joint_epochs : int, default=10
         Epochs with the backbone trained, in each cycle.
@@ -129,25 +132,27 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Rounds of joint training, projection and last layer; without joint training there is one.
     augmentation : None, "default" or callable, default="default"
         Random transform of uint8 images (3, S, S) in the joint stage, such as one of
-        torchvision.transforms.v2 (in the grid of a search, inside a `v2.Compose`: scikit-learn
-        takes some of them for estimators). Stages with the backbone frozen see images as they
-        are, and `augmented_views` of them.
+        torchvision.transforms.v2. (In the grid of a search, put it inside a `v2.Compose`, because
+        scikit-learn takes some of them for estimators.) Stages with the backbone frozen see
+        images as they are, and `augmented_views` of them.
     augmented_views : int or "auto", default="auto"
-        Transforms of each training image that warm-up and last layer learn from too. They are
-        drawn once, and each costs one pass of the backbone. "auto" is 2 for the last layer behind
-        a backbone that was trained, which knows the images as they are by heart, and none else.
+        Number of random transforms of each training image that warm-up and last layer also learn
+        from. They are drawn once, and each costs one pass of the backbone. "auto" is 2 for the last
+        layer behind a trained backbone, which knows the images as they are by heart, and otherwise
+        0.
     memory : None, path or joblib.Memory, default=None
-        Folder in which the features of the backbone as given are kept, for other fits and for
-        `predict`, in this process or another: a search then runs it once for each image. They are
-        looked up by the contents of image and backbone, never by a name. So are the starts and
-        projections that fits have in common. A file that a process has read for that is not read
-        again while its size and its times stay. Nothing is ever removed from the folder; delete it
-        when done.
+        Folder for the features of the backbone as given. Other fits and `predict` reuse them, in
+        this process or another, so a search runs the backbone once for each image. Features are
+        found by the contents of image and backbone, never by a name. The folder also keeps the
+        starts and projections that fits have in common. A process reads an image file only once
+        for this, as long as its size and its times do not change. Nothing is ever removed from the
+        folder; delete it when you no longer need it.
     checkpoint : None or path, default=None
         Folder in which a fit keeps its state after the start and after every epoch, until it is
-        done. The same fit, with the same data, goes on from there should it have been stopped,
-        and ends in the same model. One folder is for one fit at a time.
+        done. If the fit was stopped, the same fit with the same data goes on from there, and ends
+        in the same model. One folder is for one fit at a time.
     optimizer : class, default=torch.optim.Adam
+        Class of the optimizer, for the stages that train the network.
     lr : float, default=3e-3
         Learning rate of add-on layers and prototypes.
     backbone_lr : float, default=2e-4
@@ -156,92 +161,97 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         How learning rates fall in the joint stage: to 0 along half a cosine in each cycle, or to
         a tenth every 5 epochs (the paper's).
     batch_norm : {"keep", "train"}, default="keep"
-        Whether batch-norm layers of the backbone that have statistics when `fit` begins keep them
-        in the joint stage, or go by those of each batch and learn them anew (the paper's). Layers
-        of a backbone without weights have none, and learn them.
+        "keep": batch-norm layers of the backbone that have statistics when `fit` begins keep them
+        in the joint stage. "train": they use the statistics of each batch, and learn new ones (the
+        paper's). Layers of a backbone without weights have no statistics, and learn them.
     batch_size : int, default=32
+        Images of a training step, and images that `predict` and the other methods take at a time.
     micro_batch_size : int, None or "auto", default="auto"
-        Images that the backbone is trained on at a time. A batch is taken in pieces of about this
-        size, whole classes each; the step is that of the whole batch all the same, in less memory.
-        Passes of such a fit without gradients take twice as many images at a time. On a GPU small
-        pieces take longer. "auto" is 8 on a CPU, and None, whole batches, elsewhere.
-        Batches stay whole where layers of the backbone learn batch-norm statistics (see
+        Number of images for which the backbone computes gradients at a time. A batch is taken in
+        pieces of about this size, each of whole classes, and their gradients are added up: the
+        same step in less memory. Passes of such a fit without gradients take twice as many images
+        at a time. On a GPU small pieces take longer. "auto" is 8 on a CPU, and None, whole batches,
+        elsewhere. Batches stay whole if layers of the backbone learn batch-norm statistics (see
         `batch_norm`) or mix images otherwise, and with ``compile=True``.
     train_split : None or callable, default=None
         skorch's validation split, such as ``skorch.dataset.ValidSplit(5, stratified=True)``: it
-        scores each epoch. Nothing is trained on, or projected onto, its validation part. One that
-        names positions, as PredefinedSplit does, counts the images that are left: without those of
-        weight 0, and those that `on_bad_image` skips. ``ValidSplit([(train, valid)])``, whose
-        positions could be meant otherwise, is refused where images in front of others are left out.
+        scores each epoch. Nothing is trained on, or projected onto, its validation part. A split
+        by positions, such as PredefinedSplit, counts only the images that `fit` uses: not those of
+        weight 0, nor those that `on_bad_image` skips. ``ValidSplit([(train, valid)])`` is refused
+        if images in front of others are left out, because its positions would be ambiguous.
     callbacks : None, "disable" or list of skorch callbacks, default=None
-        Early stopping ends the stage in which it strikes, not the fit.
+        Called in all stages. Early stopping ends only the stage that is running, not the fit.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        What the backbone computes in; all that follows it is in float32. "auto" is bfloat16 for a
+        Precision of the backbone; all that follows it is in float32. "auto" is bfloat16 for a
         frozen backbone on processors that are faster at it: GPUs since compute capability 8, x86
-        CPUs with AVX512-BF16 or AMX. A backbone that is trained computes in float32 unless asked
-        otherwise: trained in bfloat16, fine differences between patches are lost.
+        CPUs with AVX512-BF16 or AMX. A backbone that is trained computes in float32 with "auto",
+        because training in bfloat16 loses fine differences between patches.
     on_bad_image : {"raise", "skip"}, default="raise"
-        What becomes of an image that cannot be read: an error that names it, or `fit` leaves it
-        out and lists it in `skipped_`, and for `predict`, its kin, `transform` and `explain` it is
-        a row without an answer: None, NaN, or "(unreadable)" as `source` in a sheet. `score` and
-        `last_layer_path` do without it; what draws images, and metrics, raise all the same.
+        What happens to an image that cannot be read. "raise": an error names it. "skip": `fit`
+        leaves it out and lists it in `skipped_`. The prediction methods, `transform` and `explain`
+        return a row without an answer: None, NaN, or "(unreadable)" as `source` in a sheet.
+        `score` and `last_layer_path` leave it out. Functions that draw images, and metrics, raise
+        the error with "skip" too.
     tune_allocator : bool, default=True
         On a CPU, and with glibc, let the process keep the memory that it frees, which makes
-        convolutions several times as fast. At the end of `fit` it is given back, if it is half a
-        GiB or more; `predict` leaves the process at the peak of what a batch takes.
+        convolutions several times as fast. `fit` gives this memory back at its end, if it is half
+        a GiB or more. `predict` keeps as much memory as a batch takes at its peak.
     device : str or torch.device, default="auto"
-        "auto" is the GPU where there is one.
+        "auto" is the GPU if there is one, otherwise the CPU.
     random_state : int, RandomState instance or None, default=None
-        Fits in threads of one process wait for one another, for they share torch's generator.
+        An int makes the fit repeatable. Fits in threads of one process wait for one another,
+        because they share torch's generator.
     verbose : int, default=1
         0 prints nothing.
     **skorch_parameters
         Other parameters of `skorch.NeuralNetClassifier`, such as ``warm_start``, and nested ones,
-        such as ``optimizer__weight_decay`` or ``iterator_train__num_workers``. Those that are set
-        here are refused: ``module``, ``criterion``, ``dataset``, ``max_epochs``, ``classes`` and
-        ``predict_nonlinearity``.
+        such as ``optimizer__weight_decay`` or ``iterator_train__num_workers``. The classifier sets
+        some itself, and refuses them: ``module``, ``criterion``, ``dataset``, ``max_epochs``,
+        ``classes`` and ``predict_nonlinearity``.
 
     Attributes
     ----------
     classes_ : ndarray of shape (C,)
         The labels of y, sorted.
     n_prototypes_ : int
+        Number m of prototypes.
     prototypes_ : DataFrame
-        One row a prototype:
+        One row for each prototype:
 
-        - prototype, class : its number, and the class that owns it
+        - prototype, class : its number, and the class that it belongs to
         - source, source_index : the training image that it is a part of: its path, or its position
           as text; and its position in X
         - row, col : the upper left cell of the patch in the latent map
         - x0, y0, x1, y1 : the box, in pixels of the training image
-        - moved : the squared distance from where training left it to the patch
-        - weight : that for its own class
+        - moved : the squared distance by which the projection moved it to the patch
+        - weight : its weight for its own class
         - strongest_share : share of the training images in which it is the most similar of all
     coef_ : ndarray of shape (C, m)
-        The last layer W.
+        The weights W of the last layer.
     last_layer_result_ : LastLayerResult
         Objective, optimality residual and iterations of the last layer.
     lambda_l1_ : float
-        The value that the last layer was solved for; `last_layer_result_` has that of `lambda_l2`.
+        The `lambda_l1` that the last layer was solved with; `last_layer_result_` has `lambda_l2`.
     last_layer_path_ : DataFrame
         With ``lambda_l1="cv"`` only: see `last_layer_path`.
     activations_ : Activations
-        The training images' activations, 4 n m bytes, and those of `augmented_views`, that edits
-        solve the last layer on: see `protoclf.editing`.
+        The activations of the training images, 4 n m bytes, and those of `augmented_views`. Edits
+        solve the last layer on them: see `protoclf.editing`.
     skipped_ : DataFrame
         With ``on_bad_image="skip"`` only: position, path and reason of each image left out.
     edits_ : DataFrame
-        After an edit: the prototypes that went, or started again, when, how and why.
+        After an edit: which prototypes were removed or started again, in which step, how and why.
     concepts_ : Concepts or None
-        What further training heeds, after `protoclf.editing.forbid` or `encourage`.
+        After `protoclf.editing.forbid` or `encourage`: the patches that further training avoids or
+        approaches.
     seed_ : int
-        What every random draw of the fit starts from.
+        The seed of every random draw of the fit.
     preprocessing_ : protoclf.geometry.Preprocessing
-        What the network sees of an image.
+        The map from an original image to the model's input, and back.
     geometry_ : protoclf.receptive_field.BackboneGeometry
         Cells of the latent map, and what each of them sees.
     history : skorch.history.History
-        One row an epoch, with its stage, and one for each projection and last layer.
+        One row for each epoch, with its stage, and one for each projection and last layer.
     module_ : ProtoPNet
         The network.
 
@@ -363,12 +373,12 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
 
         Notes
         -----
-        The paper augments the training images once, before training, and its code makes 30 of each,
-        so that an epoch there has 30 times as many steps; here the joint stage augments them
-        anew, and the warm-up sees them as they are (`examples/reproduce_paper.py` makes as many
-        steps). The last layer has sign bounds and a penalty on all weights, and is solved to its
-        optimum in place of the paper's 20 iterations of Adam; each cycle starts with it at +1 and
-        -0.5.
+        Some things differ from the paper. The paper augments the training images once, before
+        training. Its code makes 30 of each, so that an epoch has 30 times as many steps
+        (`examples/reproduce_paper.py` makes as many). Here the joint stage augments the images
+        anew, and the warm-up sees them as they are. The last layer has sign bounds and a penalty
+        on all weights, and is solved to its optimum in place of the paper's 20 iterations of Adam.
+        Each cycle starts with it at +1 and -0.5.
         """
         settings: dict[str, Any] = {
             "backbone": "resnet34",
@@ -402,7 +412,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         sample_weight: ArrayLike | None = None,
         groups: ArrayLike | None = None,
     ):
-        """Train through all stages; a fit that is stopped leaves no earlier one behind.
+        """Train the classifier on images and labels, through all stages, and return it.
+
+        An earlier fit is gone, even if this one is stopped.
 
         Parameters
         ----------
@@ -414,11 +426,11 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             Class labels: strings, numbers or booleans. May be left out with a Dataset.
         sample_weight : array-like of shape (n,), optional
             Weights of the images in the joint loss, in the rating of candidates for prototypes and
-            in the last layer. An image of weight 0 is as good as left out: it can be no prototype.
+            in the last layer. An image of weight 0 is left out: it cannot become a prototype.
         groups : array-like of shape (n,), optional
-            What belongs together, such as photos of one specimen or patient: no split inside
-            `fit` takes a group apart. A `train_split` has to heed them itself, as
-            ``ValidSplit(GroupKFold(5))`` does; one that does not is refused.
+            The group of each image, such as the specimen or patient. No split inside `fit` takes a
+            group apart. A `train_split` must keep groups together itself, as
+            ``ValidSplit(GroupKFold(5))`` does; otherwise it is refused.
 
         Returns
         -------
@@ -427,7 +439,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Raises
         ------
         ImageError
-            If an image cannot be used: before training starts, naming position and path.
+            If an image cannot be used. It is raised before training starts, and names position
+            and path.
         ValueError
             If a parameter or y cannot be used.
         """
@@ -442,21 +455,21 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         sample_weight: ArrayLike | None = None,
         groups: ArrayLike | None = None,
     ):
-        """Go on from the present network: joint cycles, projection and last layer on X.
+        """Train the fitted classifier further: joint cycles, projection and last layer on X.
 
         The first call is a `fit`. Prototypes are projected onto patches of this X, so it should
         hold all the images that prototypes may show. Learning rates, costs and optimizer are
-        those set by then. What the network was built from, such as
-        `backbone`, `prototypes_per_class` and `similarity`, stays as it was in the first call;
-        `image_size` and `resize` have to (ValueError).
+        those that are set at the call. The network stays as the first call built it, even if
+        parameters such as `backbone`, `prototypes_per_class` and `similarity` have changed. A
+        changed `image_size` or `resize` is a ValueError.
 
         Parameters
         ----------
         X, y, sample_weight, groups
-            As in `fit`. Later calls need an image of each class, and as many as the class has
-            prototypes with ``distinct="images"`` alone.
+            As in `fit`. Later calls need an image of each class; with ``distinct="images"``, as
+            many as the class has prototypes.
         classes : array-like of labels, optional
-            Those of y in the first call; others are refused.
+            The labels of y in the first call; others are refused.
         """
         first = not self._is_trained()
         X, y = unpacked(X, y)
@@ -486,26 +499,26 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         return self.weight_matrix().copy()
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the class label of each image, (n,).
+        """Return the predicted class label of each image, (n,).
 
-        To a callback in the middle of a fit, whose data sets have class indices for targets, these
-        are class indices too.
+        A callback in the middle of a fit gets class indices, which its data sets have as targets.
         """
         return self._logits(X).argmax(1) if self._is_of_fit(X) else super().predict(X)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Return the accuracy; images that are skipped, as they cannot be read, do not count.
+        """Return the accuracy on images X with labels y.
 
-        It warns where there are such, and raises ValueError where no other is left. Without y, X is
-        a torch Dataset that holds the labels too. Labels and weights are checked before an image is
-        read. To a callback in the middle of a fit, y are class indices, as in `predict`.
+        With ``on_bad_image="skip"``, images that cannot be read do not count. It then warns, and
+        raises ValueError if no image is left. Without y, X is a torch Dataset that holds the labels
+        too. Labels and weights are checked before an image is read. For a callback in the middle of
+        a fit, y are class indices, as in `predict`.
         """
         if self._is_of_fit(X):
             return ClassifierMixin.score(self, X, y, sample_weight)
         return super().score(X, y, sample_weight)
 
     def transform(self, X: Any) -> np.ndarray:
-        """Return the activations g: the similarity of each image to each prototype, (n, m)."""
+        """Return the similarity of each image to each prototype, (n, m): the activations g."""
         return self.similarities(X).numpy()
 
     def similarities(self, X: Any) -> torch.Tensor:
@@ -528,7 +541,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         attribution: str = "upsampled",
         percentile: float = 95,
     ) -> pd.DataFrame:
-        """Return the scoring sheet: why each image got its logits.
+        """Return the scoring sheets: a table of what each prototype adds to the logits of an image.
 
         Parameters
         ----------
@@ -537,30 +550,32 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         classes : {"predicted", "top2", "all"} or array-like of labels, default="predicted"
             The classes to explain: the predicted one, also its rival, all, or these.
         top : int or None, default=None
-            Keep the highest contributions of each class; the others, with what speaks most against
-            it, are summed up in one row whose `source` is "(rest)" and which has no prototype. The
-            fewer are kept, the sooner it is done: boxes, which take most of the time that `predict`
-            does not, are found for these alone.
+            Keep this many of the highest contributions of each class. One row sums up the others,
+            among them those that speak most against the class. Its `source` is "(rest)", and it
+            has no prototype. A small `top` is faster, because boxes are found for the kept rows
+            only.
         attribution : {"upsampled", "gradient"}, default="upsampled"
-            How boxes are found: from the similarity map upsampled to the image, as in the paper,
-            or from the gradient of the similarity with respect to the pixels, which points at
-            less and matters more but takes as long as about 20 predictions for each row of the
-            sheet. It reads the sources again: one that is gone keeps its upsampled box, with a
-            warning.
+            How boxes are found. "upsampled": from the similarity map, upsampled to the image, as
+            in the paper. "gradient": from the gradient of the similarity with respect to the
+            pixels. Its boxes are smaller, and take as long as about 20 predictions for each row of
+            the sheet. It reads the sources again: a source that is gone keeps its upsampled box,
+            with a warning.
         percentile : float, default=95
-            Boxes are drawn around what is at least this percentile of its map (95 in the paper).
+            A box encloses the pixels of at least this percentile of its map (95 in the paper).
 
         Returns
         -------
         DataFrame
-            One row per sample, class and prototype with a contribution; the highest first. A class
-            that the last layer has no weight for, of which `fit` warns, has no row: its logit is 0.
+            One row per sample, class and prototype with a contribution, the highest contribution
+            first. A class without any weight in the last layer has no row: its logit is 0 (`fit`
+            warns of such classes).
 
             - sample, path : position in X, and the path where X holds paths
             - class, is_predicted, logit, probability : the class that the row speaks for
-            - rank, prototype, prototype_class : place in the sheet, id, and the owning class
+            - rank, prototype, prototype_class : place in the sheet; number of the prototype, and
+              the class that it belongs to
             - similarity, weight, contribution : g_j, W_cj and their product; the contributions
-              of a sample and class sum to its logit, float32 rounding aside
+              of a sample and class sum to its logit, except for float32 rounding
             - row, col : the most similar latent cell (of a larger patch, the upper left one)
             - x0, y0, x1, y1 : box of the high activation, in pixels of the original image
             - rf_x0, rf_y0, rf_x1, rf_y1 : receptive field of that cell, all pixels that it can
@@ -616,25 +631,27 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         sample_weight: ArrayLike | None = None,
         groups: ArrayLike | None = None,
     ) -> pd.DataFrame:
-        """Return the last layers for many penalties: accuracy against sparsity.
+        """Return how accuracy and the number of weights change with `lambda_l1`, as a table.
 
-        The network stays as it is; `clf.set_params(lambda_l1=...)` and another fit, or
-        ``lambda_l1="cv"``, make use of the answer.
+        It solves the last layer for each penalty, and does not change the classifier. To use a
+        penalty, call `clf.set_params(lambda_l1=...)` and fit again, or fit with ``lambda_l1="cv"``.
 
         Parameters
         ----------
         X, y, sample_weight, groups
-            Images as in `fit`, with labels that it saw. On the training images, prototypes match
-            the images that they are parts of perfectly, so that held-out scores are a little too
-            good; with ``lambda_l1="cv"``, `fit` itself sees to that. They are shown as they are,
-            as with ``self_matches="keep"``: of rare classes, a fit with "auto" has other weights.
+            Images as in `fit`, with labels that it saw. On the training images, held-out scores
+            are a little too good, because prototypes match the images that they are parts of
+            perfectly. ``lambda_l1="cv"`` in `fit` corrects this. Here such matches are shown as
+            they are, as with ``self_matches="keep"``: for rare classes, a fit with "auto" has
+            other weights.
         penalties : sequence of float, optional
-            Values of lambda_l1; by default nine, from 1e-2 to 1e-4 times the largest activation,
-            those of the image that is most like a prototype left out, and for more than ten
-            classes lower. `lambda_l2` is the parameter's, for all of them.
+            Values of lambda_l1. By default nine, from 1e-2 to 1e-4 times the largest activation,
+            and lower for more than ten classes. For each prototype, the image that is most similar
+            to it does not count for the largest activation. `lambda_l2` is the classifier's, for
+            all of them.
         folds : int, default=4
-            Stratified folds for the held-out columns; 0 leaves them out. Without `groups`, a file
-            that stands in X several times is held out as a whole, as in `fit`.
+            Stratified folds for the held-out columns; 0 leaves these columns out. Without `groups`,
+            a file that is in X several times is held out as a whole, as in `fit`.
 
         Returns
         -------
@@ -644,8 +661,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             - lambda_l1 : the penalty
             - n_nonzero, n_prototypes : weights other than 0, and prototypes that have one
             - objective, train_accuracy : of the solution for all images
-            - accuracy, accuracy_std, cross_entropy, cross_entropy_std : of images left out, mean
-              and standard deviation over the folds
+            - accuracy, accuracy_std, cross_entropy, cross_entropy_std : on the held-out images,
+              mean and standard deviation over the folds
             - weight : the solution for all images, an array (C, m)
         """
         self._fitted()
@@ -712,8 +729,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         ----------
         X : images
         upsampled : bool, default=False
-            Upsample each map to the part of the original image that the model sees. Where a patch
-            is of several cells, each cell first has the similarity of the best that covers it.
+            Upsample each map to the part of the original image that the model sees. If a patch has
+            several cells, each cell first gets the similarity of the best patch that covers it.
 
         Returns
         -------
@@ -740,15 +757,15 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     def source_image(self, prototype: int) -> np.ndarray:
         """Return the training image (H, W, 3), uint8, that a prototype is a part of.
 
-        Where X held paths it is read again from its path. A classifier that was saved with
-        thumbnails enlarges those to the size of the image: boxes stay right.
+        If X held paths, the image is read again from its path. A classifier that was saved with
+        thumbnails enlarges the thumbnail to the size of the image, so boxes stay right.
 
         Raises
         ------
         IndexError
             If there is no such prototype.
         ImageError
-            If its file is gone, or another than the fit saw.
+            If its file is gone, or is not the file that the fit saw.
         """
         sources = self._fitted().prototypes_["source_index"]
         if not 0 <= prototype < len(sources):
@@ -770,13 +787,13 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Parameters
         ----------
         folder : str or path
-            Made by this, in a folder that is there.
+            The new folder. The folder that contains it must exist.
         thumbnails : int or None, default=None
-            Keep the training images that prototypes are parts of, the longer side at most so many
-            pixels, so that sheets can be drawn where the images are not. With None they are
-            named by their paths; where X held arrays, their pixels are kept whole.
+            Also save the training images that prototypes are parts of, with a longer side of at
+            most this many pixels. Sheets can then be drawn on a machine without the images. With
+            None, only the paths are saved; if X held arrays, their pixels are saved whole.
         overwrite : bool, default=False
-            Whether a saved model that is there is replaced: only once the new one is complete.
+            Whether an existing saved model is replaced, once the new one is complete.
 
         Returns
         -------
@@ -823,18 +840,18 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         backbone: nn.Module | None = None,
         device: Any = "auto",
     ) -> ProtoPNetClassifier:
-        """Return the classifier that `save` wrote to a folder, fitted as it was.
+        """Return the fitted classifier that `save` wrote to a folder.
 
-        Nothing in the folder is run, and nothing is downloaded; all of it is checked.
+        No code in the folder is run, and nothing is downloaded. All content is checked.
 
         Parameters
         ----------
         folder : str or path
         backbone : nn.Module or None, default=None
-            Where the classifier was fitted with a module of your own: that module, or one made in
-            the same way. It is copied, and the weights are those of the file. Where the fit trained
-            the backbone, those that it started from are not in the file: another `fit`, or that of
-            a clone, starts from the weights of this module.
+            If the classifier was fitted with a module of your own: that module, or one made in
+            the same way. It is copied, and gets the weights of the file. If the fit trained the
+            backbone, the weights that it started from are not in the file: another `fit`, or the
+            fit of a clone, starts from the weights of this module.
         device : str or torch.device, default="auto"
 
         Returns
@@ -845,7 +862,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         ------
         ModelFileError
             If the folder holds no model, or one that is damaged, inconsistent or of a newer
-            version, or `backbone` is not that of the model; names the file and what is wrong.
+            version, or if `backbone` is not the model's. It names the file and what is wrong.
         """
         return load_classifier(cls, folder, backbone, device)
 

@@ -25,7 +25,7 @@ BIRD_CLASSES: tuple[str, ...] = tuple(LOOKS)
 
 
 def bird_twin(name: str) -> str:
-    """Name the class that differs from `name` in one part only.
+    """Return the class that differs from `name` in one part only.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def bird_twin(name: str) -> str:
 
 
 def bird_part(name: str) -> str:
-    """Name the part by which a class differs from its twin.
+    """Return the part by which a class differs from its twin.
 
     Parameters
     ----------
@@ -91,29 +91,29 @@ def make_birds(
     confounder: str | Mapping[str, str] | None = None,
     random_state: int | np.random.RandomState | None = 0,
 ) -> tuple[list[str], NDArray[np.str_], pd.DataFrame]:
-    """Draw pictures of birds and tell where each part is.
+    """Draw pictures of birds, and return their paths, their labels and where their parts are.
 
     Eight classes come in four pairs of twins, which differ in one part only: the crown, the
     wing, the beak or the tail. Pose, size, side, plumage colour, light and background vary from
     picture to picture. Pictures are written as ``root/<class>/<number>.jpg``, each whole or not at
-    all; files of that name are replaced, others are left alone.
+    all. Files of that name are replaced, and other files are left alone.
 
     Parameters
     ----------
     root : str or PathLike
-        Folder to write to; it is made if missing.
+        Folder to write to; it is made if it does not exist.
     n_per_class : int, default=40
-        Pictures of each class.
+        Number of pictures of each class.
     image_size : int, default=128
         Width and height of a picture in pixels, at least 32.
     start : int, default=0
-        Number of the first picture of each class. A picture depends on nothing but
-        `random_state`, its class, its number, `image_size` and `confounder`, so that
-        ``start=n_per_class`` goes on with pictures that the first call has not drawn.
+        Number of the first picture of each class. A picture depends only on `random_state`, its
+        class, its number, `image_size` and `confounder`. So ``start=n_per_class`` goes on with
+        pictures that a first call has not drawn.
     confounder : str or mapping of str to str, optional
         Class whose pictures get a mark in a corner, in front of the background; or a mapping
         from class to mark, which is one of "tag" (the default), "sun" and "leaf". The rest of
-        the picture stays as it is without the mark. Meant for training pictures only: a
+        the picture is the same as without the mark. It is meant for training pictures only: a
         classifier may then learn the mark in place of the bird.
     random_state : int, RandomState instance or None, default=0
         Seed; the same int gives the same pictures.
@@ -127,9 +127,8 @@ def make_birds(
     parts : DataFrame
         One row per image and visible part: ``path``, ``class``, ``part``, the box ``x0``,
         ``y0``, ``x1``, ``y1`` in pixels (half-open), and ``distinguishing``, True for the part
-        by which the class differs from its twin. The box of that part covers the part as either
-        twin has it, since what is missing tells as much as what is there. A mark has the part
-        "mark".
+        by which the class differs from its twin. The box of that part covers the part of both
+        twins, because what is missing tells as much as what is there. A mark has the part "mark".
 
     Raises
     ------
@@ -187,10 +186,10 @@ def _marks_by_class(confounder: str | Mapping[str, str] | None) -> dict[str, str
 def load_folder(
     root: str | os.PathLike[str], extensions: str | Collection[str] = IMAGE_EXTENSIONS
 ) -> tuple[list[str], NDArray[np.str_]]:
-    """List the images of a folder that holds one folder per class.
+    """Return the paths and labels of the images in a folder that holds one folder per class.
 
-    Images may lie at any depth inside a class folder. Hidden files and folders, whose name
-    begins with a dot, and files directly in `root` are passed over.
+    Images may lie at any depth inside a class folder. Hidden files and folders, whose names begin
+    with a dot, and files directly in `root` are left out.
 
     Parameters
     ----------

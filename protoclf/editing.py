@@ -55,7 +55,7 @@ def select_prototypes(
     X: Any = None,
     y: ArrayLike | None = None,
 ) -> ProtoPNetClassifier:
-    """Return a classifier with these prototypes alone, its last layer solved again.
+    """Return a classifier that has only these prototypes, with its last layer solved again.
 
     Parameters
     ----------
@@ -64,18 +64,18 @@ def select_prototypes(
     ids : array-like of int
         Prototypes to keep: at least one of each class.
     action : str
-        What the record calls it.
+        Name of the edit in the record.
     reason : str or dict of int to str
-        For the record: why prototypes go, for all or for each of them.
+        For the record: why prototypes are removed, for all or for each of them.
     X, y : images and labels, optional
-        What to solve the last layer on, in place of the activations of the training images: with
+        Images to solve the last layer on, in place of the activations of the training images: with
         the classifier's `class_weight`, with views of them as in `fit`, and with `self_matches` as
         "keep". They are needed for a classifier that does not hold those activations.
 
     Returns
     -------
     ProtoPNetClassifier
-        A new one, fitted; ``edits_`` has one more row for each prototype that went.
+        A new one, fitted; ``edits_`` has one more row for each removed prototype.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def remove(
 def keep(
     clf: ProtoPNetClassifier, ids: ArrayLike, reason: str = "", X: Any = None, y: Any = None
 ) -> ProtoPNetClassifier:
-    """Return a classifier with these prototypes alone; as `remove` of all others."""
+    """Return a classifier that has only these prototypes: the same as `remove` of all others."""
     return select_prototypes(clf, ids, action="keep", reason=reason, X=X, y=y)
 
 
@@ -149,18 +149,19 @@ def prune(
     ----------
     clf : ProtoPNetClassifier
     k, t : int, default=6, 3
-        A prototype goes if, of the k training images that are most similar to it, fewer than t are
-        of its class: it then looks at something that other classes have too, such as background
-        (Chen et al., NeurIPS 2019, supplement: pruning).
+        A prototype is removed if, of the k training images that are most similar to it, fewer than
+        t are of its class: it then looks at something that other classes have too, such as
+        background (Chen et al., NeurIPS 2019, supplement: pruning).
     min_weight : float, optional
-        The rule is then another one: a prototype goes if its weight for its own class is less.
+        With it, the rule is another one: a prototype is removed if its weight for its own class is
+        less than this.
     X, y
-        As in `select_prototypes`; nearest images are then looked for among these.
+        As in `select_prototypes`. The nearest images are then among these.
 
     Notes
     -----
-    Of each class the best prototype stays, even where the rule would take it. A class of fewer
-    than t images needs all of them among the nearest.
+    The best prototype of each class stays, even if the rule would remove it. If a class has fewer
+    than t images, all of them must be among the nearest.
     """
     check_editable(clf)
     check_rules({"k": k, "t": t, "min_weight": min_weight}, _PRUNE_RULES)
@@ -184,15 +185,15 @@ def prune(
 def merge_duplicates(
     clf: ProtoPNetClassifier, max_distance: float = 1e-6, X: Any = None, y: Any = None
 ) -> ProtoPNetClassifier:
-    """Return a classifier without prototypes that repeat another one of their class.
+    """Return a classifier without the prototypes that repeat another one of their class.
 
     Parameters
     ----------
     clf : ProtoPNetClassifier
     max_distance : float, default=1e-6
-        Squared distance between two prototypes, as latents are compared, up to which they are the
-        same: those of one patch at least, and with a larger value those of patches alike. The
-        first of them stays, and takes over the weight when the last layer is solved.
+        Two prototypes are the same up to this squared distance, as latents are compared. The
+        default finds prototypes of one patch; a larger value also finds those of similar patches.
+        The first of them stays, and takes over the weight when the last layer is solved.
     X, y
         As in `select_prototypes`.
     """
@@ -220,43 +221,43 @@ def forbid(
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
 ) -> ProtoPNetClassifier:
-    """Return a classifier trained further, whose prototypes do not come back to what these show.
+    """Return a classifier that was trained further, away from what these prototypes look at.
 
-    `remove` takes prototypes away and leaves it at that. Here they start again elsewhere, while
-    all prototypes of their classes are kept from what they looked at: by a penalty on similarity
-    to it during joint training, and in the projection, which passes over patches that look more
-    like it than like the prototype. Projection and last layer follow.
+    `remove` only takes prototypes away. `forbid` starts them again at other patches, and keeps all
+    prototypes of their classes from what they looked at. Joint training has a penalty on the
+    similarity to it. The projection passes over patches that look more like it than like the
+    prototype. The last layer follows.
 
     Parameters
     ----------
     clf : ProtoPNetClassifier
         A fitted one.
     ids : array-like of int
-        Prototypes that show what must not be looked at, in images of their classes.
+        Prototypes that show, in images of their classes, what the classifier must not look at.
     X, y : images and labels
-        To train on, as in `partial_fit`: the training images as a rule.
+        Images to train on, as in `partial_fit`: as a rule the training images.
     reason : str or dict of int to str, default=""
         For the record; for all, or for each of them.
     k : int, default=20
-        Images in which each of the prototypes is found most clearly, among those of its class: the
-        patches found there are what is forbidden. All of them should show it; with fewer than k
-        images of the class it is all images.
+        The forbidden patches of a prototype are the most similar patches of the k images of its
+        class that are most similar to it. All of them should show what is meant. If the class has
+        fewer than k images, all of its images are used.
     weight : float, default=1
-        Weight of the penalty in the joint loss: of the mean similarity of a class's prototypes to
-        a forbidden patch, as a share of the largest similarity there is, for the patch alone on a
-        plain ground and in its place.
+        Weight of the penalty in the joint loss. The penalty is the mean similarity of a class's
+        prototypes to a forbidden patch, where above 0, as a share of the largest possible
+        similarity: for the patch alone on a plain ground, and for the patch in its place.
     epochs : int, optional
-        Joint epochs of each cycle; the classifier's `joint_epochs` by default. Without them, or
-        with a frozen backbone, nothing but start and projection keeps prototypes away.
+        Joint epochs of each cycle; the classifier's `joint_epochs` by default. With 0, or with a
+        frozen backbone, only the start and the projection keep prototypes away.
     sample_weight, groups
         As in `partial_fit`. Nothing is found, or forbidden, in an image of weight 0.
 
     Returns
     -------
     ProtoPNetClassifier
-        A new one, fitted. Its ``concepts_`` hold what is forbidden, so that further training,
-        also for further `forbid`, heeds it too. Prototypes that have a forbidden patch themselves
-        start again as well, and are in ``edits_`` with those of `ids`.
+        A new one, fitted. Its ``concepts_`` hold what is forbidden, so that all further training
+        avoids it too. Other prototypes at a forbidden patch of their class also start again, and
+        are in ``edits_`` with those of `ids`.
 
     Raises
     ------
@@ -266,8 +267,8 @@ def forbid(
     Notes
     -----
     After ProtoPDebug (Bontempelli et al., ICLR 2023), which penalises the similarity to cut-outs.
-    A concept that one class may not use is left to the others. What looks different at
-    another place may come back there: look at the new prototypes, and forbid again.
+    What is forbidden for one class is not forbidden for the others. It may come back at another
+    place where it looks different: look at the new prototypes, and forbid again.
     """
     given = {"k": k, "weight": weight, "epochs": epochs}
     more = {"sample_weight": sample_weight, "groups": groups}
@@ -287,17 +288,17 @@ def encourage(
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
 ) -> ProtoPNetClassifier:
-    """Return a classifier trained further, with a prototype near whatever these show.
+    """Return a classifier that was trained further, towards what these prototypes look at.
 
     Parameters
     ----------
     clf, ids, X, y, reason, epochs, sample_weight, groups
-        As in `forbid`, for prototypes that show what should be looked at.
+        As in `forbid`, for prototypes that show what the classifier should look at.
     k : int, default=10
         As in `forbid`.
     weight : float, default=1
-        Weight in the joint loss: of the smallest squared distance from a patch that these show to
-        a prototype of its class, for the patch alone on a plain ground and in its place.
+        Weight of a cost in the joint loss: the smallest squared distance from an encouraged patch
+        to a prototype of its class, for the patch alone on a plain ground and in its place.
 
     Returns
     -------
@@ -312,7 +313,7 @@ def encourage(
 
     Notes
     -----
-    ProtoPDebug's other half. It acts in joint training alone.
+    This is the other half of ProtoPDebug. It acts in joint training only.
     """
     given = {"k": k, "weight": weight, "epochs": epochs}
     more = {"sample_weight": sample_weight, "groups": groups}

@@ -49,23 +49,23 @@ _FITTED = ("estimators_", "named_estimators_", "classes_")
 class ProtoPNetEnsemble(
     LogitsMixin, ClassifierMixin, TransformerMixin, MetaEstimatorMixin, _BaseComposition
 ):
-    """Several ProtoPNets whose logits are added up, and whose sheets are one.
+    """A classifier that adds up the logits of several ProtoPNets, with one sheet over all of them.
 
-    Its members can differ in all that a `ProtoPNetClassifier` has parameters for; what pays is
-    that they err on different images, as with different backbones. Chen et al., "This Looks Like
-    That: Deep Learning for Interpretable Image Recognition", NeurIPS 2019, section 2.5.
+    The members can differ in any parameter of `ProtoPNetClassifier`. An ensemble is worth it if
+    they err on different images, as with different backbones. Chen et al., "This Looks Like That:
+    Deep Learning for Interpretable Image Recognition", NeurIPS 2019, section 2.5.
 
     Parameters
     ----------
     estimators : list of (str, ProtoPNetClassifier)
-        The members and their names. They are cloned, never changed. Their parameters are set by
-        nested names, such as ``set_params(first__lr=1e-3)``. Two members with the same
-        parameters, an int as `random_state` among them, are the same model twice.
+        The members and their names. They are cloned, and never changed. Their parameters are set
+        by nested names, such as ``set_params(first__lr=1e-3)``. Two members with the same
+        parameters, and the same int as `random_state`, are the same model twice.
     n_jobs : int or None, default=None
-        Members fitted at the same time, each in a process of its own, as in joblib; on a GPU they
-        share its memory.
+        Number of members that are fitted at the same time, each in its own process, as in joblib.
+        On a GPU they share its memory.
     verbose : int, default=1
-        0 prints nothing; the members have a `verbose` of their own.
+        0 prints nothing. Each member has its own `verbose`.
 
     Attributes
     ----------
@@ -74,12 +74,12 @@ class ProtoPNetEnsemble(
     estimators_ : list of ProtoPNetClassifier
         The fitted members.
     named_estimators_ : sklearn.utils.Bunch
-        The same by their names.
+        The fitted members, by their names.
     n_prototypes_ : int
-        Prototypes of all members together.
+        Number of prototypes of all members together.
     prototypes_ : DataFrame
-        One row a prototype: the members' tables, with `member` and `member_prototype`, its number
-        there.
+        One row for each prototype: the members' tables, with `member` and `member_prototype`, the
+        number of the prototype in that member.
     coef_ : ndarray of shape (C, m)
         The members' last layers, side by side.
 
@@ -118,14 +118,14 @@ class ProtoPNetEnsemble(
     def of_fitted(
         cls, members: list[tuple[str, ProtoPNetClassifier]], **parameters: Any
     ) -> ProtoPNetEnsemble:
-        """Return the ensemble of classifiers that are fitted already, such as loaded ones.
+        """Return an ensemble of classifiers that are already fitted, such as loaded ones.
 
         Parameters
         ----------
         members : list of (str, ProtoPNetClassifier)
-            Taken as they are; all of the same classes.
+            Names and fitted classifiers, all with the same classes. They are not copied.
         **parameters
-            Those of the ensemble.
+            Parameters of the ensemble.
 
         Raises
         ------
@@ -158,7 +158,7 @@ class ProtoPNetEnsemble(
         sample_weight: ArrayLike | None = None,
         groups: ArrayLike | None = None,
     ):
-        """Fit clones of all members to the same images.
+        """Fit a clone of each member to the same images, and return the ensemble.
 
         Parameters
         ----------
@@ -172,10 +172,12 @@ class ProtoPNetEnsemble(
         Raises
         ------
         ImageError
-            If an image cannot be used: before any member is trained.
+            If an image cannot be used. Missing files and files that are no images are found before
+            any member is trained.
         ValueError
             If y, sample_weight, groups, or a parameter of the ensemble or of a member, cannot be
-            used: likewise, but for a member's backbone and what depends on it.
+            used. It is raised before any member is trained, except for a member's backbone and
+            what depends on it.
         """
         members = self._checked_members()
         X, y = unpacked(X, y)
@@ -224,20 +226,20 @@ class ProtoPNetEnsemble(
 
     @property
     def n_prototypes_(self) -> int:
-        """Number m of prototypes, of all members together."""
+        """Number m of prototypes of all members together."""
         return sum(member.n_prototypes_ for _, member, _ in self._members())
 
     @property
     def coef_(self) -> np.ndarray:
-        """The members' last layers side by side, (C, m): logits are `transform` times its rows."""
+        """The members' last layers side by side, (C, m); logits are ``transform(X) @ coef_.T``."""
         return np.concatenate([member.coef_ for _, member, _ in self._members()], axis=1)
 
     @property
     def prototypes_(self) -> pd.DataFrame:
-        """One row a prototype: the members' tables, one after the other.
+        """One row for each prototype: the members' tables, one after the other.
 
         - prototype : its number in the ensemble, which counts on from member to member
-        - member, member_prototype : whose it is, and its number there
+        - member, member_prototype : name of the member, and the prototype's number in it
         - the other columns are those of `ProtoPNetClassifier.prototypes_`
         """
         tables = []
@@ -249,7 +251,7 @@ class ProtoPNetEnsemble(
         return pd.concat(tables, ignore_index=True)
 
     def transform(self, X: Any) -> np.ndarray:
-        """Return the activations of all members' prototypes side by side, (n, m)."""
+        """Return the similarity of each image to each prototype of all members, (n, m)."""
         return np.concatenate([member.transform(X) for _, member, _ in self._members()], axis=1)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -266,10 +268,10 @@ class ProtoPNetEnsemble(
         attribution: str = "upsampled",
         percentile: float = 95,
     ) -> pd.DataFrame:
-        """Return the scoring sheet over all members: why each image got its logits.
+        """Return scoring sheets over all members: what each prototype adds to an image's logits.
 
-        Each member runs over the images twice, once for the logits that say which classes are
-        asked for; with `memory` its frozen backbone does so once.
+        Each member runs over the images twice: for the logits, which decide the classes to
+        explain, and for its sheet. With `memory`, a frozen backbone runs once.
 
         Parameters
         ----------
@@ -288,8 +290,8 @@ class ProtoPNetEnsemble(
             - prototype : is the number in the ensemble's `prototypes_`; no two members share one
             - row, col : are cells of the member's own latent map
 
-            The contributions of a sample and class sum to the ensemble's logit, float32 rounding
-            aside.
+            The contributions of a sample and class sum to the ensemble's logit, except for float32
+            rounding.
         """
         check_is_fitted(self)
         given = {"top": top, "attribution": attribution, "percentile": percentile}

@@ -62,10 +62,10 @@ def plot_prototypes(
     top: int | None = None,
     figure: Figure | SubFigure | None = None,
 ) -> PrototypesDisplay:
-    """Draw what prototypes are: parts of training images.
+    """Draw prototypes: the training image of each, the part of it, and the similarity to it.
 
-    For each the training image with the prototype's box, that box enlarged, and the similarity of
-    the image to the prototype, on one colour scale for all.
+    Each prototype has three pictures: the training image with the prototype's box, that box
+    enlarged, and the similarity of the image to the prototype, with one colour scale for all.
 
     Parameters
     ----------
@@ -77,10 +77,10 @@ def plot_prototypes(
     prototypes : array-like of int, optional
         Draw these, in this order, in place of a class.
     top : int, optional
-        Draw at most as many of each class, those of the highest weights. Of all classes, unless
-        it is given, at most 4 of each are drawn, and at most 40.
+        Draw at most this many prototypes of each class, those with the highest weights. Without
+        `top`, a drawing of all classes has at most 4 of each, and at most 40 in all.
     figure : matplotlib Figure or SubFigure, optional
-        Where to draw; a new one by default. In a smaller one letters are smaller.
+        Where to draw; a new figure by default. In a smaller figure letters are smaller.
 
     Returns
     -------
@@ -220,8 +220,8 @@ def plot_nearest_patches(
 ) -> NearestPatchesDisplay:
     """Draw the patches of images that are most similar to prototypes.
 
-    Each patch is drawn in its surroundings, with its box. Where the table has labels, a solid
-    frame and ✓ mark images of the prototype's class, a dashed one and ✗ others.
+    Each patch is drawn in its surroundings, with its box. If the table has labels, a solid frame
+    and ✓ mark images of the prototype's class, and a dashed frame and ✗ mark other images.
 
     Parameters
     ----------
@@ -229,15 +229,15 @@ def plot_nearest_patches(
         From `protoclf.nearest_patches.nearest_patches`, or of the same columns. Without labels
         nothing is marked.
     clf : ProtoPNetClassifier, optional
-        A fitted one; it adds the training images that the prototypes are parts of.
+        A fitted one. With it, the training images that the prototypes are parts of are drawn too.
     X : images, optional
-        Those that `sample` counts; by default they are read from `path`.
+        The images that `sample` counts; by default images are read from `path`.
     prototypes : array-like of int, optional
         Draw these, in this order; by default the first 40 of the table.
     top : int, optional
         Draw the patches up to this rank.
     figure : matplotlib Figure or SubFigure, optional
-        Where to draw; a new one by default. In a smaller one letters are smaller.
+        Where to draw; a new figure by default. In a smaller figure letters are smaller.
 
     Returns
     -------

@@ -34,7 +34,7 @@ class LogitsMixin:
         raise NotImplementedError
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the class label of each image, (n,); None where it has no logits."""
+        """Return the predicted class label of each image, (n,); None for one that was skipped."""
         logits = self._logits(X)
         labels = self.classes_[logits.argmax(1)]
         missing = np.isnan(logits[:, 0])
@@ -44,11 +44,11 @@ class LogitsMixin:
         return labels
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Return the accuracy; images that are skipped, as they cannot be read, do not count.
+        """Return the accuracy on images X with labels y.
 
-        It warns where there are such, and raises ValueError where no other is left. Without y, X is
-        a torch Dataset that holds the labels too. Labels and weights are checked before an image is
-        read.
+        With ``on_bad_image="skip"``, images that cannot be read do not count. It then warns, and
+        raises ValueError if no image is left. Without y, X is a torch Dataset that holds the labels
+        too. Labels and weights are checked before an image is read.
         """
         X, y = unpacked(X, y)
         check_is_fitted(self)
@@ -70,15 +70,15 @@ class LogitsMixin:
         return probabilities(self._logits(X))
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Return the logarithm of `predict_proba`, (n, C); -inf where that is rounded to 0."""
+        """Return the logarithm of `predict_proba`, (n, C); -inf where a probability rounds to 0."""
         with np.errstate(divide="ignore"):
             return np.log(self.predict_proba(X))
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Return the logits, (n, C).
+        """Return the logits of each image, (n, C).
 
-        For two classes, as everywhere in scikit-learn, the logit of the second minus that of the
-        first, (n,).
+        For two classes, as everywhere in scikit-learn, it is the logit of the second class minus
+        the logit of the first, (n,).
         """
         logits = self._logits(X)
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits

@@ -41,7 +41,7 @@ def nearest_patches(
     *,
     percentile: float = 95,
 ) -> pd.DataFrame:
-    """Return, for each prototype, the k images that it is found in most clearly, and where.
+    """Return, for each prototype, the k images with the most similar patches, and their boxes.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def nearest_patches(
     X : images
         As in its `fit`: the training images, or any others.
     k : int, default=10
-        Images for each prototype, each with its most similar patch; fewer where X holds fewer.
+        Number of images for each prototype, each with its most similar patch; fewer if X has fewer.
     y : array-like of shape (n,), optional
         Labels of the images, for the column `label`.
     percentile : float, default=95
@@ -62,7 +62,7 @@ def nearest_patches(
         One row for each prototype and rank:
 
         - prototype, class : the prototype and the class that owns it
-        - rank : 1 is the most similar; of equally similar ones the first image
+        - rank : 1 is the most similar; of equally similar images, the first in X comes first
         - sample, path : position in X, and the path where X holds paths
         - label : of the image, where y is given; otherwise missing
         - similarity : g_j

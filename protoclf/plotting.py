@@ -91,10 +91,11 @@ def plot_explanation(
     attribution: str = "upsampled",
     percentile: float = 95,
 ) -> ExplanationDisplay:
-    """Draw the scoring sheet of one image.
+    """Draw the scoring sheet of one image: its parts, what they look like, and the sums.
 
-    The colours of each similarity map run from its own lowest value to its own highest, so that it
-    shows where, and the number beside it how much; `plot_similarity_maps` has one scale for all.
+    The colours of each similarity map run from its own lowest value to its own highest. So a map
+    shows where the image is similar, and the number beside it shows how similar.
+    `plot_similarity_maps` has one scale for all maps.
 
     Parameters
     ----------
@@ -104,9 +105,9 @@ def plot_explanation(
     classes : {"top2", "predicted", "all"} or labels, default="top2"
         Classes to draw side by side.
     top : int, default=4
-        Prototypes to draw for each class; the others are summed up.
+        Number of prototypes to draw for each class; the others are summed up.
     figure : matplotlib Figure, optional
-        Where to draw; a new one by default. In a smaller one letters are smaller.
+        Where to draw; a new figure by default. In a smaller figure letters are smaller.
     attribution, percentile
         How boxes in the image are found: as in `ProtoPNetClassifier.explain`.
 
@@ -275,7 +276,7 @@ def plot_similarity_maps(
     top: int = 6,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
 ) -> SimilarityMapsDisplay:
-    """Draw where an image is similar to prototypes, on one colour scale.
+    """Draw where an image is similar to some prototypes, with one colour scale for all maps.
 
     Parameters
     ----------
@@ -285,12 +286,12 @@ def plot_similarity_maps(
     prototypes : array-like of int, optional
         Draw these, in this order.
     label : class label, optional
-        Draw the prototypes that contribute most to this class; by default to the predicted one.
+        Draw the prototypes that contribute most to this class; by default the predicted class.
     top : int, default=6
-        Number of them.
+        Number of prototypes to draw for the class.
     axes : matplotlib Axes, or several, optional
-        Where to draw, one for each prototype; by default new ones, behind one that shows the
-        image as it is.
+        Where to draw, one for each prototype. By default new ones, after one that shows the image
+        itself.
 
     Returns
     -------

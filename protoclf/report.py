@@ -61,11 +61,12 @@ def write_report(
     attribution: str = "upsampled",
     metrics: pd.DataFrame | None = None,
 ) -> Path:
-    """Write a page that shows, image by image, what looked like what and what that added up to.
+    """Write one HTML file with the scoring sheets of many images, for readers in a browser.
 
-    On top stands what the classifier is, then its prototypes by class, then a card for each
-    image: its sheets for the predicted class and for the rival, boxes over the picture, and the
-    training images that the parts look like. Wrong predictions come first, then the least certain.
+    The page begins with facts about the classifier. Then come its prototypes by class, and a card
+    for each image: its sheets for the predicted class and for the rival, boxes over the picture,
+    and the training images that the parts look like. Wrong predictions come first, then the least
+    certain.
 
     Parameters
     ----------
@@ -74,21 +75,21 @@ def write_report(
     X : images
         As in `ProtoPNetClassifier.explain`.
     y : array-like of shape (n,), optional
-        The true labels, by default those of a torch Dataset, if X is one. One that the classifier
-        does not know counts as wrong.
+        The true labels; by default those of a torch Dataset, if X is one. An image with a label
+        that the classifier does not know counts as wrong.
     path : str or path, default="report.html"
-        Where to write. A file there is replaced only once the new page is complete.
+        Where to write. An existing file is replaced only once the new page is complete.
     title : str, default="This looks like that"
         Heading of the page.
     top : int, default=5
         Rows of a sheet; the others are summed up in "(rest)".
     thumbnail : int, default=320
-        Longer side of the pictures, in pixels. Those of more than 200 training images are made
-        smaller, so that together they take no more room than 200.
+        Longer side of the pictures, in pixels. If there are more than 200 training images, their
+        pictures are made smaller, so that together they take no more room than 200.
     attribution : {"upsampled", "gradient"}, default="upsampled"
         How boxes are found in the images: as in `ProtoPNetClassifier.explain`.
     metrics : DataFrame, optional
-        From `protoclf.metrics.interpretability_report`: its table is shown with the classifier.
+        The table of `protoclf.metrics.interpretability_report`, to show with the classifier.
 
     Returns
     -------
@@ -98,8 +99,8 @@ def write_report(
     Raises
     ------
     ImageError
-        If an image of X cannot be read. One of the training images may be missing: its patch is
-        marked as not found, with one warning.
+        If an image of X cannot be read. Training images may be missing: their patches are marked
+        as not found, with one warning.
     ValueError
         If y has another length than X, or a parameter cannot be used.
     ImportError

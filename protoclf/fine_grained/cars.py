@@ -26,7 +26,7 @@ _NUMBERS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class")
 def read_cars(
     root: str | os.PathLike[str], crop_to: str | os.PathLike[str] | None = None
 ) -> pd.DataFrame:
-    """Read Stanford Cars: images of cars with boxes.
+    """Return a table of the images of Stanford Cars, with the box of each car.
 
     Parameters
     ----------

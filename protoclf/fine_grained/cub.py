@@ -29,7 +29,7 @@ _SPLITS = {"0": "test", "1": "train"}
 def read_cub(
     root: str | os.PathLike[str], crop_to: str | os.PathLike[str] | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read CUB-200-2011: images of birds with boxes, and where their parts are.
+    """Return tables of CUB-200-2011: the images with the box of each bird, and its parts.
 
     Parameters
     ----------

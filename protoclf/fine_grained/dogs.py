@@ -20,7 +20,7 @@ from protoclf.fine_grained.upright import upright
 def read_dogs(
     root: str | os.PathLike[str], crop_to: str | os.PathLike[str] | None = None
 ) -> pd.DataFrame:
-    """Read Stanford Dogs: images of dogs with boxes.
+    """Return a table of the images of Stanford Dogs, with the box around the dogs.
 
     Parameters
     ----------

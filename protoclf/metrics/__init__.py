@@ -1,8 +1,9 @@
 """How interpretable a fitted classifier is, as numbers.
 
-Each function takes a fitted classifier, and as a rule images, and returns a table of one row for
-each image, prototype or box, whose mean is the score. `bootstrap_interval` says how far to trust a
-mean, `random_prototypes` what it is worth by chance, and `interpretability_report` does all of it.
+A metric takes a fitted classifier, and as a rule images. It returns a table with one row for each
+image, prototype or box, and the score is the mean of a column (`global_size` returns a number).
+`bootstrap_interval` says how far to trust a mean, `random_prototypes` what it is worth by chance,
+and `interpretability_report` does all of it.
 """
 
 from protoclf.metrics.baselines import random_prototypes

@@ -31,26 +31,26 @@ if TYPE_CHECKING:
 def random_prototypes(
     clf: ProtoPNetClassifier, X: Any, y: ArrayLike, *, random_state: int = 0
 ) -> ProtoPNetClassifier:
-    """Return a classifier with as many prototypes, at random patches of images of their classes.
+    """Return the classifier with its prototypes moved to random patches of their classes.
 
     Backbone and add-on layers stay as they are. The last layer is solved again, with the same
-    penalty; on its own image each prototype counts as the median of its class, as with
-    ``self_matches="median"``.
+    penalty. On its own image, the activation of each prototype is replaced by the median of its
+    class, as with ``self_matches="median"``.
 
     Parameters
     ----------
     clf : ProtoPNetClassifier
         A fitted one.
     X, y : images and labels
-        Where patches are drawn from, with replacement, and what the last layer is solved on: those
-        that a metric is about, or the training images. A class of which X has no image draws from
-        all.
+        Images from which patches are drawn, with replacement, and on which the last layer is
+        solved: the images that are measured, or the training images. A class without an image in X
+        draws from all images.
     random_state : int, default=0
 
     Returns
     -------
     ProtoPNetClassifier
-        A new one, fitted. On X it has seen the labels, so that its accuracy there says nothing.
+        A new one, fitted. It has seen the labels of X, so its accuracy on X says nothing.
     """
     check_rules({"random_state": random_state}, {"random_state": SEED})
     check_classifier(clf)

@@ -24,17 +24,19 @@ def bootstrap_interval(
     n_resamples: int = 1000,
     random_state: int = 0,
 ) -> tuple[float, float]:
-    """Return the interval of a mean, from means of resampled values.
+    """Return the interval of a mean by the bootstrap: from the means of resampled values.
 
     Parameters
     ----------
     values : array-like of shape (n,)
-        One for each image, prototype or box; missing ones are left out.
+        One value for each image, prototype or box; missing values are left out.
     groups : array-like of shape (n,), optional
-        What is drawn together, such as all boxes of one image; by default each value by itself.
+        Values of the same group are drawn together, such as all boxes of one image. By default
+        each value is drawn by itself.
     level : float, default=0.95
+        Share of the means that lies in the interval.
     n_resamples : int, default=1000
-        How often as many groups as there are get drawn with replacement.
+        Number of resamples. Each draws as many groups as there are, with replacement.
     random_state : int, default=0
 
     Returns

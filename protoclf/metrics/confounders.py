@@ -65,24 +65,25 @@ def find_confounders(
     y_valid: ArrayLike | None = None,
     thresholds: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Rank prototypes by signs that they look at something else than the object.
+    """Return a table of the prototypes, those first that seem to look at something else.
 
-    The table says where to look and why. Look at the prototypes before you `remove` or `forbid`
-    them: a bird's nest is always in the same place as the bird, and so may be its best part.
+    It ranks prototypes by signs that they do not look at the object, and gives reasons. Look at
+    the prototypes before you `remove` or `forbid` them: a bird's nest is always in the same place
+    as the bird, and so may be its best part.
 
     Parameters
     ----------
     clf : ProtoPNetClassifier
         A fitted one.
     X, y : images and labels
-        The training images as a rule.
+        As a rule the training images.
     masks : sequence of n arrays (height, width), optional
-        For each image of X, in its own pixels, what is not 0 where the object is, as in
-        `protoclf.metrics.pointing`; `PartMasks` makes them from boxes.
+        For each image of X, in its own pixels, an array that is not 0 where the object is, as in
+        `protoclf.metrics.pointing`. `PartMasks` makes them from boxes.
     X_valid, y_valid : images and labels, optional
-        Images from elsewhere, which what is peculiar to the training images does not reach.
+        Images from elsewhere, without what is peculiar to the training images.
     thresholds : mapping of str to float, optional
-        From when on a sign counts, in place of those in `SIGNS`.
+        Thresholds from which a sign counts, in place of those in `SIGNS`.
 
     Returns
     -------
@@ -90,21 +91,21 @@ def find_confounders(
         One row for each prototype, those with most signs first, and among these the largest
         weights:
 
-        - prototype, class, source, weight : as in `prototypes_`, weight that for its own class
-        - kept : mean share of the similarity to images of its class that is left when the object
-          is covered with the image's mean colour, from 0 to 1; from 0.8 on it is a sign. Images
-          whose object the model does not see do not count, nor those without similarity. Missing
-          where none counts, and without masks
+        - prototype, class, source, weight : as in `prototypes_`
+        - kept : when the object is covered with the image's mean colour, the mean share of the
+          similarity to images of its class that is left, from 0 to 1. It is a sign from 0.8 on.
+          Images whose object the model does not see, or without similarity, do not count. Missing
+          if none counts, and without masks
         - same_place : share of the images of its class in which it is found within one cell of
-          one place; from 0.8 on it is a sign. Missing where maps are not larger than 3 x 3, and
-          for classes with fewer than 3 images
-        - separation : probability that an image of its class is more similar to it than one of
-          the others (area under the ROC curve); up to 0.6 it is a sign
-        - validation_drop : share of its median similarity to images of its class that is missing
-          on the validation images of it; from 0.2 on it is a sign. Missing without them, and
-          where the median is not above 0
-        - signs : how many of these there are
-        - reasons : the same in words; empty without signs
+          one place. It is a sign from 0.8 on. Missing if maps are not larger than 3 x 3, and for
+          classes with fewer than 3 images
+        - separation : probability that an image of its class is more similar to it than an image
+          of another class (area under the ROC curve). It is a sign up to 0.6
+        - validation_drop : share of its median similarity to images of its class that is lost on
+          the validation images of the class. It is a sign from 0.2 on. Missing without these
+          images, and if the median is not above 0
+        - signs : number of signs
+        - reasons : the signs in words; empty without signs
 
     Raises
     ------
@@ -115,7 +116,7 @@ def find_confounders(
 
     Notes
     -----
-    Shares of similarity take negative ones, which cosines may be, for 0.
+    In shares of similarity, negative similarities (of cosines) count as 0.
     """
     limits = _thresholds(thresholds)
     X_valid, y_valid = unpacked(X_valid, y_valid)

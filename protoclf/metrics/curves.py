@@ -36,7 +36,7 @@ def deletion_insertion(
     n_controls: int = 1,
     random_state: int = 0,
 ) -> pd.DataFrame:
-    """Take the evidence away bit by bit, or show it bit by bit, and follow the probability.
+    """Return areas under the probability as the evidence is deleted, or inserted, bit by bit.
 
     The evidence for the predicted class at a pixel is the sum of the similarity maps, upsampled,
     times the weights of the prototypes that speak for it. Pixels are deleted (set to the mean
@@ -51,9 +51,9 @@ def deletion_insertion(
     X : images
         As in its `fit`.
     n_steps : int, default=20
-        Steps in which all pixels are changed, a run of the network each.
+        Number of steps in which all pixels are changed. Each is a run of the network.
     n_controls : int, default=1
-        Orders at random for each image: those of maps of random cells, upsampled.
+        Number of random orders for each image: those of maps of random cells, upsampled.
     random_state : int, default=0
 
     Returns

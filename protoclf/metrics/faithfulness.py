@@ -34,7 +34,7 @@ def deletion_score(
     n_controls: int = 4,
     random_state: int = 0,
 ) -> pd.DataFrame:
-    """Cover the boxes of the scoring sheets, and see whether that takes the evidence away.
+    """Return how far similarity and logit fall when the boxes of the scoring sheets are covered.
 
     A box is faithful if covering it lowers the similarity of its prototype, and the logit, more
     than covering a region of the same size at a random place does.
@@ -48,9 +48,10 @@ def deletion_score(
     attribution, percentile
         How boxes are found: as in `ProtoPNetClassifier.explain`.
     top : int, default=3
-        Boxes to cover for each image: those of the highest contributions to the predicted class.
+        Number of boxes to cover for each image: those of the highest contributions to the predicted
+        class.
     n_controls : int, default=4
-        Random places for each box.
+        Number of random places for each box.
     random_state : int, default=0
 
     Returns
@@ -62,7 +63,7 @@ def deletion_score(
         - area : share of the model's input that the box covers
         - similarity_drop, control_similarity_drop : how far the prototype's similarity to the
           image falls when the box is covered, and on average over the random places
-        - logit_drop, control_logit_drop : the same of the predicted class's logit
+        - logit_drop, control_logit_drop : the same for the predicted class's logit
 
         The means of ``similarity_drop - control_similarity_drop`` and of ``logit_drop -
         control_logit_drop`` are the scores: above 0 is better than chance, in units of the

@@ -41,12 +41,12 @@ def spatial_misalignment(
     percentile: float = 95,
     random_state: int = 0,
 ) -> pd.DataFrame:
-    """Attack the pixels outside of a prototype's box, and see how far that moves the prototype.
+    """Return how far a prototype moves when the pixels outside of its box are attacked.
 
-    In each image the prototype of the highest contribution to the predicted class is attacked: by
-    projected gradient descent on its similarity, in the pixels that are not in its box. If the box
-    were what the prototype looks at, nothing would change. Where no prototype speaks for the
-    class, there is nothing to attack, and all that would be measured is missing.
+    In each image, the prototype with the highest contribution to the predicted class is attacked:
+    by projected gradient descent on its similarity, in the pixels that are not in its box. If the
+    prototype looked only at its box, nothing would change. If no prototype speaks for the class,
+    there is nothing to attack, and the measured values are missing.
 
     Parameters
     ----------
@@ -60,11 +60,11 @@ def spatial_misalignment(
     n_steps : int, default=20
         Steps, each a pass through the network and back.
     margin : float, default=10 / 224
-        The box is that much larger on each side, as a share of the input's side.
+        The box is this much larger on each side, as a share of the input's side.
     percentile : float, default=95
-        Of the box, as in `ProtoPNetClassifier.explain`.
+        Percentile of the box, as in `ProtoPNetClassifier.explain`.
     random_state : int, default=0
-        Of the start, uniform within `epsilon`.
+        Seed of the random start, uniform within `epsilon`.
 
     Returns
     -------

@@ -32,7 +32,7 @@ def pointing(
     attribution: str = "upsampled",
     percentile: float = 95,
 ) -> pd.DataFrame:
-    """Return how much of the boxes of the scoring sheets lies on the object.
+    """Return the share of each box of the scoring sheets that lies on the object.
 
     Parameters
     ----------
@@ -41,10 +41,11 @@ def pointing(
     X : images
         As in its `fit`.
     masks : sequence of n arrays (height, width)
-        For each image, in its own pixels, what is not 0 where the object is. They are asked for
-        one after the other, so that a sequence may read each from its file.
+        For each image, in its own pixels, an array that is not 0 where the object is. The masks are
+        used one after the other, so a sequence may read each from its file.
     top : int, default=3
-        Boxes of each image: those of the highest positive contributions to the predicted class.
+        Number of boxes of each image: those of the highest positive contributions to the predicted
+        class.
     attribution, percentile
         How boxes are found: as in `ProtoPNetClassifier.explain`.
 
@@ -58,8 +59,8 @@ def pointing(
           the score. Missing, as is `hit`, where the model sees nothing of the object
         - hit : 1 if the middle of the most similar patch lies in the mask, else 0: the pointing
           game, without its tolerance of 15 pixels
-        - object_share : share of the mask in what the model sees, which `inside` and `hit` are on
-          average for places drawn at random, boxes that end at the border aside
+        - object_share : share of the mask in what the model sees. Random places have this `inside`
+          and `hit` on average, except for boxes that end at the border
 
     Notes
     -----
@@ -95,7 +96,7 @@ def object_coverage(
     attribution: str = "upsampled",
     percentile: float = 95,
 ) -> pd.DataFrame:
-    """Return how much of the object the boxes of each scoring sheet cover together.
+    """Return the share of the object that the boxes of each scoring sheet cover together.
 
     Parameters
     ----------
@@ -111,8 +112,8 @@ def object_coverage(
         - coverage : share of the object, as far as the model sees it, that lies in any of the
           boxes, from 0 to 1; missing where the model sees none of it. The score is the mean. Large
           boxes cover much: read it beside `boxes_share`
-        - boxes_share : share of what the model sees that lies in any of the boxes, which the
-          coverage is on average for an object anywhere
+        - boxes_share : share of what the model sees that lies in any of the boxes. For an object
+          at a random place, the coverage is this on average
 
     Notes
     -----

@@ -26,8 +26,8 @@ def sparsity(clf: ProtoPNetClassifier, X: Any, *, share: float = 0.9) -> pd.Data
 
     A decision's contributions are similarity times weight for the predicted class. Its size is
     the smallest number of prototypes whose contributions, in absolute values, sum to `share` of
-    all of them: where none is negative, of the logit. The score is the mean of `size`, at least 0,
-    where less is to be read.
+    all of them. (If none is negative, the sum of all is the logit.) The score is the mean of
+    `size`, at least 0. The smaller it is, the less there is to read.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def sparsity(clf: ProtoPNetClassifier, X: Any, *, share: float = 0.9) -> pd.Data
 
         - sample, path, class : the predicted class
         - size
-        - n_rows : prototypes with a contribution, the rows of its scoring sheet
+        - n_rows : number of prototypes with a contribution: the rows of its scoring sheet
 
     Notes
     -----
@@ -77,10 +77,10 @@ def sparsity(clf: ProtoPNetClassifier, X: Any, *, share: float = 0.9) -> pd.Data
 
 
 def global_size(clf: ProtoPNetClassifier) -> int:
-    """Return the number of prototypes that any class makes use of, at most m.
+    """Return the number of prototypes that at least one class uses, at most m.
 
-    A weight other than 0 makes use of a prototype, for or against a class. QuanProto counts
-    weights above 1e-3, for a class only.
+    A class uses a prototype if its weight is not 0, for or against the class. QuanProto counts
+    only weights above 1e-3, for a class.
 
     Parameters
     ----------
@@ -105,8 +105,8 @@ def distinctness(clf: ProtoPNetClassifier, *, max_distance: float = 1e-6) -> pd.
     clf : ProtoPNetClassifier
         A fitted one.
     max_distance : float, default=1e-6
-        As latents are compared: for cosines, 2 - 2 cos. The default finds the same patch twice;
-        a larger one finds patches alike.
+        Squared distance as latents are compared: for cosines, 2 - 2 cos. The default finds the
+        same patch twice; a larger value also finds similar patches.
 
     Returns
     -------

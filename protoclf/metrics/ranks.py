@@ -37,11 +37,11 @@ def rank_stability(
     clip: float = 0.25,
     random_state: int = 0,
 ) -> pd.DataFrame:
-    """Return how far the order of the prototypes by similarity outlasts JPEG and noise.
+    """Return whether the most similar prototypes stay the same under JPEG and noise.
 
-    Only prototypes that some class makes use of count. The score is the mean of `kept`, for each
-    of the two changes: from 0 to 1, where 1 is best; `top` divided by their number is what two
-    orders at random have on average.
+    Only prototypes that some class uses count. The score is the mean of `kept`, for each of the
+    two changes: from 0 to 1, where 1 is best. Two random orders have `top` divided by the number
+    of these prototypes on average.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ def rank_stability(
     X : images
         As in its `fit`.
     top : int, default=5
-        How many of the most similar prototypes are looked at; all, where there are fewer.
+        How many of the most similar prototypes are compared; all, if there are fewer.
     quality : int, default=20
-        Of the JPEG, 1 to 95; the model's input is compressed.
+        Quality of the JPEG, 1 to 95. The model's input is compressed.
     noise, clip : float, default=0.2, 0.25
         Standard deviation of the normal noise, and its largest absolute value, in ImageNet's
         standard deviations, as in `stability`.

@@ -43,10 +43,10 @@ def interpretability_report(
     level: float = 0.95,
     random_state: int = 0,
 ) -> pd.DataFrame:
-    """Return all metrics that the data allow, each beside a random baseline and with an interval.
+    """Return a table of all metrics that the data allow, with intervals and random baselines.
 
-    The baseline is the same metric of `random_prototypes`: the same backbone, with prototypes at
-    random patches. Intervals are those of `bootstrap_interval`, over images or prototypes.
+    The baseline is the same metric for `random_prototypes`: the same backbone, with prototypes at
+    random patches. Intervals are from `bootstrap_interval`, over images or prototypes.
 
     Parameters
     ----------
@@ -61,14 +61,14 @@ def interpretability_report(
         Masks of the objects, for pointing and object coverage: see `protoclf.metrics.pointing`. By
         default, where `parts` has boxes, all that lies in any box of an image.
     metrics : sequence of str, optional
-        Names of the rows that are wanted; all by default.
+        Names of the rows to compute; all by default.
     draw_from : (X, y), optional
-        Images and labels that the baseline draws its patches from, and solves its last layer on:
-        those of the fit, best of all. By default the images that are measured, each of which then
-        holds some of the patches itself.
+        Images and labels from which the baseline draws its patches, and on which it solves its
+        last layer: best of all, those of the fit. By default the images that are measured; the
+        baseline's patches are then parts of these images.
     n_perturbed : int, default=100
-        Images, drawn at random, for the metrics that run the network many times for each image:
-        box deletion, deletion and insertion, location and activation change.
+        Number of images, drawn at random, for the metrics that run the network many times for each
+        image: box deletion, deletion and insertion, location and activation change.
     n_resamples, level
         As in `bootstrap_interval`.
     random_state : int, default=0
@@ -83,8 +83,8 @@ def interpretability_report(
           accuracy without `draw_from`, since the baseline's last layer has seen the labels
         - better : "higher" or "lower"
         - unit, n, baseline_n : what the interval is over, "sample" or "prototype", and how many of
-          them; the one "model" has none. Images in which nothing speaks for the predicted class
-          have no boxes, so that the baseline's can be far fewer
+          them; a "model" has no interval. Images in which nothing speaks for the predicted class
+          have no boxes, so the baseline's number can be far smaller
 
     Notes
     -----
