@@ -225,7 +225,7 @@ def forbid(
 
     `remove` only takes prototypes away. `forbid` starts them again at other patches, and keeps all
     prototypes of their classes from what they looked at. Joint training has a penalty on the
-    similarity to it. The projection passes over patches that look more like it than like the
+    similarity to it. The projection skips patches that look more like it than like the
     prototype. The last layer follows.
 
     Parameters
