@@ -2,8 +2,9 @@
 
 Each row changes one thing of the defaults (train/test split of drawn birds, trained from scratch,
 or of a folder of photos on a pretrained backbone). "without projection" keeps the prototypes where
-training left them, "without sign bounds" lets any prototype speak for or against any class; both
-with a last layer solved to its optimum, like all others.
+training left them, "without sign bounds" lets any prototype speak for or against any class. Both
+have a last layer solved to its optimum, but on the images as they are: compare them with "last
+layer without views".
 
     python examples/benchmarks/ablations.py --seeds 3
     python examples/benchmarks/ablations.py --images photos/train --backbone efficientnet_lite0

@@ -9,6 +9,7 @@ The black boxes: scikit-learn's logistic regression, its C cross-validated, on t
 pooled features (its time is that of one pass over the training images), and with --fine-tune the
 same CNN with pooling and a linear layer, trained with the same augmentation, rates, epochs and
 precision: with batch-norm statistics learned anew, and with those that came with the weights.
+These take as long as the ProtoPNet each; --without-cnn leaves them out.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def models(args, first):
     """Yield functions of (args, train, held_out, seed)."""
     if first:  # nothing random in it
         yield linear
-    if args.fine_tune:
+    if args.fine_tune and not args.without_cnn:
         yield lambda *given: cnn(*given, keep_statistics=False)
         yield lambda *given: cnn(*given, keep_statistics=True)
     for k in args.prototypes:
@@ -71,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--fine-tune", type=int, default=0, metavar="EPOCHS", help="default: frozen"
     )
+    parser.add_argument("--without-cnn", action="store_true", help="no fine-tuned black boxes")
     parser.add_argument("--prototypes", nargs="+", default=["5", "10"], help='numbers, or "auto"')
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/fit.py --cabrnet-venv cabrnet-venv --data photos --repeats 3
 
-The same photos, backbone, starting weights, epochs and batch size, without augmentation: warm-up,
-joint training, projection and last layer, on the CPU. `photos` has the folders train and test, each
-with a folder for each class; without --data, drawn birds.
+The same photos, backbone, starting weights, epochs and batch size: warm-up, joint training,
+projection and last layer, on the CPU. Only protoclf's defaults augment the photos. `photos` has
+the folders train and test, each with a folder for each class; without --data, drawn birds.
 
 - CaBRNet: its command `cabrnet train`, in an environment of its own, which is made if missing.
   Its last layer is trained for 20 epochs, its default.

@@ -70,7 +70,7 @@ def linear(args, statistics_kept=False):
 
 
 def protopnet(args, latent_dim=None, statistics_kept=False, piece=None):
-    """Prototypes, cluster and separation cost; `piece` images at a time."""
+    """Prototypes and all three costs, as weighted by default; `piece` images at a time."""
     torch.manual_seed(0)
     backbone, images, y = common(args)
     owner = (torch.arange(args.prototypes) % args.classes).sort().values.tolist()
@@ -83,7 +83,7 @@ def protopnet(args, latent_dim=None, statistics_kept=False, piece=None):
         net.keep_statistics(True)
         net.folds = find_folds(net.backbone, args.image_size)
     net.train()
-    criterion = ProtoPNetLoss(net.owner, 0.8, 0.08)
+    criterion = ProtoPNetLoss(net.owner, lambda_clst=0.8, lambda_sep=0.08, lambda_patch=0.8)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     pieces = pieces_by_class(y, piece or args.batch)
 
