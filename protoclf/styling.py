@@ -66,7 +66,7 @@ def style_sheet(
         if sample not in pictures:
             one = Images([row["path"]]) if images is None else images.take([sample])
             pictures[sample] = one.open(0)
-        source = ("source", row["source_index"])
+        source = ("source", row.get("member"), row["source_index"])
         if source not in pictures:
             pictures[source] = _source(clf, j)
         parts.append(_patch(pictures[sample], [row[name] for name in BOX], side))

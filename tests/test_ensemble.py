@@ -1,6 +1,9 @@
 """Several ProtoPNets as one: sums of logits and one sheet, against loops over the members."""
 
+import base64
+import io
 import pickle
+import re
 
 import numpy as np
 import pandas as pd
@@ -17,7 +20,7 @@ from torch import nn
 
 from protoclf import ImageError, ProtoPNetClassifier, ProtoPNetEnsemble
 from protoclf.editing import prune
-from protoclf.explanation import REST, SHEET_COLUMNS
+from protoclf.explanation import REST, SHEET_COLUMNS, SOURCE_BOX
 from protoclf.gallery import plot_prototypes
 from protoclf.metrics import sparsity
 from protoclf.nearest_patches import nearest_patches
@@ -592,6 +595,21 @@ def test_cross_validation_and_searches_of_nested_parameters(squares, image_paths
     search = GridSearchCV(given, grid, cv=folds, error_score="raise").fit(image_paths, y)
     best = search.best_estimator_
     assert best.n_prototypes_ == 3 * search.best_params_["a__prototypes_per_class"] + 6
+
+
+def test_members_of_different_images_are_shown_beside_their_own(fitted, squares):
+    X, y = squares
+    members = [("a", clone(fitted).fit(X[:12], y[:12])), ("b", clone(fitted).fit(X[12:], y[12:]))]
+    ensemble = ProtoPNetEnsemble.of_fitted(members, verbose=0)
+    sheet = ensemble.explain(X[:2], "all")
+    html = style_sheet(ensemble, sheet, X[:2], side=96).to_html()
+    found = re.findall(r'alt="training patch" src="data:image/png;base64,([^"]+)"', html)
+    assert len(found) == len(sheet)
+    for row, data in zip(sheet.to_dict("records"), found, strict=True):
+        x0, y0, x1, y1 = (row[side] for side in SOURCE_BOX)
+        expected = ensemble.source_image(row["prototype"])[y0:y1, x0:x1]
+        patch = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
+        np.testing.assert_array_equal(patch, expected)
 
 
 def test_an_ensemble_of_fitted_members_is_that_which_fits_them(fitted, squares):
