@@ -309,7 +309,7 @@ def plot_similarity_maps(
     check_one_of(label, prototypes)
     _check_one_image(image)
     picture = np.asarray(Images([image]).open(0))
-    similarity = clf.transform([image])[0]  # (m,)
+    similarity = clf.similarities([image]).numpy()[0]  # (m,)
     label = clf.predict([image]).tolist()[0] if label is None else label
     weight = clf.coef_[class_index(clf, label)]  # (m,)
     contribution = weight * similarity

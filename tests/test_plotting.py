@@ -240,6 +240,12 @@ def test_similarity_maps_are_of_the_highest_contributions(fitted, squares, tmp_p
     display.figure_.savefig(tmp_path / "maps.png")
 
 
+def test_similarity_maps_do_not_mind_the_output_format(fitted, squares):
+    expected = plot_similarity_maps(fitted, squares[0][0]).table
+    framed = copy.deepcopy(fitted).set_output(transform="pandas")
+    pd.testing.assert_frame_equal(plot_similarity_maps(framed, squares[0][0]).table, expected)
+
+
 def test_similarity_maps_of_another_class_or_of_given_prototypes(fitted, squares):
     image = squares[0][2]
     sheet = fitted.explain([image], "all")
