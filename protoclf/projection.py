@@ -17,9 +17,6 @@ from torch import Tensor
 
 from protoclf.prototype_layer import n_patches, own_class_distances
 
-Choice = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""From distances and cells (n, K, k) to the image and rank (K,) that each prototype takes."""
-
 
 class Sources(NamedTuple):
     """Where each of the m prototypes comes from.
@@ -66,8 +63,8 @@ def find_sources(
         in the order of the images.
     forbidden : callable, optional
         From z and y to the squared distance (n, L) of each patch to what is forbidden for the
-        class. A prototype takes no patch that is as near to that as to itself, unless there is no
-        other for its class, which warns.
+        class. A prototype takes no patch that is as near to that as to itself, unless none other
+        is left for it, which warns.
 
     Returns
     -------
@@ -160,33 +157,26 @@ def _choose(
         mine, images = np.flatnonzero(owner == c), np.flatnonzero(y == c)
         d, where, bar = (a[images, : len(mine)] for a in (distance, cell, barred != 0))  # (n, K, k)
         slot = np.arange(len(mine))
-        chosen = _of_those_left(choose, d, where, bar) if bar.any() else choose(d, where)
-        if chosen is None:
+        image, rank = choose(_with_barred_last(d, bar) if bar.any() else d, where)  # (K,), (K,)
+        n_barred = np.count_nonzero(bar[image, slot, rank])
+        if n_barred:
             warn(
-                f"Too few patches of class number {c} are unlike what is forbidden: its "
-                "prototypes were projected onto the nearest patches, whatever they show. Forbid "
-                "fewer of them, or give forbid a higher weight or more epochs.",
+                f"Too few patches of class number {c} are unlike what is forbidden: {n_barred} of "
+                f"its {len(mine)} prototypes were projected onto the nearest patches, whatever "
+                "they show. Forbid fewer of them, or give forbid a higher weight or more epochs.",
                 UserWarning,
                 stacklevel=2,
             )
-            chosen = choose(d, where)
-        image, rank = chosen  # (K,), (K,)
         sources.image[mine] = images[image]
         sources.cell[mine] = where[image, slot, rank]
         sources.distance[mine] = d[image, slot, rank]
     return sources
 
 
-def _of_those_left(
-    choose: Choice, d: np.ndarray, where: np.ndarray, barred: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Choose among the candidates (n, K, k) that are not barred; None where these are too few."""
-    try:
-        image, rank = choose(np.where(barred, np.inf, d), where)
-    except ValueError:  # of scipy: not enough for all to be distinct
-        return None
-    taken = barred[image, np.arange(len(image)), rank]
-    return None if taken.any() else (image, rank)
+def _with_barred_last(d: np.ndarray, barred: np.ndarray) -> np.ndarray:
+    """Lengthen the distances (n, K, k) of barred candidates, so that as few as can be are taken."""
+    d = d.astype(np.float64)
+    return d + barred * (1 + d.shape[1] * d.max())
 
 
 def _nearest(distance: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -170,6 +170,22 @@ def test_where_everything_is_forbidden_the_nearest_patches_are_taken_with_a_warn
     np.testing.assert_array_equal(barred.cell, plain.cell)
 
 
+@pytest.mark.parametrize(
+    ("distinct", "image", "cell"),
+    [(None, [1, 1], [0, 1]), ("patches", [1, 1], [0, 1]), ("images", [1, 0], [0, 1])],
+)
+def test_a_prototype_without_other_patches_leads_no_other_to_what_is_forbidden(
+    distinct, image, cell
+):
+    z, y = torch.tensor([[1.0, 2.0], [3.0, 11.0]]).view(2, 1, 1, 2), torch.tensor([0, 0])
+    owner, p = torch.tensor([0, 0]), torch.tensor([0.0, 10.0]).view(2, 1, 1, 1)
+    near = torch.tensor([[0.5, 0.5], [10.0, 0.5]])  # the third is free for the first prototype
+    with pytest.warns(UserWarning, match="class number 0 .*: 1 of its 2 prototypes"):
+        sources = find_sources([(z, y)], p, owner, distinct, forbidden=lambda z, y: near)
+    assert sources.image.tolist() == image
+    assert sources.cell.tolist() == cell
+
+
 def test_what_is_forbidden_does_not_come_back(clf):
     X, y = marked()
     before = clf.decision_function(X)
