@@ -90,18 +90,19 @@ def input_boxes(
     image = dataset.__getitems__([i])[0]["images"][0].to(net.device)
     index = torch.from_numpy(prototypes).to(net.device)
     maps = gradient_maps(net.module_.eval(), image, index).cpu().numpy()
-    blur = _BLUR * net.geometry_.stride[0]
+    blur = _BLUR * np.array(net.geometry_.stride)
     return np.array([salient_box(m, blur, percentile) for m in maps])
 
 
-def salient_box(attribution: np.ndarray, blur: float, percentile: float) -> list[int]:
+def salient_box(attribution: np.ndarray, blur: float | np.ndarray, percentile: float) -> list[int]:
     """Return the half-open box (x0, y0, x1, y1) around the highest region of a map (S, S).
 
     Parameters
     ----------
     attribution : ndarray of shape (S, S)
-    blur : float
-        Standard deviation in pixels of a Gaussian that the map is blurred with first.
+    blur : float, or two of them
+        Standard deviation in pixels of a Gaussian that the map is blurred with first, or those down
+        and right.
     percentile : float
         The region is what hangs together with the highest pixel and is at least this percentile.
     """

@@ -9,7 +9,7 @@ from sklearn.base import clone
 from torch import nn
 
 from protoclf import ProtoPNetClassifier
-from protoclf.attribution import _COPIES, _NOISE, gradient_maps, salient_box
+from protoclf.attribution import _COPIES, _NOISE, gradient_maps, input_boxes, salient_box
 from protoclf.explanation import BOX, FIELD, REST, SOURCE_BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
@@ -152,6 +152,18 @@ def test_gradients_are_those_of_each_copy_by_itself(fitted, squares):
             module.similarity_maps(z)[0, j].flatten()[cell].backward()
             expected += pixels.grad.abs().sum(0) / _COPIES
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * float(expected.max()))
+
+
+def test_a_map_is_blurred_by_half_a_cell_in_each_direction(squares, monkeypatch):
+    clf = ProtoPNetClassifier(
+        nn.AvgPool2d((2, 8)), image_size=32, train_backbone=False, prototypes_per_class=1, verbose=0
+    ).fit(*squares)
+    spike = torch.zeros(1, 32, 32)
+    spike[0, 16, 16] = 1
+    monkeypatch.setattr("protoclf.attribution.gradient_maps", lambda *_: spike)
+    dataset = ImageDataset(Images(squares[0]), clf.preprocessing_)
+    ((x0, y0, x1, y1),) = input_boxes(clf, dataset, 0, np.array([0]), 95)
+    assert x1 - x0 > 3 * (y1 - y0)
 
 
 def test_a_salient_box_surrounds_the_highest_region_alone():
