@@ -138,7 +138,7 @@ def read_groups(groups: Any, n: int) -> np.ndarray | None:
     """Return the group of each of n images as a number, or None where none are given."""
     if groups is None:
         return None
-    groups = _as_they_are(column_or_1d(groups), groups)
+    groups = _as_they_are(column_or_1d(_without_extension(groups)), groups)
     if len(groups) != n:
         raise ValueError(f"X has {n} images and groups {len(groups)} entries; as many are needed.")
     if pd.isna(groups).any():

@@ -45,6 +45,7 @@ from protoclf import ProtoPNetClassifier
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
+from protoclf.labels import read_groups
 from protoclf.last_layer import solve_last_layer
 from protoclf.penalty import _splits
 from protoclf.scorers import n_prototypes_scorer
@@ -195,6 +196,13 @@ def test_groups_reach_every_split_inside_fit(paths, squares, monkeypatch):
     assert len(np.unique(of_penalty)) == 6  # those that are not for validation
     path = clf.last_layer_path(paths, squares[1], [1e-3], folds=2, groups=groups)
     assert len(path) == 1
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "UInt64", "category"])
+def test_long_ids_of_groups_stay_apart(dtype):
+    ids = 2**60 + np.arange(6) // 2  # float64 would have one number for all of them
+    groups = pd.Series(ids).astype(dtype)
+    assert read_groups(groups, 6).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
