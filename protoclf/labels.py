@@ -126,8 +126,10 @@ def _as_they_are(column: np.ndarray, given: Any) -> np.ndarray:
 def _without_extension(y: Any) -> Any:
     """Return integers and booleans of pandas that can be missing, and are not, as numpy's.
 
-    And what categories stand for.
+    And what categories stand for; of a table with one column, likewise as a column.
     """
+    if isinstance(y, pd.DataFrame) and y.shape[1] == 1:
+        return np.asarray(_without_extension(y.iloc[:, 0]))[:, None]
     if isinstance(getattr(y, "dtype", None), pd.CategoricalDtype):
         return np.asarray(y)  # scikit-learn makes floats of booleans
     dtype = getattr(getattr(y, "dtype", None), "numpy_dtype", None)

@@ -294,10 +294,17 @@ def test_labels_come_back_as_they_were_given(names, wrap):
     ("labels", "dtype"), [(CODES, "Int64"), (CODES, "UInt8"), (CODES > 0, "boolean")]
 )
 def test_labels_that_pandas_could_miss_keep_their_type(labels, dtype):
-    clf = classifier(own_module()).fit(X, pd.Series(labels, dtype=dtype))
+    column = pd.Series(labels, dtype=dtype)
+    clf = classifier(own_module()).fit(X, column)
     assert clf.classes_.dtype == dtype.lower().replace("boolean", "bool")
+    missing = pd.Series([None, *labels[1:]], dtype=dtype)
     with pytest.raises(ValueError, match="NaN"):
-        clf.fit(X, pd.Series([None, *labels[1:]], dtype=dtype))
+        clf.fit(X, missing)
+    with pytest.warns(DataConversionWarning):
+        clf.fit(X, column.to_frame())
+    assert clf.classes_.dtype == dtype.lower().replace("boolean", "bool")
+    with pytest.warns(DataConversionWarning), pytest.raises(ValueError, match="NaN"):
+        clf.fit(X, missing.to_frame())
 
 
 def test_labels_in_half_precision_are_explained():
