@@ -233,8 +233,10 @@ def without_answer(
 def _with_missing_values(sheet: pd.DataFrame, columns: pd.Index) -> pd.DataFrame:
     """Let columns hold missing values beside integers, and beside True and False."""
     integers = sheet[columns].select_dtypes("integer").columns
+    large = sheet[columns].select_dtypes("uint64").columns  # labels, perhaps beyond int64
     flags = sheet[columns].select_dtypes("bool").columns
-    return sheet.astype(dict.fromkeys(integers, "Int64") | dict.fromkeys(flags, "boolean"))
+    types = dict.fromkeys(integers, "Int64") | dict.fromkeys(large, "UInt64")
+    return sheet.astype(types | dict.fromkeys(flags, "boolean"))
 
 
 def prototype_table(

@@ -67,13 +67,18 @@ def test_a_comparison_takes_whole_sheets(fitted, squares):
         compare(fitted.explain(squares[0], "top2").head(0))
 
 
-@pytest.fixture(scope="module", params=["text", "numbers", "booleans"])
+@pytest.fixture(scope="module", params=["text", "numbers", "long ids", "booleans"])
 def fitted_on_labels(fitted, squares, request):
     if request.param == "text":
         return fitted
     X, y = squares
-    labels = np.unique(y, return_inverse=True)[1] if request.param == "numbers" else y == "red"
-    return clone(fitted).fit(X, labels)
+    codes = np.unique(y, return_inverse=True)[1]
+    labels = {
+        "numbers": codes,
+        "long ids": codes.astype(np.uint64) + 2**63,
+        "booleans": y == "red",
+    }
+    return clone(fitted).fit(X, labels[request.param])
 
 
 @pytest.mark.parametrize("top", [None, 1])
