@@ -928,7 +928,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
         if isinstance(classes, str) and classes in ("predicted", "top2", "all"):
             return classes
-        labels = np.atleast_1d(np.asarray(list(classes) if isinstance(classes, Set) else classes))
+        labels = np.ravel(np.asarray(list(classes) if isinstance(classes, Set) else classes))
         index = {label: i for i, label in enumerate(self.classes_.tolist())}
         unknown = [label for label in labels.tolist() if label not in index]
         if unknown or not len(labels):

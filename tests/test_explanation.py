@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
@@ -181,6 +182,15 @@ def test_a_label_named_twice_is_explained_once(fitted, squares):
     once = fitted.explain(squares[0][:3], ["red"])
     assert fitted.explain(squares[0][:3], ["red", "red"]).equals(once)
     assert fitted.explain(squares[0][:3], "red").equals(once)
+
+
+def test_a_column_of_labels_is_explained_as_labels(fitted, squares):
+    labels = ["red", "blue"]
+    expected = fitted.explain(squares[0][:3], labels)
+    for column in (pd.DataFrame({"label": labels}), np.array(labels)[:, None], [labels]):
+        assert fitted.explain(squares[0][:3], column).equals(expected)
+    with pytest.raises(ValueError, match="got the unknown 'purple'"):
+        fitted.explain(squares[0][:3], [["red"], ["purple"]])
 
 
 @pytest.mark.parametrize("top", [1, 2, 3])
