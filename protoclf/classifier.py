@@ -30,6 +30,7 @@ from protoclf.explanation import (
     without_answer,
 )
 from protoclf.features import FitData, distance_batches, latent_batches
+from protoclf.fitted import checked_prototype
 from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.image_errors import ImageError
@@ -768,8 +769,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             If its file is gone, or is not the file that the fit saw.
         """
         sources = self._fitted().prototypes_["source_index"]
-        if not 0 <= prototype < len(sources):
-            raise IndexError(f"prototype must be from 0 to {len(sources) - 1}; got {prototype!r}.")
+        prototype = checked_prototype(prototype, len(sources))
         index = int(sources.iloc[prototype])
         if index in self.source_images_:
             return self.source_images_[index]

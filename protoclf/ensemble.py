@@ -30,6 +30,7 @@ from protoclf.explanation import (
     with_sum_of_rest,
     without_answer,
 )
+from protoclf.fitted import checked_prototype
 from protoclf.images import Images
 from protoclf.labels import Targets, read_targets
 from protoclf.logits import LogitsMixin, probabilities
@@ -348,10 +349,8 @@ class ProtoPNetEnsemble(
             The member's name.
         """
         if member is None:
-            if not 0 <= prototype < len(self.prototypes_):
-                n = len(self.prototypes_)
-                raise IndexError(f"prototype must be from 0 to {n - 1}; got {prototype!r}.")
-            row = self.prototypes_.iloc[prototype]
+            table = self.prototypes_
+            row = table.iloc[checked_prototype(prototype, len(table))]
             prototype, member = int(row["member_prototype"]), row["member"]
         check_is_fitted(self)
         if member not in self.named_estimators_:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,17 @@ def check_editable(clf: Any) -> None:
     check_classifier(clf)
     if isinstance(clf, FrozenEstimator):
         raise TypeError("A FrozenEstimator stays as it is; edit the one in it, frozen.estimator.")
+
+
+def checked_prototype(prototype: Any, m: int) -> int:
+    """Return the number of one of m prototypes; anything else is an IndexError."""
+    try:
+        number = operator.index(prototype)
+    except TypeError:  # such as what is missing in a "(rest)" row of a sheet
+        number = -1
+    if not 0 <= number < m:
+        raise IndexError(f"prototype must be from 0 to {m - 1}; got {prototype!r}.")
+    return number
 
 
 def known_prototypes(

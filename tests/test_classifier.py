@@ -1306,9 +1306,9 @@ def test_what_a_fit_finds_is_not_there_before_it(name):
         getattr(clf, name)
 
 
-@pytest.mark.parametrize("prototype", [-1, 99])
+@pytest.mark.parametrize("prototype", [-1, 99, pd.NA, 1.5, "1"])
 def test_images_of_prototypes_that_are_not_there_are_refused(model, prototype):
-    with pytest.raises(IndexError, match=rf"prototype must be from 0 to \d+; got {prototype}"):
+    with pytest.raises(IndexError, match=rf"prototype must be from 0 to \d+; got {prototype!r}"):
         model.source_image(prototype)
 
 

@@ -341,7 +341,7 @@ def test_prototypes_are_numbered_through(ensemble, image_paths):
         assert np.array_equal(image, ensemble.source_image(row["member_prototype"], row["member"]))
     with pytest.raises(ValueError, match="member must be one of"):
         ensemble.source_image(0, "large")
-    for wrong in (-1, len(table)):
+    for wrong in (-1, len(table), pd.NA):
         with pytest.raises(IndexError, match=f"from 0 to {len(table) - 1}; got {wrong}"):
             ensemble.source_image(wrong)
 
