@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,7 +199,8 @@ def class_weights(spec: Any, codes: np.ndarray, classes: np.ndarray) -> np.ndarr
 
 def check_classes(classes: Any, y: Any) -> None:
     """Raise ValueError where the classes that `partial_fit` is told of are not those of y."""
-    told, known = (set(np.ravel(np.asarray(labels, object)).tolist()) for labels in (classes, y))
+    told = list(classes) if isinstance(classes, Set) else classes
+    told, known = (set(np.ravel(np.asarray(labels, object)).tolist()) for labels in (told, y))
     if told != known:
         raise ValueError(
             "classes must be those of y in the first call, since each needs images that prototypes "

@@ -980,7 +980,8 @@ def test_other_classes_than_those_of_y_are_refused_by_partial_fit(classes):
     for clf in (classifier(own_module()), fitted):
         with pytest.raises(ValueError, match="classes must be those of y in the first call"):
             clf.partial_fit(X, Y, classes=classes)
-    assert fitted.partial_fit(X, Y, classes=np.unique(Y)[::-1]).classes_.tolist() == sorted(set(Y))
+    for same in (np.unique(Y)[::-1], set(Y), dict.fromkeys(Y).keys()):
+        assert fitted.partial_fit(X, Y, classes=same).classes_.tolist() == sorted(set(Y))
 
 
 @pytest.mark.parametrize("y", [[None, *Y[1:]], [7, *Y[1:]]])
