@@ -363,7 +363,9 @@ class StagedNet(SkorchProtoPNet):
         try:
             with catch_warnings():  # whether groups stay together is checked
                 filterwarnings("ignore", "The groups parameter is ignored", UserWarning)
-                return self.get_split_datasets(X, y, **together)
+                train, valid = self.get_split_datasets(X, y, **together)
+        except StopIteration:  # of a PredefinedSplit that is -1 throughout
+            train, valid = X, ()
         except (TypeError, ValueError) as error:
             if not isinstance(self.train_split, ValidSplit):
                 raise
@@ -373,6 +375,11 @@ class StagedNet(SkorchProtoPNet):
                 "StratifiedShuffleSplit alone. Give it what another splitter, such as "
                 "StratifiedGroupKFold, chose: ValidSplit([next(splitter.split(X, y, groups))])."
             ) from error
+        if valid is not None and not len(valid):
+            raise ValueError(
+                "train_split leaves no image to validate on. To train on all, set it to None."
+            )
+        return train, valid
 
     def _images_needed(self, first: bool) -> list[int]:
         """Return how many images of each class a fit needs."""

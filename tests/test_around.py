@@ -514,6 +514,14 @@ def test_a_validation_split_of_images_that_are_left_out_is_refused(paths, square
     assert len(some.fit(paths[left], squares[1][left]).activations_.g) == (fold[left] < 0).sum()
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("cv", [PredefinedSplit(np.full(24, -1)), [(np.arange(24), [])]])
+def test_a_validation_part_without_images_is_refused(paths, squares, cv, trained):
+    clf = small(train_split=ValidSplit(cv), train_backbone=trained, joint_epochs=1)
+    with pytest.raises(ValueError, match="train_split leaves no image to validate on"):
+        clf.fit(paths, squares[1])
+
+
 @pytest.mark.parametrize("how", ["one group", "one image a class"])
 def test_a_penalty_that_cannot_be_chosen_is_refused(paths, squares, how):
     clf = small(lambda_l1="cv", prototypes_per_class=1)
