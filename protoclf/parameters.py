@@ -263,7 +263,12 @@ def check_enough_images(
 
 
 def check_positions(positions: np.ndarray, n: int) -> None:
-    """Raise ValueError where a part of n images has a position that none of them has."""
+    """Raise ValueError where a part of n images has a position that none of them has, or a mask."""
+    if positions.dtype == bool:
+        raise ValueError(
+            "train_split must name positions, and names them by a mask: np.flatnonzero(mask) gives "
+            "them."
+        )
     beyond = positions[positions >= n]
     if len(beyond):
         raise ValueError(

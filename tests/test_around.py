@@ -514,6 +514,15 @@ def test_a_validation_split_of_images_that_are_left_out_is_refused(paths, square
     assert len(some.fit(paths[left], squares[1][left]).activations_.g) == (fold[left] < 0).sum()
 
 
+def test_a_split_by_masks_is_refused(paths, squares):
+    held_out = np.arange(24) < 6
+    clf = small(train_split=ValidSplit([(~held_out, held_out)]))
+    with pytest.raises(ValueError, match=r"by a mask: np.flatnonzero\(mask\) gives them"):
+        clf.fit(paths, squares[1])
+    clf.set_params(train_split=ValidSplit([(np.flatnonzero(~held_out), np.flatnonzero(held_out))]))
+    assert len(clf.fit(paths, squares[1]).activations_.g) == 18
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("cv", [PredefinedSplit(np.full(24, -1)), [(np.arange(24), [])]])
 def test_a_validation_part_without_images_is_refused(paths, squares, cv, trained):
