@@ -141,7 +141,10 @@ def read_groups(groups: Any, n: int) -> np.ndarray | None:
     """Return the group of each of n images as a number, or None where none are given."""
     if groups is None:
         return None
-    groups = _as_they_are(column_or_1d(_without_extension(groups)), groups)
+    try:
+        groups = _as_they_are(column_or_1d(_without_extension(groups)), groups)
+    except ValueError as error:
+        raise ValueError(f"groups must hold one entry for each image: {error}") from error
     if len(groups) != n:
         raise ValueError(f"X has {n} images and groups {len(groups)} entries; as many are needed.")
     if pd.isna(groups).any():

@@ -207,7 +207,11 @@ def test_long_ids_of_groups_stay_apart(dtype):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [([0] * 23, "X has 24 images and groups 23"), ([None] * 24, "some are missing")],
+    [
+        ([0] * 23, "X has 24 images and groups 23"),
+        ([None] * 24, "some are missing"),
+        ("a", "groups must hold one entry"),
+    ],
 )
 def test_wrong_groups_are_refused(paths, squares, wrong, message):
     with pytest.raises(ValueError, match=message):
