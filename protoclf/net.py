@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory
 from protoclf.activations import Activations
 from protoclf.array_store import folder_of
+from protoclf.augmentation import AugmentedDataset
 from protoclf.backbone_facts import (
     evaluation_folds_of,
     facts_of,
@@ -279,12 +280,14 @@ class SkorchProtoPNet(NeuralNetClassifier):
         name = "iterator_train" if training else "iterator_valid"
         kwargs = {"batch_size": int(self.batch_size), "collate_fn": ImageDataset.collate}
         kwargs |= {"shuffle": training} if rows is None else {"sampler": rows}
-        if not training:  # torch's own is a fit's, perhaps in another thread
-            kwargs["generator"] = torch.Generator()
         kwargs |= self.get_params_for(name)
         by_itself = getattr(dataset, "takes_no_workers", False)
         if by_itself or self.on_bad_image == "skip":  # workers would note failures to themselves
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_WORKERS}
+        # workers that draw views take their seed from torch's generator, others must not touch it:
+        # it is a fit's, perhaps in another thread
+        if not (training or (isinstance(dataset, AugmentedDataset) and kwargs.get("num_workers"))):
+            kwargs.setdefault("generator", torch.Generator())
         if by_itself:  # its batches may be on the device already
             kwargs.pop("pin_memory", None)
         elif torch.device(self.device).type == "cuda":

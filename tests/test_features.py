@@ -136,6 +136,18 @@ def test_views_are_drawn_once_and_learned_from(fitted, squares):
     assert data.view_features is not views
 
 
+def test_workers_draw_other_views_each_time_and_for_each_seed(fitted, squares):
+    clf = copy.deepcopy(fitted).set_params(augmented_views=2, device="cpu")
+    clf.set_params(iterator_valid__num_workers=1)
+    dataset = dataset_of(clf, squares)
+    found = []
+    for clf.seed_ in (0, 0, 1):
+        found.append([view.features for view in FitData(clf, dataset, None).view_features])
+    assert not torch.equal(found[0][0], found[0][1])
+    assert not torch.equal(found[0][0], found[2][0])
+    assert all(map(torch.equal, found[0], found[1]))
+
+
 def test_without_views_features_are_those_of_the_images(fitted, squares):
     clf = copy.deepcopy(fitted).set_params(augmentation=None, augmented_views=2)
     data = FitData(clf, dataset_of(clf, squares), None)
