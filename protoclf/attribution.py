@@ -53,8 +53,8 @@ def gradient_maps(module: ProtoPNet, image: Tensor, prototypes: Tensor) -> Tenso
         z = module.latents(module.features(pixels))
         maps = module.similarity_maps(z, prototypes).flatten(2)  # (copies, k, cells)
         scores = maps.sum(0).gather(1, cell[:, None])[:, 0]  # (k,)
-        gradients = [torch.autograd.grad(s, pixels, retain_graph=True)[0] for s in scores]
-    return torch.stack([g.abs().sum(1).mean(0) for g in gradients]).float()
+        gradients = (torch.autograd.grad(s, pixels, retain_graph=True)[0] for s in scores)
+        return torch.stack([g.abs().sum(1).mean(0) for g in gradients]).float()
 
 
 def gradient_boxes(

@@ -1,5 +1,7 @@
 """Where a match is: painted patches are found again, and gradients are those of a plain loop."""
 
+import weakref
+
 import numpy as np
 import pandas as pd
 import PIL.Image
@@ -164,6 +166,22 @@ def test_a_map_is_blurred_by_half_a_cell_in_each_direction(squares, monkeypatch)
     dataset = ImageDataset(Images(squares[0]), clf.preprocessing_)
     ((x0, y0, x1, y1),) = input_boxes(clf, dataset, 0, np.array([0]), 95)
     assert x1 - x0 > 3 * (y1 - y0)
+
+
+def test_gradients_of_many_prototypes_are_not_held_at_once(fitted, squares, monkeypatch):
+    image = torch.from_numpy(squares[0][0][:, :40]).permute(2, 0, 1)
+    grad, made, held = torch.autograd.grad, [], []
+
+    def noting(*args, **kwargs):
+        held.append(sum(gradient() is not None for gradient in made))
+        (found,) = grad(*args, **kwargs)
+        made.append(weakref.ref(found))
+        return (found,)
+
+    monkeypatch.setattr(torch.autograd, "grad", noting)
+    maps = gradient_maps(fitted.module_.eval(), image, torch.arange(6))
+    assert maps.shape == (6, 40, 40)
+    assert max(held) <= 1
 
 
 def test_a_salient_box_surrounds_the_highest_region_alone():
