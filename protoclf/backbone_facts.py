@@ -73,7 +73,9 @@ def _once(find: Callable[[nn.Module, int], Found], backbone: nn.Module, image_si
     shapes = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items())
     others = {name: value for name, value in state.items() if name not in weights}
     key = find, structure_digest(backbone), shapes, state_digest(others), image_size
-    found = _known.pop(key) if key in _known else find(backbone, image_size)
+    found = _known.pop(key, None)  # to put it last, which another thread may just be doing
+    if found is None:
+        found = find(backbone, image_size)
     _known[key] = found
     while len(_known) > _KEPT:
         _known.popitem(last=False)

@@ -325,3 +325,15 @@ def test_facts_are_found_out_once_for_each_backbone(monkeypatch):
     facts_of(SmallCNN(4), 48)
     assert len(backbone_facts._known) == 1
     assert facts_of(backbone, 48) is not facts
+
+
+def test_facts_that_another_thread_looks_up_too_are_found(monkeypatch):
+    class Shared(type(backbone_facts._known)):
+        """What another thread takes out, to put it last, once it is known to be there."""
+
+        def __contains__(self, key):
+            return super().__contains__(key) and bool(self.pop(key) or True)
+
+    monkeypatch.setattr(backbone_facts, "_known", Shared())
+    backbone = SmallCNN(4)
+    assert facts_of(backbone, 48).geometry == facts_of(backbone, 48).geometry
