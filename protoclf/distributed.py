@@ -101,8 +101,11 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
     @contextmanager
     def data_parallel(self) -> Iterator[None]:
         """Average gradients over the processes, for the parts that a stage trains."""
-        plain = self.optimizer_
-        self.optimizer_ = self.accelerator.prepare(plain)  # may scale gradients
+        from accelerate.optimizer import AcceleratedOptimizer
+
+        plain, scaler = self.optimizer_, self.accelerator.scaler
+        # as `prepare` makes it, which would keep it, and the network, for as long as itself
+        self.optimizer_ = AcceleratedOptimizer(plain, scaler=scaler)  # may scale gradients
         if self.accelerator.num_processes > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.__dict__["_replica"] = DistributedDataParallel(self.module_, device_ids=ids)

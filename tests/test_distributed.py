@@ -1,8 +1,10 @@
 """Two processes that fit one classifier together, by gloo on this machine, against one process."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,15 @@ def test_it_is_an_estimator_of_one_process_too():
     clf.fit(X, y).partial_fit(X, y)
     assert clf.get_params()["device"] == "auto"
     assert clone(clf).fit(X, y).score(X, y) >= 0.5
+
+
+def test_an_accelerator_keeps_no_network_of_earlier_fits():
+    X, y, _ = photos()
+    clf = classifier(backbone="small_cnn", warmup_epochs=1).fit(X, y)
+    former = weakref.ref(clf.module_.backbone[0][0].weight)
+    clf.fit(X, y)
+    gc.collect()
+    assert former() is None
 
 
 class OnTables(OfOneProcess, DistributedProtoPNetClassifier):
