@@ -65,6 +65,8 @@ class ArrayStore:
             with replaced(file) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
+            if isinstance(error, PermissionError) and file.exists():
+                return  # Windows replaces no file that is open; another process has written it
             self._writable = False
             warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=3)
 

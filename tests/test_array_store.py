@@ -89,6 +89,23 @@ def test_where_nothing_can_be_written_one_warning_says_so(tmp_path, monkeypatch)
     assert not [p for p in tmp_path.rglob("*") if stat.S_ISREG(os.stat(p).st_mode)]  # no remains
 
 
+def test_a_file_that_another_process_has_open_is_left_as_it_is(tmp_path, monkeypatch):
+    store, replace = ArrayStore(tmp_path), os.replace
+
+    def on_windows(source, target):
+        if os.path.exists(target):
+            raise PermissionError(13, "Access is denied", source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", on_windows)
+    for _ in range(2):  # a warning would be an error
+        store.put(KEY, np.ones(3))
+    store.put_several(KEY, {"a": np.ones(4)})
+    assert store.get(KEY).shape == (3,)
+    assert store.get_several(KEY)["a"].shape == (4,)
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 2  # no remains
+
+
 def write(folder, number):
     store = ArrayStore(folder)
     for round_ in range(20):
