@@ -67,8 +67,9 @@ class ArrayStore:
         except OSError as error:
             if isinstance(error, PermissionError) and file.exists():
                 return  # Windows replaces no file that is open; another process has written it
-            self._writable = False
-            warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=3)
+            writable, self._writable = self._writable, False
+            if writable:  # several threads write at the same time
+                warn(f"memory: nothing more is kept in {self.folder} ({error}).", stacklevel=3)
 
     def _file(self, key: str, suffix: str = ".npy") -> Path:
         return self.folder / key[:2] / f"{key[2:]}{suffix}"

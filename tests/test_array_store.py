@@ -2,7 +2,8 @@
 
 import os
 import stat
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from protoclf.array_store import ArrayStore, folder_of
 
 KEY = "00ff" * 8
+
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.uint8])
@@ -87,6 +90,20 @@ def test_where_nothing_can_be_written_one_warning_says_so(tmp_path, monkeypatch)
     store.put(KEY, np.ones(3))  # no second warning, which would be an error
     assert store.get(KEY) is None
     assert not [p for p in tmp_path.rglob("*") if stat.S_ISREG(os.stat(p).st_mode)]  # no remains
+
+
+def test_threads_that_cannot_write_warn_once(tmp_path, monkeypatch):
+    together = threading.Barrier(4)
+
+    def full(*_, **__):
+        together.wait(timeout=60)
+        raise OSError(28, "No space left on device")
+
+    store = ArrayStore(tmp_path)
+    monkeypatch.setattr(np, "save", full)
+    with ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning, match="nothing more") as caught:
+        list(pool.map(lambda i: store.put(f"{i}{KEY}", np.ones(3)), range(4)))
+    assert len(caught) == 1
 
 
 def test_a_file_that_another_process_has_open_is_left_as_it_is(tmp_path, monkeypatch):
