@@ -118,8 +118,8 @@ def located(parts: pd.DataFrame, dataset: ImageDataset) -> pd.DataFrame:
     if len(bare):
         raise ValueError(
             f"parts has no row for {len(bare)} of {len(images)} images, such as {key} "
-            f"{bare[key].iloc[0]!r}. Name images as X does; where no part is to be seen, give a "
-            "row with visible=False."
+            f"{bare[key].tolist()[0]!r}. Name images as X does; where no part is to be seen, give "
+            "a row with visible=False."
         )
     if "visible" in rows:
         if not rows["visible"].isin([True, False]).all():
