@@ -167,6 +167,7 @@ class Training:
                     break
                 if self.after_epoch is not None and epoch + 1 < self.epochs:
                     self.after_epoch(epoch + 1)
+        net.optimizer_.zero_grad()  # gradients are as large as the network
         if on_images:
             return_freed_memory()  # stages without gradients need less
 

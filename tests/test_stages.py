@@ -254,6 +254,21 @@ def test_moments_of_one_stage_are_not_those_of_the_next(squares):
     assert seen.steps == [[], []]
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_no_gradient_outlives_the_stage_that_it_is_of(squares, micro_batch_size):
+    held = []
+
+    class Gradients(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if net.history[-1]["stage"] == "projection":
+                held.append([p for p in net.module_.parameters() if p.grad is not None])
+
+    clf = make(backbone=nn.Conv2d(3, 8, 8, 8), micro_batch_size=micro_batch_size)
+    clf.set_params(callbacks=[Gradients()]).fit(*squares)
+    assert held == [[]]
+    assert all(p.grad is None for p in clf.module_.parameters())
+
+
 @pytest.mark.parametrize(("distinct", "warns"), [(7, True), (8, False)])
 def test_few_distinct_patches_warn(distinct, warns):
     class Net:
