@@ -54,7 +54,10 @@ class _MallInfo(ctypes.Structure):
 
 
 def _freed_bytes() -> float:
-    """Return how much of the C library's memory is free; too much where some went back already."""
+    """Return how many bytes the C library holds free.
+
+    Memory that it has already given back to the kernel is counted too.
+    """
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:  # before glibc 2.33
         return math.inf

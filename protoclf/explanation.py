@@ -185,7 +185,7 @@ def receptive_fields(
 
 
 def with_sum_of_rest(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
-    """Add up, in the first row behind the `top` of each class, the contributions of all behind."""
+    """Sum up all rows behind the `top` of each class in the first of them; drop the others."""
     hidden = sheet["rank"] > top
     total = sheet["contribution"].where(hidden).groupby([sheet["sample"], sheet["class"]])
     sheet = sheet.assign(contribution=sheet["contribution"].where(~hidden, total.transform("sum")))
@@ -194,7 +194,7 @@ def with_sum_of_rest(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
 
 
 def with_rest_named(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
-    """Call a row behind the `top` of its class "(rest)", and leave what is about the class."""
+    """Name the rows behind the `top` of their class "(rest)"; keep only what is about the class."""
     rest = sheet["rank"] > top
     about_class = ["sample", "path", "class", "is_predicted", "logit", "probability"]
     about_match = sheet.columns.difference([*about_class, "rank", "contribution"])

@@ -76,10 +76,14 @@ class FeatureCache:
 class CachedImages(Batches):
     """Batches of an image data set, with features in place of the images that have them cached.
 
-    The inputs of a batch are {"images": (k, 3, S, S), "missing": (k,), "keys": k str, "cached":
-    n - k tensors (C, h, w), "digests": n str} and the others of the data set: `missing` says which
-    images of the batch have no features yet, `keys` where those are to be kept; an empty one if not
-    at all, for one that is not known to be what its digest says.
+    The inputs of a batch of n images are those of the data set, and
+
+    - images (k, 3, S, S) : only the images without cached features
+    - missing (k,) : which of the batch these are
+    - keys, k str : where their features are to be kept. An empty key says not to: the image may
+      have changed since its digest was taken
+    - cached, n - k tensors (C, h, w) : the features of the other images
+    - digests, n str
     """
 
     def __init__(self, dataset: ImageDataset | Subset, cache: FeatureCache) -> None:

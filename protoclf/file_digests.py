@@ -29,12 +29,13 @@ def known_digest(path: str) -> str | None:
 def file_digest(path: str, status: os.stat_result) -> str:
     """Return a digest of what a file holds; `status` is what `os.stat` says of it now.
 
-    One that was read before is not read again while its times, its size and which file it is are
-    the same. A file that has only just changed could change again within the grain of its times, so
-    that it is read each time; so are all files on Windows, where a change leaves no time that
-    programs cannot set. What is not seen is a change that leaves all times as they are: through
-    shared memory that was written to before, or on a disk of the network whose times are kept here
-    for a while, or behind by more than two seconds.
+    A file that was read before is not read again while its times, its size and its inode are the
+    same. A file that changed in the last two seconds is read each time: it could change again
+    without other times. On Windows every file is read each time, as programs can set all times.
+
+    A change that leaves all times as they are is not seen. That can be one through shared memory
+    that was written to before, or one on a network disk whose times are cached here, or lag by more
+    than two seconds.
     """
     stamp = _stamp(status)
     remembered = _remembered(path, stamp)

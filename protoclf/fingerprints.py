@@ -86,7 +86,7 @@ def code_digest() -> str:
 
 
 def described(value: Any) -> str:
-    """Return what a value is, the same in another process: no address, but digests.
+    """Return a description of a value that is the same in every process: digests, no addresses.
 
     Attributes of objects whose names begin or end with an underscore are left out: those are what
     callbacks have learned.

@@ -87,9 +87,9 @@ class ImageDataset(Batches):
     def keep(self, progress: bool | None = None, folder: Path | None = None) -> ImageDataset:
         """Decode all images now and keep them (3 S^2 bytes each); otherwise batch by batch.
 
-        `progress` is that of `decode`; beyond the memory budget they are mapped to a file in
-        `folder`, where what they hold is noted too, for what is kept there. Returns the data set
-        itself.
+        `progress` is that of `decode`. Beyond the memory budget the images are mapped to a file in
+        `folder`. Where there is a folder, results may be kept in it for other fits, so that the
+        digests of the images are taken before they are decoded. Returns the data set itself.
         """
         if self.pixels is None:
             if folder is not None:
@@ -166,7 +166,7 @@ class ImageDataset(Batches):
     def digests(self, index: ArrayLike, readable_alone: bool = False) -> list[str]:
         """Return digests of what n images held when first asked.
 
-        One that cannot be read raises ImageError, or has the digest "".
+        An image that cannot be read raises ImageError. With `readable_alone` its digest is "".
         """
         places = as_index(index)
         for i in places.tolist():

@@ -88,7 +88,7 @@ class Images:
         return self._tell(i, partial(read_picture, side=side))
 
     def size(self, i: int) -> tuple[int, int]:
-        """Return width and height of image i, upright, without decoding it."""
+        """Return width and height of image i, upright; a JPEG is not decoded for it."""
         return self._tell(i, upright_size)
 
     def digest(self, i: int) -> str:

@@ -117,7 +117,7 @@ def _check_labels(y: np.ndarray) -> None:
 
 
 def _as_they_are(column: np.ndarray, given: Any) -> np.ndarray:
-    """Return what a list holds before numpy made text of it all, of what is missing too."""
+    """Return the items of a list as they were given, where numpy made text of all of them."""
     if column.dtype.kind != "U" or not isinstance(given, list | tuple):
         return column
     flat = [v[0] if isinstance(v, list | tuple | np.ndarray) else v for v in given]
@@ -125,9 +125,9 @@ def _as_they_are(column: np.ndarray, given: Any) -> np.ndarray:
 
 
 def _without_extension(y: Any) -> Any:
-    """Return integers and booleans of pandas that can be missing, and are not, as numpy's.
+    """Return pandas' nullable integers and booleans, and its categories, as numpy's types.
 
-    And what categories stand for; of a table with one column, likewise as a column.
+    Nullable ones with missing values stay as they are. A table of one column stays a table.
     """
     if isinstance(y, pd.DataFrame) and y.shape[1] == 1:
         return np.asarray(_without_extension(y.iloc[:, 0]))[:, None]

@@ -98,7 +98,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_in_one(folder: Path, read: Callable[[], T]) -> T:
-    """Return what is read of a folder's files, none of which is of a folder in its place."""
+    """Return what is read of a folder; read it again where another took its place meanwhile."""
     for _ in range(_MOST_READINGS):
         before = _identity(folder)
         try:

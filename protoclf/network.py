@@ -241,9 +241,9 @@ class ProtoPNet(nn.Module):
     def keep_statistics(self, keep: bool) -> None:
         """Let those batch-norm layers of the backbone that have statistics keep them, or not.
 
-        A new layer has none, and learns them either way. Where they are kept, training compares
-        prototypes with the latents that the projection, the last layer and predictions see: those
-        of a few images by their own statistics are others.
+        A new layer has none, and learns them either way. Where they are kept, training sees the
+        same latents as projection, last layer and predictions do. By the statistics of a batch,
+        which holds few images, they would be others.
         """
         layers = self.backbone.named_modules()
         self.settled = tuple(name for name, layer in layers if keep and _has_statistics(layer))

@@ -58,9 +58,9 @@ def penalties_to_try(
 ) -> list[float]:
     """Return what `lambda_l1="cv"` chooses from, and `last_layer_path` shows by default.
 
-    In proportion to the largest activation, matches of prototypes with their own images, or with
-    groups (N,) of these, left out. `source` (m,) says which images those are; by default they are
-    the most similar ones, as among training images.
+    They are in proportion to the largest activation. A prototype's match with its own image does
+    not count, nor one with another image of the same group, if there are `groups` (N,). `source`
+    (m,) is the image of each prototype; by default the most similar one.
     """
     g = activations.g
     source = g.argmax(0) if source is None else source.to(g.device)

@@ -18,8 +18,9 @@ _OVERHEAD = 2**10  # of an entry, about
 class Recent:
     """Tensors by key, as many as the budget holds.
 
-    A search reads the same images round and round. The longest unused one would be the next to be
-    read, so that where not all have room, those to go are drawn at random: a share stays.
+    A search reads the same images round and round. To drop the least recently used one would be to
+    drop the one that is read next. So where not all have room, those to go are drawn at random, and
+    a share of them stays.
     """
 
     def __init__(self) -> None:

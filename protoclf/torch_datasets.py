@@ -24,10 +24,9 @@ def unpacked(X: Any, y: Any) -> tuple[Any, Any]:
     Parameters
     ----------
     X : images, or a map-style Dataset
-        Images in it are what X may be a list of, or tensors (3, H, W); they are all held in memory,
-        other than those of a torchvision folder that only reads files, without a transform or a
-        loader of the user's, or of a part of one, which are read by their paths. A pandas Index
-        becomes an array.
+        Its images are what X may be a list of, or tensors (3, H, W), and are all held in memory.
+        Those of a torchvision folder, or of a part of one, are read by their paths instead, unless
+        it has transforms or a loader of the user's. A pandas Index becomes an array.
     y : array-like or None
         Labels in place of those of the Dataset.
 
@@ -64,7 +63,7 @@ def _of_folder(X: Any) -> list[tuple[str, Any]] | None:
 
 
 def _is_a(kind: type, dataset: Any, *methods: str) -> bool:
-    """Return whether a data set is of a kind, of which no other class has redefined methods."""
+    """Return whether a data set is of a kind, and its class overrides none of these methods."""
     redefined = (getattr(type(dataset), m, None) is not getattr(kind, m, None) for m in methods)
     return isinstance(dataset, kind) and not any(redefined)
 
