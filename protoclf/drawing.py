@@ -49,18 +49,18 @@ def ellipse(centre: tuple[float, float], rx: float, ry: float) -> Points:
     return np.column_stack([centre[0] + rx * np.cos(angles), centre[1] + ry * np.sin(angles)])
 
 
-def smooth(corners: Points, steps: int = 6) -> Points:
-    """Round a closed polygon: a Catmull-Rom spline through its corners."""
+def smooth(corners: Points) -> Points:
+    """Round a closed polygon: a Catmull-Rom spline through its corners, six points for each."""
     before, after = np.roll(corners, 1, axis=0), np.roll(corners, -1, axis=0)
     slope = (after - before) / 2
     next_slope = np.roll(slope, -1, axis=0)
-    t = (np.arange(steps) / steps)[:, None, None]
+    t = (np.arange(6) / 6)[:, None, None]
     curve = (
         (2 * t**3 - 3 * t**2 + 1) * corners
         + (t**3 - 2 * t**2 + t) * slope
         + (3 * t**2 - 2 * t**3) * after
         + (t**3 - t**2) * next_slope
-    )  # (steps, corners, 2)
+    )  # (6, corners, 2)
     return curve.swapaxes(0, 1).reshape(-1, 2)
 
 

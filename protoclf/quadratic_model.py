@@ -16,6 +16,7 @@ from protoclf.last_layer_problem import Problem, projected
 
 _MODEL_STEPS = 150  # products with the Hessian in one quadratic model
 _CG_STEPS = 50  # and between two proximal steps
+_PIVOTS = 50  # exchanges of variables in one non-negative problem
 _BENT_STEPS = 6  # lengths tried when a step crosses bounds
 _EXPLICIT = 700  # weights up to which the Hessian is worth writing out
 _LIFT = 1e-10  # of the mean diagonal, so that the whole Hessian can be factored
@@ -260,9 +261,7 @@ def _times(blocks: Tensor, part: Tensor) -> Tensor:
     return (part[:, None, :] @ blocks.transpose(1, 2))[:, 0]  # (C, k)
 
 
-def _nonnegative_quadratic(
-    blocks: Tensor, linear: Tensor, free: Tensor, max_iter: int = 50
-) -> tuple[Tensor, Tensor]:
+def _nonnegative_quadratic(blocks: Tensor, linear: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """Minimise linear . x + x . blocks x / 2 over x >= 0, per class, by block principal pivoting.
 
     Every variable on the wrong side changes sides at once; a class in which that stops helping
@@ -272,7 +271,7 @@ def _nonnegative_quadratic(
     fewest = torch.full((n_classes,), k + 1, device=linear.device)
     patience = torch.full_like(fewest, 3)
     place = torch.arange(k, device=linear.device)
-    for _ in range(max_iter):
+    for _ in range(_PIVOTS):
         mask = free.to(blocks)
         x = _solve(_factor(blocks, mask), -linear * mask) * mask
         gradient = linear + _times(blocks, x)
