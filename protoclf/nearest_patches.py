@@ -18,7 +18,7 @@ from protoclf.attribution import input_boxes
 from protoclf.concepts import Concepts
 from protoclf.explanation import BOX
 from protoclf.features import FeatureDataset, latent_batches
-from protoclf.fitted import check_classifier
+from protoclf.fitted import check_classifier, check_columns
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images, names_column
 from protoclf.labels import read_labels
@@ -115,7 +115,14 @@ def purity(table: pd.DataFrame) -> pd.Series:
     -------
     Series
         By prototype, between 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If the table lacks columns, or an image a label.
     """
+    what = "one of nearest patches, as from nearest_patches(clf, X, y=y)"
+    check_columns("table", table, ["prototype", "class", "label"], what)
     if table["label"].isna().any():
         raise ValueError("purity needs labels: call nearest_patches with y.")
     own = table["label"] == table["class"]

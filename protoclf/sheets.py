@@ -12,7 +12,7 @@ _MATCH = ["prototype_class", "similarity"]
 _ABOUT = ["sample", "path", "class", "prototype", "prototype_class", "contribution"]
 _TOTALLED = [*_ABOUT, "is_predicted", "logit", "probability"]
 _COMPARED = [*_ABOUT, "similarity", "weight", "source"]
-_SHEET = "a scoring sheet, as from clf.explain(X)"
+SHEET = "a scoring sheet, as from clf.explain(X)"
 
 
 def class_totals(sheet: pd.DataFrame) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def class_totals(sheet: pd.DataFrame) -> pd.DataFrame:
     ValueError
         If the sheet lacks columns.
     """
-    check_columns("sheet", sheet, _TOTALLED, _SHEET)
+    check_columns("sheet", sheet, _TOTALLED, SHEET)
     named = sheet["prototype"].notna()
     own = named & (sheet["prototype_class"] == sheet["class"])
     parts = sheet.assign(
@@ -88,7 +88,7 @@ def compare(sheet: pd.DataFrame) -> pd.DataFrame:
     ValueError
         If a sample does not have exactly two classes, or the sheet is truncated or lacks columns.
     """
-    check_columns("sheet", sheet, _COMPARED, _SHEET)
+    check_columns("sheet", sheet, _COMPARED, SHEET)
     sheet = sheet[sheet["source"] != UNREADABLE]
     if (sheet["source"] == REST).any():
         raise ValueError('compare needs whole sheets: explain(X, classes="top2", top=None).')

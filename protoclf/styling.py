@@ -12,9 +12,11 @@ import pandas as pd
 import PIL.Image
 
 from protoclf.explanation import BOX, REST, SOURCE_BOX, UNREADABLE
+from protoclf.fitted import check_columns
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
 from protoclf.messages import similarity_in_words
+from protoclf.sheets import SHEET
 from protoclf.thumbnails import thumbnail_of
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
 
 _NUMBERS = ["similarity", "weight", "contribution"]
+_SHOWN = [
+    *("sample", "class", "logit", "prototype", "prototype_class", *_NUMBERS, *BOX),
+    *("source", "source_index", *SOURCE_BOX),
+]
 
 
 def style_sheet(
@@ -50,8 +56,9 @@ def style_sheet(
     Raises
     ------
     ValueError
-        If the sheet has no paths and X is not given.
+        If the sheet lacks columns, or has no paths and X is not given.
     """
+    check_columns("sheet", sheet, _SHOWN if X is not None else ["path", *_SHOWN], SHEET)
     if X is None and sheet["path"].isna().any():
         raise ValueError("The sheet has no paths: pass the images as X.")
     pictures: dict[Any, PIL.Image.Image | None] = {}

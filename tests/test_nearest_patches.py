@@ -67,6 +67,8 @@ def test_purity_is_the_share_of_the_own_class(fitted, squares):
     assert purity(nearest_patches(fitted, X, 1, y)).eq(1).all()
     with pytest.raises(ValueError, match="purity needs labels"):
         purity(nearest_patches(fitted, X, 2))
+    with pytest.raises(ValueError, match=r"it lacks the columns \['label'\]"):
+        purity(table.drop(columns="label"))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,15 @@ def test_a_sheet_without_paths_needs_the_images(fitted, squares):
         style_sheet(fitted, fitted.explain(squares[0][:1]))
 
 
+def test_what_is_no_sheet_is_refused(fitted, squares):
+    sheet = fitted.explain(squares[0][:1])
+    for wrong in (sheet.drop(columns=["logit", "x0"]), None, fitted):
+        with pytest.raises(ValueError, match=r"sheet must be a scoring sheet, .* lacks .*'logit'"):
+            style_sheet(fitted, wrong, squares[0][:1])
+    with pytest.raises(ValueError, match=r"lacks the columns \['path'\]"):
+        style_sheet(fitted, sheet.drop(columns="path"))
+
+
 def test_names_are_escaped(fitted, squares):
     X, y = squares
     hostile = np.where(y == "red", "<script>alert(1)</script>", y)
