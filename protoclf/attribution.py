@@ -7,19 +7,17 @@ classification" (CVPR workshops, 2023), found such maps more faithful than upsam
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import torch
 from scipy import ndimage
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclf.explanation import BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import ProtoPNet
+from protoclf.progress import with_bar
 from protoclf.torch_settings import without_autocast
 
 _COPIES = 8
@@ -63,8 +61,7 @@ def gradient_boxes(
     """Return the boxes of a sheet's rows by `gradient_maps`, in pixels of the originals."""
     boxes = sheet[BOX].copy()
     rows_of_samples = sheet[sheet["prototype"].notna()].groupby("sample")
-    bar: Any = tqdm(rows_of_samples, "gradients", delay=2, leave=False, disable=not net.verbose)
-    for i, rows in bar:
+    for i, rows in with_bar(rows_of_samples, "gradients", net.verbose):
         found, which = np.unique(rows["prototype"].to_numpy(np.int64), return_inverse=True)
         pixels = image_boxes(net, dataset, i, found, percentile)
         boxes.loc[rows.index] = pixels[which].astype(boxes.to_numpy().dtype)

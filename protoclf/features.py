@@ -12,7 +12,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from protoclf.augmentation import AugmentedDataset, ForEachImage, augmentation_of
 from protoclf.feature_cache import CachedImages, FeatureCache, fingerprint
@@ -20,6 +19,7 @@ from protoclf.fingerprints import state_digest
 from protoclf.image_dataset import Batch, Batches, ImageDataset, in_whole
 from protoclf.messages import first_few
 from protoclf.net import NotFinite, SkorchProtoPNet
+from protoclf.progress import with_bar
 from protoclf.recent_distances import RecentDistances
 from protoclf.storage import allocate
 from protoclf.torch_settings import on_cpu_by_default, random_numbers_from
@@ -278,7 +278,7 @@ def _with_progress(
     total = len(loader) if hasattr(loader, "__len__") else None
     with on_cpu_by_default():  # it draws a number
         batches = iter(loader)  # starts workers: one forked by a thread of a pool fails at its end
-    bar = tqdm(batches, "features", total, delay=2, leave=False, disable=not progress)
+    bar = with_bar(batches, "features", progress, total)
     return _read_ahead(bar) if _reads_files(dataset) else bar
 
 

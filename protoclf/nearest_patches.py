@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from protoclf.attribution import input_boxes
 from protoclf.concepts import Concepts
@@ -23,6 +22,7 @@ from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images, names_column
 from protoclf.labels import read_labels
 from protoclf.localization import activation_boxes, pair_maps
+from protoclf.progress import with_bar
 from protoclf.rules import COUNT, PERCENTILE, Rule, check_rules
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def find_concepts(
             places.setdefault(tuple(place), j)
     sample, row, col = torch.tensor(list(places)).T
     pairs = list(zip(sample.tolist(), places.values(), strict=True))
-    bar: Any = tqdm(pairs, "boxes of patches", delay=2, leave=False, disable=not clf.verbose)
+    bar = with_bar(pairs, "boxes of patches", clf.verbose)
     boxes = [input_boxes(clf, dataset, i, np.array([j]), 95)[0] for i, j in bar]
     return Concepts(
         dataset.__getitems__(sample.numpy())[0]["images"].clone(),

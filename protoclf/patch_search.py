@@ -10,12 +10,12 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclf.concepts import ForbiddenPatches
 from protoclf.features import Arrays, FitData
 from protoclf.localization import activation_boxes, covered_cells
 from protoclf.net import SkorchProtoPNet
+from protoclf.progress import with_bar
 from protoclf.projection import Sources, find_sources, read_patches
 
 
@@ -91,7 +91,7 @@ def with_progress(
     """Show a bar while batches of n images are compared with many prototypes."""
     show = bool(net.verbose) and net.processes.is_first
     batches = -(-n // net.batch_size)
-    return tqdm(latents, "distances", batches, delay=2, leave=False, disable=not show)
+    return with_bar(latents, "distances", show, batches)
 
 
 def _take_patches(net: SkorchProtoPNet, data: FitData, sources: Sources) -> Tensor:

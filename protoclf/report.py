@@ -29,7 +29,8 @@ from protoclf.image_errors import ImageError
 from protoclf.images import Images
 from protoclf.labels import read_labels
 from protoclf.messages import installed_version
-from protoclf.report_cards import Card, Truth, explained_cards, progress
+from protoclf.progress import with_bar
+from protoclf.report_cards import Card, Truth, explained_cards
 from protoclf.rules import COUNT, Rule, check_rules, integer
 from protoclf.thumbnails import Thumbnail, thumbnail_of
 from protoclf.torch_datasets import unpacked
@@ -166,7 +167,7 @@ def _sources(clf: ProtoPNetClassifier, thumbnail: int) -> dict[int, Thumbnail]:
     side = round(thumbnail * min(1.0, math.sqrt(_SOURCES / len(firsts))))
     pictures, missing = {}, []
     rows = zip(firsts["prototype"], firsts["source_index"], firsts["source"], strict=True)
-    for prototype, index, name in progress(clf, list(rows), "source images"):
+    for prototype, index, name in with_bar(list(rows), "source images", clf.verbose):
         try:
             image = PIL.Image.fromarray(clf.source_image(prototype))
         except ImageError:

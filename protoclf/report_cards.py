@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from protoclf.explanation import BOX, SOURCE_BOX
 from protoclf.images import Images
 from protoclf.logits import probabilities, ranking
+from protoclf.progress import with_bar
 from protoclf.thumbnails import Thumbnail, thumbnail_of
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def explained_cards(
     """
     cards: list[Card] = []
     size = max(1, clf.batch_size)
-    for start in progress(clf, range(0, len(images), size), "batches of images"):
+    starts = range(0, len(images), size)
+    for start in with_bar(starts, "batches of images", clf.verbose):
         batch = range(start, min(start + size, len(images)))
         for card in _explained(clf, images.take(batch), side, how):
             if y is not None:
@@ -247,8 +248,3 @@ def _tags(boxes: list[tuple[int, ...]], picture: Thumbnail) -> list[tuple[float,
 
 def _overlap(a: tuple[float, float], b: tuple[float, float], side: float) -> bool:
     return abs(a[0] - b[0]) < side and abs(a[1] - b[1]) < side
-
-
-def progress(clf: ProtoPNetClassifier, items: Sequence[Any], what: str) -> tqdm:
-    """Show a bar where the work takes long and the classifier is not silent."""
-    return tqdm(items, what, delay=2, leave=False, disable=not clf.verbose)

@@ -12,11 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
-from tqdm import tqdm
 
 from protoclf.localization import covered_cells, upsample
 from protoclf.metrics.masks import cover
 from protoclf.metrics.streams import opened, paths_of
+from protoclf.progress import with_bar
 from protoclf.rules import COUNT, SEED, Rule, check_rules
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def deletion_insertion(
     check_rules(given, RULES)
     dataset = opened(clf, X)
     rows = []
-    bar: Any = tqdm(range(len(dataset)), "deleting", delay=2, leave=False, disable=not clf.verbose)
-    for i in bar:
+    for i in with_bar(range(len(dataset)), "deleting", clf.verbose):
         image = dataset.__getitems__([i])[0]["images"][0].to(clf.device)  # (3, S, S)
         z = clf.module_.latents(clf.module_.features(image[None]))
         probability = clf.module_.compare(z)[0].softmax(1)[0]  # (C,)

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclf.explanation import BOX
 from protoclf.localization import box_masks
 from protoclf.metrics.masks import cover
 from protoclf.metrics.streams import opened, sheet_of
+from protoclf.progress import with_bar
 from protoclf.rules import COUNT, check_rules
 
 DELETION_COLUMNS = [
@@ -81,9 +81,7 @@ def deletion_score(
     table = table[table["prototype"].notna() & (table["weight"] > 0)].reset_index(drop=True)
     classes = {label: i for i, label in enumerate(clf.classes_.tolist())}
     drops = np.zeros((len(table), len(DELETION_COLUMNS)))
-    samples = table.groupby("sample")
-    bar: Any = tqdm(samples, "covering", delay=2, leave=False, disable=not clf.verbose)
-    for i, rows in bar:
+    for i, rows in with_bar(table.groupby("sample"), "covering", clf.verbose):
         image = dataset.__getitems__([i])[0]["images"][0]  # (3, S, S)
         boxes = clf.preprocessing_.to_input(rows[BOX].to_numpy(float), dataset.sizes([i]))
         boxes = boxes.round().astype(int).clip(0, clf.preprocessing_.image_size)

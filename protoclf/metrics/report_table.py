@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from sklearn.utils import _safe_indexing
-from tqdm import tqdm
 
 from protoclf.explanation import BOX
 from protoclf.fitted import check_classifier
@@ -20,6 +19,7 @@ from protoclf.metrics.bootstrap import RULES as BOOTSTRAP_RULES
 from protoclf.metrics.bootstrap import bootstrap_interval
 from protoclf.metrics.catalogue import METRICS, Data, Metric, Row
 from protoclf.metrics.object_metrics import Masks, PartMasks
+from protoclf.progress import with_bar
 from protoclf.rules import COUNT, Rule, check_rules
 from protoclf.torch_datasets import unpacked
 
@@ -118,8 +118,7 @@ def interpretability_report(
     source = (X, labels) if draw_from is None else draw_from
     models = {"": clf, "baseline_": random_prototypes(clf, *source, random_state=random_state)}
     rows: dict[str, dict[str, Any]] = {}
-    bar: Any = tqdm(wanted, "metrics", delay=2, leave=False, disable=not clf.verbose)
-    for metric in bar:
+    for metric in with_bar(wanted, "metrics", clf.verbose):
         unseen = draw_from is not None or not metric.needs_unseen
         for prefix in ("", "baseline_") if unseen else ("",):
             table = metric.compute(models[prefix], few if metric.many_runs else data)

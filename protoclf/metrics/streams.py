@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclf.explanation import UNREADABLE
 from protoclf.fitted import check_classifier
@@ -18,6 +17,7 @@ from protoclf.image_errors import ImageError
 from protoclf.images import Images, names_column
 from protoclf.labels import encode, read_labels
 from protoclf.messages import first_few
+from protoclf.progress import with_bar
 from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def image_batches(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield which images a batch holds, and the images (n, 3, S, S), uint8, on the device."""
     first, batches = 0, clf.get_iterator(dataset, training=False)
-    bar: Any = tqdm(batches, title, delay=2, leave=False, disable=not clf.verbose)
-    for inputs, y in bar:
+    for inputs, y in with_bar(batches, title, clf.verbose):
         yield slice(first, first + len(y)), inputs["images"].to(clf.device)
         first += len(y)
 
