@@ -127,7 +127,7 @@ def _as_they_are(column: np.ndarray, given: Any) -> np.ndarray:
 def _without_extension(y: Any) -> Any:
     """Return pandas' nullable integers and booleans, and its categories, as numpy's types.
 
-    Nullable ones with missing values stay as they are. A table of one column stays a table.
+    Nullable ones with missing values stay as they are. A table of one column becomes one (n, 1).
     """
     if isinstance(y, pd.DataFrame) and y.shape[1] == 1:
         return np.asarray(_without_extension(y.iloc[:, 0]))[:, None]
