@@ -15,7 +15,8 @@ from protoclf.attribution import _COPIES, _NOISE, gradient_maps, input_boxes, sa
 from protoclf.explanation import BOX, FIELD, REST, SOURCE_BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
-from protoclf.metrics import DELETION_COLUMNS, deletion_score
+from protoclf.metrics import deletion_score
+from protoclf.metrics.faithfulness import DELETION_COLUMNS
 
 SIZES = [(64, 64), (200, 100), (90, 250), (333, 77), (41, 40), (1000, 700)]
 COLOURS = {"blue": (20, 40, 250), "red": (250, 40, 20)}

@@ -10,7 +10,7 @@ from protoclf.metrics.baselines import random_prototypes
 from protoclf.metrics.bootstrap import bootstrap_interval
 from protoclf.metrics.confounders import find_confounders
 from protoclf.metrics.curves import deletion_insertion
-from protoclf.metrics.faithfulness import DELETION_COLUMNS, deletion_score
+from protoclf.metrics.faithfulness import deletion_score
 from protoclf.metrics.masks import cover
 from protoclf.metrics.misalignment import spatial_misalignment
 from protoclf.metrics.object_metrics import PartMasks, object_coverage, pointing
@@ -22,7 +22,6 @@ from protoclf.metrics.ranks import rank_stability
 from protoclf.metrics.report_table import interpretability_report
 
 __all__ = [
-    "DELETION_COLUMNS",
     "PartLabels",
     "PartMasks",
     "bootstrap_interval",

@@ -55,9 +55,18 @@ def on_input(dataset: ImageDataset, i: int, mask: np.ndarray) -> np.ndarray:
 
 
 def cover(image: Tensor, masks: Tensor) -> Tensor:
-    """Return copies (k, 3, S, S) of an image (3, S, S), each with a mask in its mean colour.
+    """Cover parts of an image with its mean colour, as the deletion metrics do.
 
-    `masks` (k, S, S) are bool.
+    Parameters
+    ----------
+    image : Tensor of shape (3, S, S)
+    masks : bool Tensor of shape (k, S, S)
+        True where the image is to be covered.
+
+    Returns
+    -------
+    Tensor of shape (k, 3, S, S)
+        A copy of the image for each mask.
     """
     mean = image.float().mean((1, 2)).round().to(image.dtype)  # (3,)
     return torch.where(masks[:, None], mean[:, None, None], image)
