@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -35,7 +35,7 @@ from protoclf.fitting import StagedNet
 from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.image_errors import ImageError
 from protoclf.images import Images, repeated_files
-from protoclf.labels import Targets, check_classes, read_targets
+from protoclf.labels import Targets, check_classes, flat_labels, read_targets
 from protoclf.localization import covered_cells, upsample
 from protoclf.logits import LogitsMixin
 from protoclf.losses import ProtoPNetLoss
@@ -928,7 +928,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     def _class_indices(self, classes: str | ArrayLike) -> str | list[int]:
         if isinstance(classes, str) and classes in ("predicted", "top2", "all"):
             return classes
-        labels = np.ravel(np.asarray(list(classes) if isinstance(classes, Set) else classes))
+        labels = flat_labels(classes)
         index = {label: i for i, label in enumerate(self.classes_.tolist())}
         unknown = [label for label in labels.tolist() if label not in index]
         if unknown or not len(labels):

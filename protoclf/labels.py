@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import DTypeLike
 from sklearn.utils import column_or_1d
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
@@ -66,7 +67,7 @@ def read_labels(y: Any, n: int) -> np.ndarray:
         raise ValueError("The classifier requires y to be passed, but the target y is None.")
     if isinstance(y, str):
         raise TypeError(f"y must hold a label for each image; got the string {y!r}.")
-    y = _as_they_are(column_or_1d(_without_extension(y), warn=True), y)
+    y = _as_column(y, warn=True)
     if len(y) != n:
         raise ValueError(f"X has {n} images and y {len(y)} labels; they must be as many.")
     missing = np.flatnonzero(pd.isna(y))
@@ -116,6 +117,11 @@ def _check_labels(y: np.ndarray) -> None:
             ) from error
 
 
+def _as_column(values: Any, warn: bool = False) -> np.ndarray:
+    """Return values as an array of one dimension, whose items keep their type."""
+    return _as_they_are(column_or_1d(_without_extension(values), warn=warn), values)
+
+
 def _as_they_are(column: np.ndarray, given: Any) -> np.ndarray:
     """Return the items of a list as they were given, where numpy made text of all of them."""
     if column.dtype.kind != "U" or not isinstance(given, list | tuple):
@@ -142,7 +148,7 @@ def read_groups(groups: Any, n: int) -> np.ndarray | None:
     if groups is None:
         return None
     try:
-        groups = _as_they_are(column_or_1d(_without_extension(groups)), groups)
+        groups = _as_column(groups)
     except ValueError as error:
         raise ValueError(f"groups must hold one entry for each image: {error}") from error
     if len(groups) != n:
@@ -202,14 +208,18 @@ def class_weights(spec: Any, codes: np.ndarray, classes: np.ndarray) -> np.ndarr
 
 def check_classes(classes: Any, y: Any) -> None:
     """Raise ValueError where the classes that `partial_fit` is told of are not those of y."""
-    told = list(classes) if isinstance(classes, Set) else classes
-    told, known = (set(np.ravel(np.asarray(labels, object)).tolist()) for labels in (told, y))
+    told, known = (set(flat_labels(labels, object).tolist()) for labels in (classes, y))
     if told != known:
         raise ValueError(
             "classes must be those of y in the first call, since each needs images that prototypes "
             f"are parts of: only in classes are {sorted(told - known, key=str)}, only in "
             f"y {sorted(known - told, key=str)}."
         )
+
+
+def flat_labels(labels: Any, dtype: DTypeLike | None = None) -> np.ndarray:
+    """Return labels as an array of one dimension: of a column, a set, or a single one too."""
+    return np.ravel(np.asarray(list(labels) if isinstance(labels, Set) else labels, dtype))
 
 
 def encode(y: np.ndarray, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

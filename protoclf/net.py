@@ -284,9 +284,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
         by_itself = getattr(dataset, "takes_no_workers", False)
         if by_itself or self.on_bad_image == "skip":  # workers would note failures to themselves
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_WORKERS}
-        # workers that draw views take their seed from torch's generator, others must not touch it:
-        # it is a fit's, perhaps in another thread
-        if not (training or (isinstance(dataset, AugmentedDataset) and kwargs.get("num_workers"))):
+        workers_draw = isinstance(dataset, AugmentedDataset) and kwargs.get("num_workers")
+        if not (training or workers_draw):  # torch's own is a fit's, perhaps in another thread
             kwargs.setdefault("generator", torch.Generator())
         if by_itself:  # its batches may be on the device already
             kwargs.pop("pin_memory", None)
