@@ -6,6 +6,8 @@ model input. N images, m prototypes of H1 x W1 cells, H x W cells.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,6 @@ from protoclf.network import ProtoPNet
 from protoclf.torch_settings import without_autocast
 
 BLOCK = 2**22  # pixels of upsampled maps at a time
-_SAMPLING = 61  # pixels; prime, so that a sample meets all columns of a map
 ROUNDING = 1e-5  # of a map's range: closer pixels are equal, as are those of a patch's cells
 
 
@@ -75,13 +76,11 @@ def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.max_pool2d(padded, size, stride=1)
 
 
-def upsample(maps: Tensor, height: int, width: int, out: Tensor | None = None) -> Tensor:
+def upsample(maps: Tensor, height: int, width: int) -> Tensor:
     """Upsample maps (k, H, W) bicubically, as the paper does, to (k, height, width)."""
     down = _bicubic(maps.shape[1], height, maps)  # (height, H)
     right = _bicubic(maps.shape[2], width, maps)  # (width, W)
-    with without_autocast(maps.device):
-        wide = maps @ right.T  # (k, H, width); the small product first
-        return torch.bmm(down.expand(len(maps), -1, -1), wide, out=out)
+    return _between(down, maps, right)
 
 
 @torch.no_grad()
@@ -103,13 +102,14 @@ def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> T
         Pixels of the model input.
     """
     maps = maps - maps.amin((1, 2), keepdim=True)  # so that a constant map stays so, to the bit
-    size = max(1, BLOCK // int(image_size) ** 2)
-    pixels = maps.new_empty(min(size, len(maps)), image_size, image_size)  # once: it costs time
-    blocks = [
-        _boxes(upsample(block, image_size, image_size, out=pixels[: len(block)]), percentile)
-        for block in maps.split(size)
-    ]
-    return torch.cat(blocks)
+    side = int(image_size)
+    below = int(np.ceil(round(percentile / 100 * (side**2 - 1), 6)))
+    n_high = side**2 - below  # the first pixel at the percentile included
+    blocks = maps.split(max(1, BLOCK // side**2))
+    if maps.device.type != "cpu":
+        return torch.cat([_boxes(upsample(block, side, side), n_high) for block in blocks])
+    rows, columns = (_Lines.of(n, side, maps) for n in maps.shape[1:])
+    return torch.cat([_boxes_near_peaks(block, rows, columns, n_high) for block in blocks])
 
 
 def box_masks(boxes: Tensor, side: int) -> Tensor:
@@ -126,55 +126,89 @@ def _bicubic(n_in: int, n_out: int, like: Tensor) -> Tensor:
     return F.interpolate(eye, (n_out, n_in), mode="bicubic", align_corners=False)[0, 0]
 
 
-def _boxes(maps: Tensor, percentile: float) -> Tensor:
-    n = maps.shape[1:].numel()
-    rank = int(np.ceil(round(percentile / 100 * (n - 1), 6)))  # the first at the percentile
-    columns, rows = maps.amax(1), maps.amax(2)  # (k, S) each
-    threshold = order_statistic(maps, rank, rows, columns) - ROUNDING * rows.amax(1)  # (k,)
+def _between(down: Tensor, maps: Tensor, right: Tensor) -> Tensor:
+    with without_autocast(maps.device):
+        wide = maps @ right.T  # (k, H, width); the small product first
+        return torch.bmm(down.expand(len(maps), -1, -1), wide)
+
+
+def _boxes(pixels: Tensor, n_high: int) -> Tensor:
+    """Return the boxes of upsampled maps (k, S, S), whose minima are 0."""
+    columns, rows = pixels.amax(1), pixels.amax(2)  # (k, S) each
+    threshold = highest(pixels, n_high) - ROUNDING * rows.amax(1)  # (k,)
     x0, x1 = _extent(columns >= threshold[:, None])
     y0, y1 = _extent(rows >= threshold[:, None])
-    return torch.stack([x0, y0, x1, y1], dim=1).to(maps.dtype)
+    return torch.stack([x0, y0, x1, y1], dim=1).to(pixels.dtype)
 
 
-def order_statistic(maps: Tensor, rank: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the value of each map (k, H, W) that has `rank` others below it: (k,).
+def highest(maps: Tensor, n: int) -> Tensor:
+    """Return the n-th highest value of each map (k, H, W): (k,)."""
+    values = maps.flatten(1)
+    if maps.device.type == "cpu":
+        return torch.from_numpy(np.partition(values.numpy(), -n, axis=1)[:, -n].copy())
+    return values.topk(n, dim=1, sorted=False).values.amin(1)  # kthvalue is not deterministic
 
-    `rows` (k, H) and `columns` (k, W) are their maxima.
+
+class _Lines(NamedTuple):
+    """The pixels along one side of an image, and some lines among them, `at` (l,).
+
+    `pixels` (S, H) interpolates the cells of a map. Whatever the map, a pixel is above the higher
+    one of the lines that it is between by at most `excess` of the range that the cells have there.
+    That range is at most `gain` times the map's.
     """
-    if maps.device.type != "cpu":  # of kthvalue GPUs have no deterministic form
-        values = maps.flatten(1)
-        return values.topk(values.shape[1] - rank, dim=1, sorted=False).values.amin(1)
-    n_above = maps.shape[1:].numel() - rank  # itself included
-    low, high = _around(maps, n_above)  # (k,) each
-    y0, y1 = _extent(rows > low[:, None])
-    x0, x1 = _extent(columns > low[:, None])
-    found = [
-        _select(values, values[top:bottom, left:right], below, above, n_above)
-        for values, top, bottom, left, right, below, above in zip(
-            maps.numpy(), *(each.tolist() for each in (y0, y1, x0, x1, low, high)), strict=True
-        )
-    ]
-    return torch.tensor(found, dtype=maps.dtype)
+
+    pixels: np.ndarray
+    at: np.ndarray
+    excess: float
+    gain: float
+
+    @classmethod
+    def of(cls, n_cells: int, side: int, like: Tensor) -> _Lines:
+        pixels = _bicubic(n_cells, side, like).numpy()
+        at = np.append(np.arange(0, side - 1, max(1, side // (4 * n_cells))), side - 1)
+        linear = [np.interp(np.arange(side), at, of_cell) for of_cell in pixels[at].T]
+        curved = pixels - np.stack(linear, axis=1)  # (S, H), whose rows sum to 0
+        return cls(pixels, at, np.abs(curved).sum(1).max() / 2, np.abs(pixels).sum(1).max())
+
+    def around(self, marked: Tensor) -> tuple[list[int], list[int]]:
+        """First pixels, and those past the last, that are between marked lines (k, l) or beside."""
+        first, past = (index.numpy() for index in _extent(marked))
+        last = self.at[past.clip(max=len(self.at) - 1)]
+        return self.at[(first - 1).clip(0)].tolist(), (last + 1).tolist()
 
 
-def _around(maps: Tensor, n_above: int) -> Tensor:
-    """Return two values (2, k), from a sample, likely around each map's `n_above`-th highest."""
-    sample = maps.flatten(1)[:, ::_SAMPLING].numpy()  # (k, s)
-    n, share = sample.shape[1], n_above / maps.shape[1:].numel()
-    from_top = np.array([1.4 * share * n + 2, 0.7 * share * n - 2], int)
-    places = (n - 1 - from_top).clip(0, n - 1)
-    return torch.from_numpy(np.partition(sample, places, axis=1)[:, places].T.copy())
+def _boxes_near_peaks(maps: Tensor, rows: _Lines, columns: _Lines, n_high: int) -> Tensor:
+    """Return what `_boxes` does, from the pixels alone that can be among the highest.
 
-
-def _select(values: np.ndarray, region: np.ndarray, low: float, high: float, n_above: int) -> float:
-    """Return the `n_above`-th highest of the values; those above `low` are all in the region."""
-    above = region[region > low]
-    between = above[above <= high]
-    place = len(above) - n_above
-    if not 0 <= place < len(between):  # a sample that misled, or many equal values
-        return float(np.partition(values.ravel(), -n_above)[-n_above])
-    between.partition(place)
-    return float(between[place])
+    Pixels on some lines tell a value that a little more than `n_high` pixels are above, and where
+    these can be. Maps for which the guess is wrong are upsampled as a whole.
+    """
+    down, right = (torch.from_numpy(lines.pixels[lines.at]) for lines in (rows, columns))
+    coarse = _between(down, maps, right)  # (k, l, l)
+    values = coarse.flatten(1).numpy()
+    share = n_high / (len(rows.pixels) * len(columns.pixels))
+    place = max(0, int(values.shape[1] * (1 - 1.25 * share)) - 3)
+    low = np.partition(values, place, axis=1)[:, place]  # (k,)
+    spread = maps.amax((1, 2)).numpy()  # (k,)
+    slack = rows.excess * columns.gain + columns.excess * rows.gain + ROUNDING
+    possible = torch.from_numpy(low - slack * spread)[:, None]
+    of_rows = rows.around(coarse.amax(2) > possible)
+    of_columns = columns.around(coarse.amax(1) > possible)
+    boxes = np.empty((len(maps), 4))
+    places = zip(maps.numpy(), low, ROUNDING * spread, *of_rows, *of_columns, strict=True)
+    for k, (cells, least, rounding, y0, y1, x0, x1) in enumerate(places):
+        pixels = rows.pixels[y0:y1] @ (cells @ columns.pixels[x0:x1].T)
+        likely, threshold = pixels[pixels > least], least
+        if len(likely) >= n_high:
+            threshold = np.partition(likely, -n_high)[-n_high] - rounding
+        if threshold > least:  # then all pixels from it on are here
+            high = pixels >= threshold
+            (y,), (x,) = high.any(1).nonzero(), high.any(0).nonzero()
+            boxes[k] = x0 + x[0], y0 + y[0], x0 + x[-1] + 1, y0 + y[-1] + 1
+        else:
+            side = len(rows.pixels)
+            boxes[k] = _boxes(upsample(maps[k : k + 1], side, side), n_high)[0].numpy()
+    return torch.from_numpy(boxes).to(maps.dtype)
 
 
 def _extent(marked: Tensor) -> tuple[Tensor, Tensor]:

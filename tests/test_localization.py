@@ -50,7 +50,7 @@ def test_upsample_is_bicubic_interpolation(shape, target):
 @example(side=6, image_size=1, levels=None, percentile=95, seed=227)  # bicubic dips below 0
 @given(
     side=st.integers(1, 7),
-    image_size=st.integers(1, 40),
+    image_size=st.integers(1, 40) | st.sampled_from([100, 224]),
     levels=st.sampled_from([None, 2]),
     percentile=st.sampled_from([95, 50, 0, 100]),
     seed=st.integers(0, 999),
@@ -63,6 +63,25 @@ def test_activation_boxes_are_those_of_the_percentile(side, image_size, levels, 
     boxes = activation_boxes(maps, image_size, percentile)
     pixels = upsample(maps, image_size, image_size).numpy()
     assert boxes.tolist() == [box_of(p, percentile) for p in pixels]
+
+
+@given(n_cells=st.integers(1, 14), side=st.integers(1, 300), seed=st.integers(0, 999))
+def test_lines_bound_what_is_between_them(n_cells, side, seed):
+    cells = np.random.default_rng(seed).normal(size=n_cells) ** 3
+    lines = localization._Lines.of(n_cells, side, torch.empty(0, dtype=torch.float64))
+    pixels, spread = lines.pixels @ cells, np.ptp(cells)
+    after = np.searchsorted(lines.at, np.arange(side))
+    higher = np.maximum(pixels[lines.at][after], pixels[lines.at][(after - 1).clip(0)])
+    assert (pixels <= higher + lines.excess * spread + 1e-9).all()
+    assert np.ptp(pixels) <= lines.gain * spread + 1e-9
+
+
+def test_pixels_far_from_the_peaks_are_not_computed_one_by_one(monkeypatch):
+    maps = torch.randn(50, 7, 7, generator=torch.Generator().manual_seed(0))
+    maps -= maps.amin((1, 2), keepdim=True)
+    pixels = upsample(maps, 224, 224).numpy()
+    monkeypatch.setattr(localization, "upsample", None)
+    assert activation_boxes(maps, 224).tolist() == [box_of(p, 95) for p in pixels]
 
 
 @pytest.mark.parametrize("image_size", [10, 48, 101])

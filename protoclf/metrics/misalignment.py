@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from protoclf.localization import box_masks, order_statistic, pair_boxes, pair_maps, upsample
+from protoclf.localization import box_masks, highest, pair_boxes, pair_maps, upsample
 from protoclf.metrics.perturbations import UNIT
 from protoclf.metrics.streams import image_batches, latents_of, opened, paths_of
 from protoclf.rules import COUNT, NON_NEGATIVE, PERCENTILE, SEED, Rule, check_rules
@@ -141,10 +141,9 @@ class _State:
     def high(self, j: Tensor, side: int) -> Tensor:
         """Return masks (n, S, S) of where prototype j (n,) is found in each image."""
         pixels = upsample(pair_maps(self.module, self.z, self.samples, j), side, side)
-        rows, columns = pixels.amax(2), pixels.amax(1)  # (n, S) each
-        rank = int(_HIGH / 100 * (side**2 - 1))
-        spread = rows.amax(1) - pixels.amin((1, 2))  # (n,)
-        bound = order_statistic(pixels, rank, rows, columns) + _ROUNDING * spread
+        spread = pixels.amax((1, 2)) - pixels.amin((1, 2))  # (n,)
+        below = int(_HIGH / 100 * (side**2 - 1))
+        bound = highest(pixels, side**2 - below) + _ROUNDING * spread
         return pixels > bound[:, None, None]
 
 
