@@ -37,14 +37,17 @@ def replace_self_matches(
     Returns
     -------
     Tensor of shape (N, m)
-        The median is over the other images of the class; where there are none, g stays.
+        The median is over the other images of the image's class; where there are none, g stays.
     """
     replaced = are_self_matches(len(g), source, groups)
     result = g.masked_fill(replaced if some is None else replaced & some, torch.nan)
     for c in owner.unique():
         mine = owner == c
-        median = _median(result[y == c][:, mine])  # (k,)
-        result[:, mine] = torch.where(result[:, mine].isnan(), median, result[:, mine])
+        part = result[:, mine]  # (N, k)
+        for k in y[part.isnan().any(1)].unique():  # a group may hold images of several classes
+            rows = y == k
+            part[rows] = torch.where(part[rows].isnan(), _median(part[rows]), part[rows])
+        result[:, mine] = part
     return torch.where(result.isnan(), g, result)
 
 

@@ -91,6 +91,13 @@ def test_images_of_the_group_of_a_source_are_no_new_ones_either():
     assert torch.equal(replace_self_matches(g, y, owner, source, groups), expected)
 
 
+def test_images_of_another_class_in_the_group_of_a_source_get_the_median_of_that_class():
+    g = torch.tensor([[1.0], [0.8], [0.9], [0.3], [0.1], [0.2]])
+    y, zero = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0])
+    result = replace_self_matches(g, y, zero, zero, groups=torch.tensor([5, 1, 2, 5, 1, 2]))
+    assert result[:, 0].tolist() == pytest.approx([0.8, 0.8, 0.9, 0.1, 0.1, 0.2])
+
+
 def test_penalties_are_tried_without_the_groups_of_sources(squares, monkeypatch):
     X, y = squares[0][:12], squares[1][:12]
     groups, shown = np.arange(12) // 6, []
