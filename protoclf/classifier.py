@@ -681,7 +681,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         path = penalty_path(activations, penalties, folds, self.seed_, given.groups, ridge)
         if folds and path["accuracy"].isna().all():
             raise ValueError(
-                "folds needs a class of two images at least, and two groups where there are "
+                "folds needs a class of two images at least, of two groups where there are "
                 "groups; folds=0 leaves the held-out columns out."
             )
         return path

@@ -87,7 +87,7 @@ def penalty_path(
         Values of lambda_l1.
     folds : int
         Stratified folds of the images; 0 leaves cross-validation out. Classes of fewer images
-        lower the number, but for those of one image, which is never held out.
+        lower the number, but for those of one image, or one group, which are not held out.
     seed : int
         For the folds.
     groups : ndarray of shape (N,), optional
@@ -129,15 +129,15 @@ Splits = list[tuple[np.ndarray, np.ndarray]]
 def _splits(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> Splits:
     """Return stratified folds, (train, test) indices each; none where there are not two.
 
-    The only image of a class says nothing of a last layer that never saw the class: it is learned
-    from in each fold, unless another image of its group is held out.
+    The only image of a class, or the only group, says nothing of a last layer that never saw the
+    class: it is learned from in each fold, unless another image of its group is held out.
     """
-    counts = np.bincount(y)
-    several = np.flatnonzero(counts[y] > 1)
+    together = np.arange(len(y)) if groups is None else groups
+    n_groups = np.bincount(np.unique(np.stack([y, together]), axis=1)[0])  # (C,)
+    several = np.flatnonzero(n_groups[y] > 1)
     if not len(several):
         return []
-    folds = min(folds, int(counts[counts > 1].min()))
-    together = np.arange(len(y)) if groups is None else groups
+    folds = min(folds, int(np.bincount(y)[n_groups > 1].min()))
     folds = min(folds, len(np.unique(together[several])))
     if folds < 2:
         return []

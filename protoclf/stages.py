@@ -312,7 +312,7 @@ class LastLayer:
         path = penalty_path(shown, penalties, 4, net.seed_, data.groups, self.ridge(net))
         if path["cross_entropy"].isna().all():
             raise ValueError(
-                'lambda_l1="cv" needs a class of two images at least, and two groups where there '
+                'lambda_l1="cv" needs a class of two images at least, of two groups where there '
                 "are groups; give lambda_l1 a number."
             )
         net.last_layer_path_ = path

@@ -78,6 +78,13 @@ def test_the_only_image_of_a_class_is_held_out_with_its_group_alone(groups):
         assert sorted([*train, *test]) == list(range(21))
 
 
+def test_copies_of_the_only_image_of_a_class_are_learned_from_in_each_fold():
+    y = np.repeat([0, 1, 2], [10, 10, 3])
+    splits = _splits(y, 4, 0, np.r_[:20, 20, 20, 20])
+    assert len(splits) == 4
+    assert all({20, 21, 22} <= set(train) for train, _ in splits)
+
+
 def test_weights_count_as_repeated_images():
     data = activations(n=30)
     twice = activations(n=30, weight=torch.tensor([2.0, 1.0, 1.0]).repeat(10))
