@@ -234,7 +234,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     lambda_l1_ : float
         The `lambda_l1` that the last layer was solved with; `last_layer_result_` has `lambda_l2`.
     last_layer_path_ : DataFrame
-        With ``lambda_l1="cv"`` only: see `last_layer_path`.
+        With ``lambda_l1="cv"`` only: see `last_layer_path`. With ``prototypes_per_class="auto"``,
+        its `weight` is of all prototypes that there were before unused ones were removed.
     activations_ : Activations
         The activations of the training images, 4 n m bytes, and those of `augmented_views`. Edits
         solve the last layer on them: see `protoclf.editing`.
