@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _SIDE = 600  # pixels to which a view is reduced
 _MARGIN = 0.1  # inches at the edges of a figure
+_LEAST_RANGE = 0.01  # of the colours of maps: in a flat map, less would show rounding
 _FALLBACK_FONTS = (  # that are asked, in this order, for letters that the usual one lacks
     *("DejaVu Sans", "Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic"),
     *("Apple SD Gothic Neo", "AppleGothic", "Noto Sans CJK JP", "Noto Sans CJK SC"),
@@ -151,9 +152,11 @@ def draw_box(axis: Axes, box: ArrayLike) -> None:
 
 
 def value_range(maps: Iterable[View]) -> tuple[float, float]:
-    """Return the lowest and the highest value of all maps."""
+    """Return the lowest and the highest value of all maps, further apart if maps are flat."""
     values = [(float(heat.pixels.min()), float(heat.pixels.max())) for heat in maps]
-    return min(low for low, _ in values), max(high for _, high in values)
+    low, high = min(low for low, _ in values), max(high for _, high in values)
+    more = max(0.0, _LEAST_RANGE - (high - low)) / 2
+    return low - more, high + more
 
 
 def scale(limits: tuple[float, float]) -> ScalarMappable:

@@ -93,8 +93,9 @@ def plot_explanation(
 ) -> ExplanationDisplay:
     """Draw the scoring sheet of one image: its parts, what they look like, and the sums.
 
-    The colours of each similarity map run from its own lowest value to its own highest. So a map
-    shows where the image is similar, and the number beside it shows how similar.
+    The colours of each similarity map run from its own lowest value to its own highest (a map
+    whose values are alike has one colour). So a map shows where the image is similar, and the
+    number beside it shows how similar.
     `plot_similarity_maps` has one scale for all maps.
 
     Parameters
@@ -244,10 +245,10 @@ class ExplanationDisplay:
             self._write(axes[len(matches) - 1, 3], -0.1, "top", others)
 
     def _draw_match(self, axes: np.ndarray, row: pd.Series, prototype: int) -> None:
-        picture, heat = view(self.image), self.maps[prototype]
+        picture, heat = view(self.image), View(self.maps[prototype], self.region)
         draw_view(axes[0], picture)
         draw_box(axes[0], row[BOX])
-        draw_heat(axes[1], picture, View(heat, self.region), (heat.min(), heat.max()))
+        draw_heat(axes[1], picture, heat, value_range([heat]))
         draw_view(axes[2], view(self.sources[prototype]))
         draw_box(axes[2], row[SOURCE_BOX])
         similarity = similarity_in_words(row["similarity"])

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+from matplotlib.axes import Axes
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 
@@ -82,6 +83,20 @@ def test_the_maps_of_a_sheet_say_that_each_has_a_scale_of_its_own(fitted, square
     heats = [axis.images[1].get_clim() for axis in figure.axes if len(axis.images) == 2]
     assert len(set(heats)) == len(heats) == 2
     assert "similarity, own scale" in texts_of(figure)
+
+
+def test_flat_maps_have_one_colour_that_the_scale_shows(squares):
+    X, y = squares
+    whole = {"prototype_size": "full", "prototypes_per_class": 1, "train_backbone": False}
+    clf = ProtoPNetClassifier("small_cnn", image_size=32, random_state=0, verbose=0, **whole)
+    prototypes = plot_prototypes(clf.fit(X, y))
+    for display in (plot_explanation(clf, X[0], top=2), prototypes):
+        heats = [axis.images[1] for axis in display.figure_.findobj(Axes) if axis.images[1:]]
+        colours = [heat.norm(heat.get_array()) for heat in heats]
+        assert all(values.min() > 0.4 and values.max() < 0.6 for values in colours)
+    low, high = prototypes.figure_.axes[-1].get_ylim()
+    assert heats[0].get_clim() == pytest.approx((low, high))
+    assert high - low < 0.1
 
 
 def titles(display):
