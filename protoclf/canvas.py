@@ -176,7 +176,7 @@ def draw_scale(axis: Axes, limits: tuple[float, float], zoom: float = 1.0) -> No
     outline = figure.colorbar(scale(limits), cax=bar).outline
     outline.set_linewidth(zoom * outline.get_linewidth())
     bar.tick_params(labelsize=8 * zoom, length=3.5 * zoom, width=0.8 * zoom, pad=3.5 * zoom)
-    bar.set_ylabel("similarity", fontsize=8 * zoom, labelpad=4 * zoom)
+    bar.set_title("similarity", fontsize=8 * zoom, pad=7 * zoom, loc="left")
 
 
 def room_for(figure: Figure | SubFigure, width: float, height: float) -> float:

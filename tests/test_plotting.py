@@ -255,6 +255,17 @@ def test_similarity_maps_are_of_the_highest_contributions(fitted, squares, tmp_p
     display.figure_.savefig(tmp_path / "maps.png")
 
 
+def test_the_scale_stays_in_the_figure_whatever_its_numbers(fitted, squares):
+    display = plot_similarity_maps(fitted, squares[0][0], prototypes=[0])
+    pixels, box = display.maps[0]
+    display.maps[0] = canvas.View(np.linspace(-0.11, 0.09, pixels.size).reshape(pixels.shape), box)
+    figure = display.plot().figure_
+    figure.canvas.draw()
+    assert "−0.075" in texts_of(figure)
+    scale = figure.axes[-1].get_tightbbox(figure.canvas.get_renderer())
+    assert scale.x1 <= figure.bbox.width
+
+
 def test_similarity_maps_do_not_mind_the_output_format(fitted, squares):
     expected = plot_similarity_maps(fitted, squares[0][0]).table
     framed = copy.deepcopy(fitted).set_output(transform="pandas")
