@@ -326,6 +326,7 @@ class Items(Dataset):
     [
         (lambda t: t.drop(columns="part"), "parts must have the columns sample, part, and either"),
         (lambda t: t.drop(columns="y"), "parts must have the columns"),
+        (lambda t: t.to_numpy(), r"parts must have the columns .*; it has \[\]"),
         (lambda t: t[t["sample"] != 3], r"no row for 1 of 5 images, such as sample 3"),
         (lambda t: t.assign(x=[np.nan] * 5), "parts has rows without a place"),
     ],

@@ -96,11 +96,11 @@ def located(parts: pd.DataFrame, dataset: ImageDataset) -> pd.DataFrame:
     """
     paths = dataset.images.paths
     key = "sample" if paths is None else "path"
-    missing = [name for name in (key, "part") if name not in parts]
-    if missing or not (set(POINT) <= set(parts) or set(BOX) <= set(parts)):
+    known = set(getattr(parts, "columns", ()))  # what is no table has none
+    if not ({key, "part"} <= known and (set(POINT) <= known or set(BOX) <= known)):
         raise ValueError(
             f"parts must have the columns {key}, part, and either x, y or x0, y0, x1, y1; it has "
-            f"{list(parts.columns)}."
+            f"{list(getattr(parts, 'columns', ()))}."
         )
     if paths is None:
         images = pd.DataFrame({"sample": np.arange(len(dataset))})
