@@ -143,7 +143,8 @@ def plot_explanation(
 
 
 def _check_one_image(image: Any) -> None:
-    if isinstance(image, Sequence) and not isinstance(image, str) and len(image) != 1:
+    many = isinstance(image, Sequence) and not isinstance(image, str) and len(image) != 1
+    if many or getattr(image, "ndim", 0) > 3:
         raise ImageError(
             f"image must be one image; got a {type(image).__name__} of {len(image)}. Draw them one "
             "by one, image=X[0]."

@@ -651,3 +651,5 @@ def test_a_history_is_looked_for_in_a_classifier_alone(fitted):
 def test_several_images_in_the_place_of_one_are_refused(fitted, squares, draw):
     with pytest.raises(ImageError, match=r"got a list of 2. Draw them one by one, image=X\[0\]"):
         draw(fitted, list(squares[0][:2]))
+    with pytest.raises(ImageError, match=r"image must be one image; got a ndarray of 2. Draw"):
+        draw(fitted, squares[0][:2])
