@@ -51,7 +51,9 @@ def _budget(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return MEMORY_BUDGET
     index = torch.cuda.current_device() if device.index is None else device.index  # torch 2.4
-    return max(MEMORY_BUDGET, torch.cuda.mem_get_info(index)[0] // _SHARE_OF_GPU)
+    free = torch.cuda.mem_get_info(index)[0]  # of the driver; what torch keeps of it is free too
+    free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return max(MEMORY_BUDGET, free // _SHARE_OF_GPU)
 
 
 def _reserve(file: int, size: int, folder: Path | None) -> None:

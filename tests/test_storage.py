@@ -52,7 +52,10 @@ def test_a_gpu_holds_what_it_has_room_for(monkeypatch):
     monkeypatch.setattr(storage, "MEMORY_BUDGET", 100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (800, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (500, 0))
+    # the rest of what is free an earlier fit has taken and given back, to torch
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 400)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     made = []
     monkeypatch.setattr(
         torch, "empty", lambda shape, dtype, device: made.append((shape, str(device)))
