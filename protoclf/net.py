@@ -155,8 +155,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def prepare_processor(self) -> None:
         """Set the network up for the processor that it runs on now, as the parameters allow."""
-        device, now = torch.device(self.device), self.module_.owner.device
-        if now.type != device.type or device.index not in (None, now.index):  # set since the fit
+        device = torch.empty(0, device=self.device).device  # of "cuda", torch's current one
+        if self.module_.owner.device != device:  # set since the fit
             self.module_.to(device)
             self.criterion_.to(device)
         if self.tune_allocator and device.type == "cpu":

@@ -268,6 +268,22 @@ def test_stages_of_projection_and_last_layer_stay_on_the_device(
     assert clf.history[:, "stage"] == ["projection", "last layer"]
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("now", "given", "moved_to"),
+    [("cuda:1", "cuda", "cuda:0"), ("cuda:1", "cuda:1", None), ("cuda:0", "cuda", None)],
+)
+def test_a_network_comes_to_the_gpu_that_its_inputs_go_to(monkeypatch, now, given, moved_to):
+    """That is torch's current one, the first here, where `device` has no number."""
+    clf, moved = ProtoPNetClassifier(device=given), []
+    module, *_ = make(now)
+    vars(clf)["module_"], vars(clf)["criterion_"] = module, ProtoPNetLoss(module.owner, 0.8, 0.08)
+    clf.backbone_trained_, clf.channels_last_ = True, False
+    monkeypatch.setattr(torch.nn.Module, "to", lambda part, device: moved.append(str(device)))
+    clf.prepare_processor()
+    assert moved == ([] if moved_to is None else [moved_to] * 2)
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("weighted", [False, True])
