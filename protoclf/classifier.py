@@ -198,7 +198,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         convolutions several times as fast. `fit` gives this memory back at its end, if it is half
         a GiB or more. `predict` keeps as much memory as a batch takes at its peak.
     device : str or torch.device, default="auto"
-        "auto" is the GPU if there is one, otherwise the CPU.
+        "auto" is the CUDA GPU if there is one, otherwise the CPU.
     random_state : int, RandomState instance or None, default=None
         An int makes the fit repeatable. Fits in threads of one process wait for one another,
         because they share torch's generator.

@@ -46,7 +46,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -117,7 +117,8 @@ def solve_last_layer(
     Parameters
     ----------
     activations : ndarray or Tensor of shape (n_samples, n_prototypes)
-        g, how strongly each prototype is present in each image. A tensor is worked on where it is.
+        g, how strongly each prototype is present in each image. A tensor is worked on where it is,
+        unless that is one of Apple's GPUs, which have no float64.
     y : array of shape (n_samples,)
         Class index of each image.
     prototype_class : array of shape (n_prototypes,)
@@ -177,8 +178,8 @@ def solve_last_layer(
             stacklevel=2,
         )
     if isinstance(activations, Tensor):
-        return result
-    return LastLayerResult(**{**vars(result), "weight": result.weight.numpy()})
+        return replace(result, weight=result.weight.to(activations.device))
+    return replace(result, weight=result.weight.numpy())
 
 
 def last_layer_path(
@@ -234,7 +235,7 @@ def _minimise(problem: Problem, v: Tensor, tol: float, max_iter: int) -> LastLay
     n_products = 0
     best_residual, best_objective, stalled = math.inf, 1e300, 0  # not inf: inf - inf is NaN
     penalty = problem.lambda_l1 if v.any() else math.inf
-    exact = problem.g_model.dtype == problem.exact
+    exact = problem.g_model.dtype == torch.float64
     for n_iter in range(max_iter + 1):
         logits = problem.logits(v)
         probability = logits.softmax(0)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclf.torch_settings import widest_float
+from protoclf.torch_settings import with_algebra
 
 _SMALL = 2_000_000  # activations up to which single precision would save nothing
 _COPIED = 2**24  # activations that are copied to another dtype at once
@@ -30,7 +30,6 @@ class Problem:
     omega: Tensor  # (n,), sample weights that sum to 1
     lambda_l1: float
     lambda_l2: float
-    exact: torch.dtype
     out_dtype: torch.dtype
 
     @classmethod
@@ -38,24 +37,22 @@ class Problem:
         """Check the input and bring it to one device and to the dtypes of the solver."""
         for name, value in penalties.items():
             check_number(name, value, 0.0)
-        given = _check_activations(activations)
+        given = with_algebra(_check_activations(activations))
         n, m = given.shape
         device = given.device
         y = _check_indices("y", y, n, "one per row of activations").to(device)
         owner = _check_indices("prototype_class", prototype_class, m, "one per column").to(device)
         n_classes = _check_n_classes(n_classes, y, owner)
         omega = _check_sample_weight(weight, n)
-        exact = widest_float(device)
-        model = torch.float32 if n * m > _SMALL else exact
+        model = torch.float32 if n * m > _SMALL else torch.float64
         classes = torch.arange(n_classes, device=device)[:, None]  # (C, 1)
         return cls(
             g=given,
             g_model=given.to(model).T.contiguous(),
             onehot=classes == y,
-            sign=torch.where(classes == owner, 1.0, -1.0).to(exact),
-            omega=omega.to(exact).to(device),
+            sign=torch.where(classes == owner, 1.0, -1.0).double(),
+            omega=omega.to(device),
             **{name: float(value) for name, value in penalties.items()},
-            exact=exact,
             out_dtype=torch.float64 if given.dtype == torch.float64 else torch.float32,
         )
 
@@ -85,7 +82,7 @@ class Problem:
             w, g = w[:, used], g[:, used]
         logits = w.new_zeros(len(w), len(g))  # (C, n)
         for weights, activations in zip(self._parts(w), self._parts(g), strict=True):
-            logits.addmm_(weights, activations.to(self.exact).T)
+            logits.addmm_(weights, activations.double().T)
         return logits
 
     def _parts(self, columns: Tensor) -> tuple[Tensor, ...]:
@@ -109,9 +106,9 @@ class Problem:
         """Gradient of all but the linear penalty with respect to V, or the model dtype's of it."""
         error = (probability - self.onehot.to(probability)) * self.omega  # (C, n)
         if exact:
-            pull = torch.cat([error @ part.to(self.exact) for part in self._parts(self.g)], 1)
+            pull = torch.cat([error @ part.double() for part in self._parts(self.g)], 1)
         else:
-            pull = (error.to(self.g_model) @ self.g_model.T).to(self.exact)
+            pull = (error.to(self.g_model) @ self.g_model.T).double()
         return (self.sign * pull).add_(v, alpha=self.ridge)  # (C, m)
 
 

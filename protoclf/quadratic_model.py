@@ -71,7 +71,7 @@ class QuadraticModel:
             classes = slice(first, first + size)
             g = self._gather_rows(classes) if self.gathered is None else self.gathered[classes]
             parts.append((g * curvature[classes, None, :]) @ g.transpose(1, 2))  # (c, k, k)
-        blocks = torch.cat(parts).to(self.problem.exact)
+        blocks = torch.cat(parts).double()
         blocks = blocks * (self.sign[:, :, None] * self.sign[:, None, :])
         blocks = blocks * (self.valid[:, :, None] & self.valid[:, None, :])
         blocks.diagonal(dim1=1, dim2=2).add_(self.problem.ridge * self.valid)

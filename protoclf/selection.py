@@ -20,7 +20,7 @@ from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import with_progress
 from protoclf.prototype_layer import min_distances, n_patches, patches_of
 from protoclf.stage_cache import remembered
-from protoclf.torch_settings import random_numbers_from
+from protoclf.torch_settings import random_numbers_from, with_algebra
 
 _COMPONENTS = 64
 _SAMPLE = 1024  # patches of a class that its principal components are found from
@@ -201,8 +201,9 @@ def _principal_axes(patches: Tensor, most: int) -> Tensor:
     n, size = patches.shape
     if size <= most:
         return torch.eye(size, dtype=patches.dtype, device=patches.device)
-    with random_numbers_from(0, patches.device):  # pca_lowrank takes no generator
-        return torch.pca_lowrank(patches, min(most, n), niter=2)[2]
+    x = with_algebra(patches)
+    with random_numbers_from(0, x.device):  # pca_lowrank takes no generator
+        return torch.pca_lowrank(x, min(most, n), niter=2)[2].to(patches.device)
 
 
 def _spread(points: Tensor, k: int, draws: torch.Generator) -> Tensor:

@@ -258,6 +258,8 @@ class LastLayer:
                 weight=data.train_weight,
                 views=view_activations(net, data),
             )
+            if widest_float(g.device) != torch.float64:  # the solver's work is the CPU's then
+                net.activations_ = net.activations_.cpu()
             net.lambda_l1_ = self._penalty(net, data)
             self.solve(net)
             net.agree()
@@ -279,10 +281,7 @@ class LastLayer:
     def _shown(
         self, net: SkorchProtoPNet, median: bool = False, groups: np.ndarray | None = None
     ) -> Activations:
-        """Return what the solver is shown: in float64, where rounding W costs no optimality.
-
-        If the device has it.
-        """
+        """Return what the solver is shown: in float64, where rounding W costs no optimality."""
         a, rule = net.activations_, "median" if median else self.self_matches
         some = rare_classes(a.y, a.n_classes)[a.owner] if rule == "auto" else None  # (m,)
         if rule == "median" or (some is not None and some.any().item()):
@@ -290,7 +289,7 @@ class LastLayer:
             alike = None if groups is None else torch.from_numpy(groups).to(a.g.device)
             places = a.y, a.owner, source, alike, some
             a = a.changed(lambda g: replace_self_matches(g, *places))
-        return a.changed(lambda g: g.to(widest_float(g.device)))
+        return a.changed(torch.Tensor.double)
 
     def ridge(self, net: SkorchProtoPNet) -> float:
         """Return the weight of the squared penalty."""

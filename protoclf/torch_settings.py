@@ -29,6 +29,15 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def with_algebra(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor where torch has float64 and all of linear algebra: for Apple's, on the CPU.
+
+    Of its QR and Cholesky decompositions and solvers, torch's versions have none there, or slow
+    ones that fail for many rows.
+    """
+    return x if widest_float(x.device) == torch.float64 else x.cpu()
+
+
 def on_cpu_by_default() -> AbstractContextManager[object]:
     """Have torch make tensors on the CPU, where no device is named, whatever its default is."""
     elsewhere = torch.empty(0).device.type != "cpu"

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from protoclf import (
     ProtoPNetClassifier,
     backbone_facts,
-    last_layer_problem,
     parameters,
     prototype_layer,
     stages,
+    torch_settings,
 )
 
 NAME = "meta"
@@ -36,6 +36,7 @@ _OWN_OPERATORS = {
 _has_float64 = True
 _OF_TWO_DEVICES = ("aten.copy_", "aten._to_copy", "aten._has_compatible", "aten.index.Tensor")
 _NOT_DETERMINISTIC = ("aten.kthvalue", "aten.nanmedian", "aten.median", "aten.histc")  # on CUDA
+_NOT_ON_APPLES = ("aten.linalg_qr", "aten.cholesky_solve", "aten._cholesky_solve")  # or of late
 _WRITING_BY_INDEX = ("aten.index_put", "aten._index_put")
 
 
@@ -108,6 +109,8 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         _check_devices(name, args, here)
         if name.startswith(_NOT_DETERMINISTIC):
             raise RuntimeError(f"{name} has no deterministic form on CUDA")
+        if name.startswith(_NOT_ON_APPLES) and not _has_float64:
+            raise NotImplementedError(f"{name} on a device that is like Apple's")
     target = kwargs.get("device")
     result_is_there = bool(there) if target is None else _is_there(target)
     if kwargs.get("generator") is not None and (there or result_is_there):
@@ -179,7 +182,7 @@ def device_with_values(float64: bool = True) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, _Device():
         if not float64:
             patch.setattr(sys.modules[__name__], "_has_float64", False)
-            for module in (last_layer_problem, prototype_layer, stages):
+            for module in (torch_settings, prototype_layer, stages):
                 patch.setattr(module, "widest_float", lambda device: torch.float32)
         patch.setattr(torch, "tensor", made(tensor))
         patch.setattr(torch, "as_tensor", made(as_tensor))

@@ -1,7 +1,5 @@
 """Whole fits on a device that is not the CPU: nothing is left behind, and all comes out alike."""
 
-import warnings
-
 import numpy as np
 import pytest
 from device_with_values import OnDevice, device_with_values
@@ -55,9 +53,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*num_batches_tracked:UserWarnin
 
 @pytest.fixture(params=[True, pytest.param(False, marks=slow)], ids=["float64", "float32 alone"])
 def device(request):
-    with warnings.catch_warnings(), device_with_values(float64=request.param) as name:
-        if not request.param:  # whose digits may not reach as far as the solver asks for
-            warnings.filterwarnings("ignore", "last layer not solved")
+    with device_with_values(float64=request.param) as name:
         yield name
 
 

@@ -3,9 +3,11 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from protoclf.torch_settings import random_numbers_from
+from protoclf.torch_settings import random_numbers_from, widest_float, with_algebra
 
 
 def test_threads_that_draw_from_seeds_wait_for_one_another():
@@ -22,3 +24,11 @@ def test_threads_that_draw_from_seeds_wait_for_one_another():
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(draws, range(6))) == expected
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("device", "place"), [("mps", "cpu"), ("cuda", "cuda"), ("cpu", "cpu")])
+def test_where_algebra_is(device, place):
+    with FakeTensorMode():
+        x = torch.zeros(3, device=device)
+        assert with_algebra(x).device.type == place
+        assert widest_float(with_algebra(x).device) == torch.float64
