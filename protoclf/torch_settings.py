@@ -19,7 +19,8 @@ def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
 
     Threads share torch's random numbers, and would take one another's: they wait.
     """
-    with _one_at_a_time, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    on_gpus = device.type == "cuda" or torch.cuda.is_initialized()  # all are given the seed
+    with _one_at_a_time, torch.random.fork_rng(range(torch.cuda.device_count() * on_gpus)):
         torch.manual_seed(seed)
         yield
 
