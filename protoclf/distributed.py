@@ -166,6 +166,7 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
             outputs = self.infer(inputs, **fit_params)
             loss = self.get_loss(outputs, y, X=inputs, training=True)
         self.accelerator.backward(loss)
+        self.accelerator.unscale_gradients(self.optimizer_)  # callbacks may clip them
         return {"loss": self.accelerator.reduce(loss.detach(), "mean"), "y_pred": outputs}
 
     def _step_optimizer(self, step_fn):

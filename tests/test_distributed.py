@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fit_and_die import Stop
 from fit_together import FITS, backbone, parameters, photos
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from skorch.callbacks import Callback
 from test_sklearn import EXCUSED
 from test_sklearn import OnTables as OfOneProcess
 from test_sklearn import on_tables as as_for_one_process
@@ -203,6 +205,9 @@ def test_options_that_would_not_be_heeded_are_refused():
         classifier(joint_epoch=3)
 
 
+JOINT = {"backbone": "small_cnn", "train_backbone": True, "augmentation": None, "batch_size": 8}
+
+
 @pytest.fixture
 def mixed():
     AcceleratorState._reset_state()
@@ -212,10 +217,32 @@ def mixed():
 
 def test_mixed_precision_computes_with_the_weights_of_each_step(mixed):
     X, y, _ = photos()
-    settings = {"backbone": "small_cnn", "joint_epochs": 5, "backbone_lr": 1e-2}
-    settings |= {"train_backbone": True, "augmentation": None, "batch_size": 8}
-    losses = classifier(mixed, **settings).fit(X, y).history[:5, "train_loss"]
+    settings = {"joint_epochs": 5, "backbone_lr": 1e-2}
+    losses = classifier(mixed, **JOINT, **settings).fit(X, y).history[:5, "train_loss"]
     assert losses[-1] < 0.5 * losses[0]
+
+
+class Norms(Callback):
+    """Notes how long the gradients are that callbacks see."""
+
+    def on_train_begin(self, net, **_):
+        self.seen = []
+
+    def on_grad_computed(self, net, named_parameters, **_):
+        grads = [p.grad.norm() for _, p in named_parameters if p.grad is not None]
+        self.seen.append(float(torch.stack(grads).norm()))
+
+
+def test_callbacks_see_gradients_without_the_scale_of_float16(mixed, monkeypatch):
+    """As on a GPU: an accelerator refuses float16 on a CPU."""
+    X, y, _ = photos()
+    monkeypatch.setattr(mixed, "autocast", nullcontext)
+    mixed.state._mixed_precision = "no"
+    norms = [classifier(mixed, callbacks=[("norms", Norms())], **JOINT).fit(X, y)]
+    mixed.state._mixed_precision, mixed.scaler = "fp16", torch.amp.GradScaler("cpu")
+    norms.append(classifier(mixed, callbacks=[("norms", Norms())], **JOINT).fit(X, y))
+    plain, scaled = (dict(clf.callbacks_)["norms"].seen for clf in norms)
+    np.testing.assert_allclose(scaled, plain, rtol=1e-3)
 
 
 def test_processes_with_different_data_are_refused(monkeypatch):
