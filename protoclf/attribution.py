@@ -42,7 +42,7 @@ def gradient_maps(module: ProtoPNet, image: Tensor, prototypes: Tensor) -> Tenso
         averaged over noisy copies of the image, the same copies in every call.
     """
     draws = torch.Generator().manual_seed(0)
-    noise = torch.randn(_COPIES, *image.shape, generator=draws).to(image.device)
+    noise = torch.randn(_COPIES, *image.shape, generator=draws, device="cpu").to(image.device)
     pixels = (image + 255 * _NOISE * noise).requires_grad_()
     with torch.no_grad():
         clean = module.similarity_maps(module.latents(module.features(image[None])), prototypes)

@@ -108,7 +108,7 @@ class Concepts:
         """Return the latent patches in their places, (F, D, H1, W1)."""
         module.eval()
         parts = []
-        for index in torch.arange(len(self)).split(int(batch_size)):
+        for index in torch.arange(len(self), device="cpu").split(int(batch_size)):
             some = self.take(index)
             z = module.latents(module.features(some.images.to(module.owner.device)))
             parts.append(some._patches(module, z))

@@ -105,7 +105,7 @@ def check_files(images: Images, progress: bool | None = None) -> None:
 
 def _output(out: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
     if out is None:
-        return torch.empty(shape, dtype=torch.uint8)
+        return torch.empty(shape, dtype=torch.uint8, device="cpu")
     if out.dtype != torch.uint8 or tuple(out.shape) != shape or out.device.type != "cpu":
         raise ValueError(
             f"out must be a uint8 tensor of shape {shape} on the CPU; got {out.dtype} of shape "

@@ -222,7 +222,7 @@ def find_concepts(
         patch = np.stack([best.sample[j], best.row[j], best.col[j]], axis=1)[shown]
         for place in patch.tolist():
             places.setdefault(tuple(place), j)
-    sample, row, col = torch.tensor(list(places)).T
+    sample, row, col = torch.tensor(list(places), device="cpu").T
     pairs = list(zip(sample.tolist(), places.values(), strict=True))
     bar = with_bar(pairs, "boxes of patches", clf.verbose)
     boxes = [input_boxes(clf, dataset, i, np.array([j]), 95)[0] for i, j in bar]
@@ -232,6 +232,6 @@ def find_concepts(
         row.clone(),
         col.clone(),
         dataset.y[sample],
-        torch.full((len(sample),), forbidden),
-        torch.full((len(sample),), float(weight)),
+        torch.full((len(sample),), forbidden, device="cpu"),
+        torch.full((len(sample),), float(weight), device="cpu"),
     )

@@ -47,6 +47,7 @@ from protoclf.parameters import (
 )
 from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry
+from protoclf.torch_settings import on_cpu_by_default
 
 _MICRO_BATCH = 8  # images, on a CPU
 _WORTH_FOLDING = 64  # images: to find folds takes as long as a few of them
@@ -345,7 +346,10 @@ class SkorchProtoPNet(NeuralNetClassifier):
         self, features: Dataset, rows: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield latent maps and classes of cached features, always in the same batches."""
-        for inputs, y in self.get_iterator(features, training=False, rows=rows):
+        loader = self.get_iterator(features, training=False, rows=rows)
+        with on_cpu_by_default():  # it draws a number
+            batches = iter(loader)
+        for inputs, y in batches:
             with torch.no_grad():
                 yield self.module_.latents(inputs["features"].to(self.device)), y
 

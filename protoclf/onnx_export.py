@@ -137,7 +137,7 @@ class _Exported(nn.Module):
 
 
 def _program(exported: _Exported, side: int) -> torch.onnx.ONNXProgram:
-    images = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    images = torch.zeros(2, 3, side, side, dtype=torch.uint8, device="cpu")
     try:
         program = torch.onnx.export(
             exported,

@@ -2,12 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 from device_with_values import OnDevice, device_with_values
 from fit_and_die import Stop
 from torch import nn
 
 from protoclf import ProtoPNetClassifier, editing, storage
-from protoclf.metrics import distinctness, sparsity, spatial_misalignment
+from protoclf.metrics import (
+    distinctness,
+    random_prototypes,
+    rank_stability,
+    sparsity,
+    spatial_misalignment,
+)
 from protoclf.nearest_patches import nearest_patches
 
 slow = pytest.mark.slow
@@ -133,6 +140,22 @@ def test_edits_and_metrics(squares, device):
         assert len(table)
     clf = editing.merge_duplicates(editing.remove(clf, [0]), max_distance=1e-3)
     assert_adds_up(clf, X)
+
+
+def test_the_device_may_be_where_torch_makes_tensors_by_default(squares):
+    X, y = squares
+    with device_with_values() as device:
+        clf = classifier(device, train_backbone=False).fit(X, y)
+        torch.set_default_device(device)
+        try:
+            clf.explain(X[:1], attribution="gradient", top=1)
+            clf.last_layer_path(X, y, [1e-3], folds=0)
+            rank_stability(clf, X[:2])
+            random_prototypes(clf, X, y)
+            forbidden = editing.forbid(clf, [0], X, y, k=1, epochs=1).concepts_
+        finally:
+            torch.set_default_device(None)
+    assert {tensor.device.type for tensor in vars(forbidden).values()} == {"cpu"}
 
 
 # of the images, of a view, of the images again for `forbid`: how many have room on the device
