@@ -31,6 +31,7 @@ from protoclf.interrupts import noticing_ctrl_c
 from protoclf.net import SkorchProtoPNet
 from protoclf.patch_search import project, view_activations
 from protoclf.penalty import auto_penalty, penalties_to_try, penalty_path
+from protoclf.progress import with_bar
 from protoclf.selection import selected_prototypes
 from protoclf.self_matches import rare_classes, replace_self_matches
 from protoclf.stage_cache import remembered
@@ -159,8 +160,10 @@ class Training:
             for epoch in range(self.done, self.epochs):
                 self._set_learning_rates(net.optimizer_, epoch)
                 torch.manual_seed(net.processes.own_seed(net.seed_ + len(net.history)))
+                what = f"{self.name}, epoch {epoch + 1} of {self.epochs}"
+                shown = with_bar(batches, what, net.verbose and net.processes.is_first)
                 with _history_row(net, data, self.name) as row:
-                    net.run_single_epoch(batches, True, "train", net.train_step)
+                    net.run_single_epoch(shown, True, "train", net.train_step)
                     net.agree()
                     _validate(net, valid)
                 if row.stopped:

@@ -16,7 +16,7 @@ from skorch.dataset import ValidSplit
 from skorch.history import History
 from torch import nn
 
-from protoclf import ProtoPNetClassifier, fitting
+from protoclf import ProtoPNetClassifier, fitting, progress
 from protoclf.backbones import SmallCNN
 from protoclf.features import FitData
 from protoclf.image_dataset import ImageDataset
@@ -134,6 +134,25 @@ def test_schedule_of_the_paper():
         *(Training("joint", 10, joint, "step", 0), Projection(None), LastLayer(1e-4, "keep", 0.0)),
         *(Training("joint", 10, joint, "step", 10), Projection(None), LastLayer(1e-4, "keep", 0.0)),
         *(Training("joint", 10, joint, "step", 20), Projection(None), LastLayer(1e-4, "keep", 0.0)),
+    ]
+
+
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_each_epoch_has_a_bar_of_its_batches(squares, monkeypatch, verbose):
+    bars = []
+
+    def bar(items, what, total, disable, **_):
+        bars.append((what, len(items), disable))
+        return items
+
+    monkeypatch.setattr(progress, "tqdm", bar)
+    make(joint_epochs=2, verbose=verbose).fit(*squares)
+    epochs = [bar for bar in bars if "epoch" in bar[0]]
+    batches = -(-len(squares[1]) // 7)
+    assert epochs == [
+        ("warm-up, epoch 1 of 1", batches, not verbose),
+        ("joint, epoch 1 of 2", batches, not verbose),
+        ("joint, epoch 2 of 2", batches, not verbose),
     ]
 
 
