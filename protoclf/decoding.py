@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import TypeVar
 
 import joblib
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from protoclf.geometry import Preprocessing
 from protoclf.image_errors import Failure, ImageError, reading_error
 from protoclf.images import Images
 from protoclf.picture import open_file, reason_for
+from protoclf.progress import with_bar
+
+T = TypeVar("T")
 
 _MAX_THREADS = 8  # by default; beyond that the disk is what limits
 
@@ -24,7 +28,7 @@ def decode(
     preprocessing: Preprocessing,
     indices: ArrayLike | None = None,
     out: torch.Tensor | None = None,
-    progress: bool | None = None,
+    show: bool = True,
     failures: list[Failure] | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Decode images to the model's input, in threads.
@@ -40,8 +44,8 @@ def decode(
         Which images; all by default.
     out : torch.Tensor of shape (n, 3, S, S), uint8, on the CPU, optional
         Where to write.
-    progress : bool, optional
-        A progress bar on stderr; by default only where it takes longer than two seconds.
+    show : bool, default=True
+        A progress bar on stderr, if it takes longer than two seconds.
     failures : list of Failure, optional
         Where to put the images that cannot be read, which are then black.
 
@@ -58,9 +62,10 @@ def decode(
     """
     subset = images if indices is None else images.take(indices)
     n, side = len(subset), preprocessing.image_size
-    pixels = _output(out, (n, 3, side, side))
+    if out is None:
+        out = torch.empty((n, 3, side, side), dtype=torch.uint8, device="cpu")
     sizes = np.zeros((n, 2), dtype=np.int64)
-    view = pixels.numpy()
+    view = out.numpy()
 
     def work(i: int) -> Failure | None:
         try:
@@ -72,15 +77,15 @@ def decode(
         view[i] = preprocessing.apply(stored)
         return None
 
-    failed = _run(work, n, progress, "decoding images")
+    failed = [failure for failure in in_threads(work, n, "decoding images", show) if failure]
     if failures is not None:
         failures += failed
     elif failed:
         raise reading_error(failed)
-    return pixels, sizes
+    return out, sizes
 
 
-def check_files(images: Images, progress: bool | None = None) -> None:
+def check_files(images: Images, show: bool = True) -> None:
     """Check every file quickly, without decoding: it is there, and its header is an image's.
 
     Parameters and errors are those of `decode`. Where X holds pixels there is nothing to check.
@@ -98,59 +103,24 @@ def check_files(images: Images, progress: bool | None = None) -> None:
             return Failure(int(images.positions[i]), paths[i], reason_for(error))
         return None
 
-    failed = _run(work, len(paths), progress, "checking files")
+    failed = [f for f in in_threads(work, len(paths), "checking files", show) if f]
     if failed:
         raise reading_error(failed)
 
 
-def _output(out: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
-    if out is None:
-        return torch.empty(shape, dtype=torch.uint8, device="cpu")
-    if out.dtype != torch.uint8 or tuple(out.shape) != shape or out.device.type != "cpu":
-        raise ValueError(
-            f"out must be a uint8 tensor of shape {shape} on the CPU; got {out.dtype} of shape "
-            f"{tuple(out.shape)} on {out.device}."
-        )
-    return out
-
-
-def _run(
-    work: Callable[[int], Failure | None],
-    n: int,
-    progress: bool | None,
-    what: str,
-) -> list[Failure]:
-    """Call work(0), ..., work(n - 1) in threads; return all failures."""
-    failures: list[Failure] = []
-    delay = 0 if progress else 2  # seconds
-    with tqdm(total=n, desc=what, delay=delay, disable=progress is False, leave=False) as bar:
-        for found, done in _chunks(work, n):
-            failures += found
-            bar.update(done)
-    return failures
-
-
-def _chunks(work: Callable[[int], Failure | None], n: int) -> Iterator[tuple[list[Failure], int]]:
-    """Yield (failures, number of images) as chunks are done, in order."""
+def in_threads(work: Callable[[int], T], n: int, what: str = "", show: bool = False) -> list[T]:
+    """Return work(0), ..., work(n - 1), computed in threads, behind a bar where to `show` it."""
     threads = _n_threads()
     size = max(1, min(64, n // (4 * threads)))
-
-    def chunk(start: int) -> tuple[list[Failure], int]:
-        part = range(start, min(start + size, n))
-        return [failure for i in part if (failure := work(i))], len(part)
-
     starts = range(0, n, size)
+
+    def chunk(start: int) -> list[T]:
+        return [work(i) for i in range(start, min(start + size, n))]
+
     if threads == 1 or len(starts) < 2:
-        yield from map(chunk, starts)
-        return
+        return list(with_bar(chain.from_iterable(map(chunk, starts)), what, show, n))
     with ThreadPoolExecutor(min(threads, len(starts))) as pool:  # its own: safe under fork
-        yield from pool.map(chunk, starts)
-
-
-def in_threads(work: Callable[[int], None], n: int) -> None:
-    """Call work(0), ..., work(n - 1), in as many threads as decode images by default."""
-    for _ in _chunks(work, n):
-        pass
+        return list(with_bar(chain.from_iterable(pool.map(chunk, starts)), what, show, n))
 
 
 def _n_threads() -> int:

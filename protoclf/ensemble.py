@@ -220,7 +220,7 @@ class ProtoPNetEnsemble(
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Member {name!r}: {error}") from error
         if any(member.on_bad_image == "raise" for _, member in members):
-            check_files(images, progress=None if self.verbose else False)
+            check_files(images, show=bool(self.verbose))
         return given.y, given.classes
 
     # Using it -----------------------------------------------------------------------------------

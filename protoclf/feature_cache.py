@@ -97,12 +97,7 @@ class CachedImages(Batches):
         """Return a whole batch; only images without features are decoded."""
         whole, index = in_whole(self.dataset, indices)
         keys = whole.digests(index, readable_alone=True)  # unreadable: cannot be decoded either
-        found: list[Tensor | None] = [None] * len(index)
-
-        def look_up(i: int) -> None:
-            found[i] = self.cache.read(keys[i]) if keys[i] else None
-
-        in_threads(look_up, len(index))
+        found = in_threads(lambda i: self.cache.read(keys[i]) if keys[i] else None, len(index))
         missing = np.array([i for i, features in enumerate(found) if features is None], np.int64)
         others, y = whole.without_images(index)
         images = whole.decoded(index[missing])

@@ -281,7 +281,7 @@ class StagedNet(SkorchProtoPNet):
         given = read_targets(images, y, sample_weight, groups, None if first else self.classes_)
         preprocessing = Preprocessing(self.image_size, self.resize)
         dataset = ImageDataset(images, preprocessing, on_bad_image=self.on_bad_image)
-        show = None if self.verbose else False
+        show = bool(self.verbose)
         if self.memory is not None and not self.trains_backbone and self.on_bad_image == "raise":
             dataset.check(show)
         else:

@@ -84,10 +84,10 @@ class ImageDataset(Batches):
         self._digests = np.full(len(images), "", dtype=object)
         self._decoded_digests = self._digests  # of the images in `pixels`, from before
 
-    def keep(self, progress: bool | None = None, folder: Path | None = None) -> ImageDataset:
+    def keep(self, show: bool = True, folder: Path | None = None) -> ImageDataset:
         """Decode all images now and keep them (3 S^2 bytes each); otherwise batch by batch.
 
-        `progress` is that of `decode`. Beyond the memory budget the images are mapped to a file in
+        `show` is that of `decode`. Beyond the memory budget the images are mapped to a file in
         `folder`. Where there is a folder, results may be kept in it for other fits, so that the
         digests of the images are taken before they are decoded. Returns the data set itself.
         """
@@ -97,15 +97,15 @@ class ImageDataset(Batches):
                 self._decoded_digests = self._digests.copy()
             side = self.preprocessing.image_size
             out = allocate((len(self), 3, side, side), torch.uint8, folder=folder)
-            self.pixels, self._sizes = self._decode(np.arange(len(self)), out, progress)
+            self.pixels, self._sizes = self._decode(np.arange(len(self)), out, show)
         return self
 
     def _decode(
-        self, index: np.ndarray, out: torch.Tensor | None, progress: bool | None
+        self, index: np.ndarray, out: torch.Tensor | None, show: bool
     ) -> tuple[torch.Tensor, np.ndarray]:
         failures: list[Failure] = []
         decoded = decode(
-            *(self.images, self.preprocessing, index, out, progress),
+            *(self.images, self.preprocessing, index, out, show),
             failures=failures if self.on_bad_image == "skip" else None,
         )
         if failures:
@@ -200,7 +200,7 @@ class ImageDataset(Batches):
         in_threads(look, len(index))
         return same
 
-    def check(self, progress: bool | None = None) -> None:
+    def check(self, show: bool = True) -> None:
         """Check every file as `check_files` does, but for those with contents that passed before.
 
         Files are read for their digests, which are kept.
@@ -210,7 +210,7 @@ class ImageDataset(Batches):
         except ImageError:  # one of several, perhaps
             digests = []
         if not digests or not _passed.issuperset(digests):
-            check_files(self.images, progress=progress)
+            check_files(self.images, show=show)
             if len(_passed) > _MOST_PASSED:
                 _passed.clear()
             _passed.update(digests)

@@ -130,7 +130,7 @@ def write_report(
     images = Images(X)
     y = None if y is None else read_labels(y, len(images))
     _warn_of_other_labels(clf, y)
-    check_files(images, progress=None if clf.verbose else False)
+    check_files(images, show=bool(clf.verbose))
     cards = explained_cards(clf, images, y, thumbnail, top=top, attribution=attribution)
     tiles = _tiles(clf)
     content = {

@@ -101,18 +101,17 @@ def read_thumbnails(folder: Path, side: int, sizes: dict[int, tuple[int, int]]) 
         raise refusal(folder / THUMBNAILS, "is a link.")
     most = PIL.Image.MAX_IMAGE_PIXELS
     indices = list(sizes)
-    pictures: dict[int, KeptPicture] = {}
 
-    def read(i: int) -> None:
+    def read(i: int) -> KeptPicture:
         index = indices[i]
         file, (width, height) = _file(folder, index), sizes[index]
         if most is not None and width * height > most:
             limit = f"PIL.Image.MAX_IMAGE_PIXELS = {most}: raise it if you trust the file"
             raise refusal(file, f"is of an image of {width} x {height} pixels; more than {limit}.")
-        pictures[index] = _read(file, side, (width, height))
+        return _read(file, side, (width, height))
 
-    in_threads(read, len(indices))
-    return Thumbnails(side, {index: pictures[index] for index in indices})
+    pictures = in_threads(read, len(indices))
+    return Thumbnails(side, dict(zip(indices, pictures, strict=True)))
 
 
 def _read(file: Path, side: int, size: tuple[int, int]) -> KeptPicture:

@@ -8,8 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from tqdm import tqdm
 
-from protoclf import decoding
+from protoclf import decoding, progress
 from protoclf.decoding import check_files, decode
 from protoclf.geometry import Preprocessing
 from protoclf.image_errors import ImageError
@@ -129,7 +130,7 @@ def test_decode_is_the_same_for_any_number_of_threads(paths, monkeypatch):
     one, sizes = decode(images, preprocessing)
     for threads in (2, 7):
         monkeypatch.setattr(decoding, "_n_threads", partial(int, threads))
-        again, sizes_again = decode(images, preprocessing, progress=False)
+        again, sizes_again = decode(images, preprocessing, show=False)
         assert torch.equal(one, again)
         assert np.array_equal(sizes, sizes_again)
     for i in range(6):
@@ -145,20 +146,21 @@ def test_decode_some_into_a_given_tensor(paths):
     assert torch.equal(out[2:4], everything[[4, 1]])
     assert not out[:2].any()
     assert sizes.shape == (2, 2)
-    with pytest.raises(ValueError, match=r"out must be a uint8 tensor of shape \(6, 3, 8, 8\)"):
-        decode(images, preprocessing, out=out)
 
 
-def test_progress_bar_only_on_request_where_fast(paths, capfd):
+def test_progress_bar_only_where_slow(paths, capfd, monkeypatch):
     images = Images(paths)
     decode(images, Preprocessing(8))
-    check_files(images, progress=False)
+    check_files(images)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
-    decode(images, Preprocessing(8), progress=True)
+    monkeypatch.setattr(progress, "tqdm", lambda *args, **how: tqdm(*args, **how | {"delay": 0}))
+    decode(images, Preprocessing(8))
     captured = capfd.readouterr()
     assert "decoding images" in captured.err
     assert captured.out == ""
+    decode(images, Preprocessing(8), show=False)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_pil_image_given_twice_is_decoded_safely(paths):

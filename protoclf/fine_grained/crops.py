@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import PIL.Image
-from tqdm import tqdm
 
 from protoclf.decoding import in_threads
 from protoclf.explanation import BOX
@@ -61,10 +60,8 @@ def write_crops(
             )
         if not _is_picture(paths[i], (x1 - x0, y1 - y0)):
             _save(read.open(i).crop((x0, y0, x1, y1)), paths[i])
-        bar.update()
 
-    with tqdm(total=len(paths), desc="cropping", delay=2, leave=False) as bar:
-        in_threads(work, len(paths))
+    in_threads(work, len(paths), "cropping", show=True)
     size = boxes[:, 2:] - boxes[:, :2]
     whole = dict(zip(BOX, np.hstack([np.zeros_like(size), size]).T, strict=True))
     return images.assign(path=[str(path) for path in paths], **whole), boxes[:, :2]

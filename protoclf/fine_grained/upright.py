@@ -49,15 +49,14 @@ class Turns:
 
     def __init__(self, paths: list[str]) -> None:
         check_files(Images(paths))
-        self._turn = np.zeros((len(paths), 2, 2), np.int64)
-        self._size = np.zeros((len(paths), 2, 1), np.int64)
 
-        def work(i: int) -> None:
+        def header(i: int) -> tuple[int, tuple[int, int]]:
             with open_file(paths[i]) as image:
-                self._turn[i] = _TURNS[orientation_of(image)]
-                self._size[i, :, 0] = image.size
+                return orientation_of(image), image.size
 
-        in_threads(work, len(paths))
+        headers = in_threads(header, len(paths))
+        self._turn = np.array([_TURNS[orientation] for orientation, _ in headers])  # (n, 2, 2)
+        self._size = np.array([size for _, size in headers])[:, :, None]  # (n, 2, 1)
 
     def table(self, images: pd.DataFrame) -> pd.DataFrame:
         """Return the table of these photos with its boxes turned."""
