@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from protoclf.acceleration import takes_channels_last
 from protoclf.fingerprints import state_digest, state_of, structure_digest
-from protoclf.folding import Folds, find_evaluation_folds, find_folds
-from protoclf.micro_batches import images_stay_apart
 from protoclf.receptive_field import BackboneGeometry, measure
 
 _KEPT = 16
@@ -22,48 +19,15 @@ _known: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
-class BackboneFacts:
-    """Facts of a backbone at one size of the images.
-
-    Attributes
-    ----------
-    geometry : BackboneGeometry
-    channels_last : bool
-        Whether it runs on images whose channels come last in memory.
-    """
-
-    geometry: BackboneGeometry
-    channels_last: bool
+def shape_and_layout(backbone: nn.Module, image_size: int) -> tuple[BackboneGeometry, bool]:
+    """Return the geometry of the feature map, and whether channels may come last in memory."""
+    return measure(backbone, image_size), takes_channels_last(backbone, image_size)
 
 
-def facts_of(backbone: nn.Module, image_size: int) -> BackboneFacts:
-    """Return the facts of a backbone; those of the last few are remembered."""
-    return _once(_measured, backbone, image_size)
-
-
-def folds_of(backbone: nn.Module, image_size: int) -> Folds:
-    """Return what `find_folds` finds; of the last few backbones it is remembered."""
-    return _once(find_folds, backbone, image_size)
-
-
-def evaluation_folds_of(backbone: nn.Module, image_size: int) -> Folds:
-    """Return what `find_evaluation_folds` finds; of the last few backbones it is remembered."""
-    return _once(find_evaluation_folds, backbone, image_size)
-
-
-def takes_micro_batches(backbone: nn.Module, image_size: int) -> bool:
-    """Return what `images_stay_apart` finds; of the last few backbones it is remembered."""
-    return _once(images_stay_apart, backbone, image_size)
-
-
-def _measured(backbone: nn.Module, image_size: int) -> BackboneFacts:
-    geometry = measure(backbone, image_size)
-    return BackboneFacts(geometry, takes_channels_last(backbone, image_size))
-
-
-def _once(find: Callable[[nn.Module, int], Found], backbone: nn.Module, image_size: int) -> Found:
-    """Find something out, where it is not known already.
+def found_once(
+    find: Callable[[nn.Module, int], Found], backbone: nn.Module, image_size: int
+) -> Found:
+    """Return what a function finds out, where it is not known of one of the last few backbones.
 
     A search builds the same backbone for each candidate: its digest costs far less than to run
     it, even without numbers. Weights do not matter, but for their shapes.

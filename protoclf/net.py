@@ -22,20 +22,16 @@ from protoclf.acceleration import has_fast_bfloat16, keep_freed_memory
 from protoclf.activations import Activations
 from protoclf.array_store import folder_of
 from protoclf.augmentation import AugmentedDataset
-from protoclf.backbone_facts import (
-    evaluation_folds_of,
-    facts_of,
-    folds_of,
-    takes_micro_batches,
-)
+from protoclf.backbone_facts import found_once, shape_and_layout
 from protoclf.backbones import build_backbone, copied
 from protoclf.concepts import Concepts
+from protoclf.folding import find_evaluation_folds, find_folds
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, is_batches
 from protoclf.images import Images
 from protoclf.last_layer import LastLayerResult
 from protoclf.losses import ProtoPNetLoss
-from protoclf.micro_batches import learns_statistics, pieces_by_class
+from protoclf.micro_batches import images_stay_apart, learns_statistics, pieces_by_class
 from protoclf.network import Outputs, ProtoPNet, PrototypeSpec
 from protoclf.parameters import (
     NOT_OURS,
@@ -101,9 +97,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
     def initialize_module(self):
         """Build the network (called by skorch)."""
         backbone = build_backbone(self.backbone, self.weights)
-        facts = facts_of(backbone, self.image_size)
-        self.geometry_ = geometry = facts.geometry
-        self.channels_last_ = facts.channels_last
+        geometry, channels_last = found_once(shape_and_layout, backbone, self.image_size)
+        self.geometry_, self.channels_last_ = geometry, channels_last
         cells = (geometry.height, geometry.width)
         counts = prototype_counts(self.prototypes_per_class, self.classes_)
         spec = PrototypeSpec(
@@ -173,7 +168,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         """Find out which batch-norm layers training may fold away, unless a compiler has them."""
         module = self.plain_module
         if module.settled and not self.compile:
-            module.folds = folds_of(module.backbone, self.image_size)
+            module.folds = found_once(find_folds, module.backbone, self.image_size)
 
     def module_to_evaluate(self, n_images: int) -> ProtoPNet:
         """Return the network for a pass over images, without batch norm where that pays."""
@@ -181,7 +176,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
         on_cpu = torch.device(self.device).type == "cpu"
         if not on_cpu or self.compile or module.half_precision or n_images < _WORTH_FOLDING:
             return module
-        folds = evaluation_folds_of(module.backbone, self.preprocessing_.image_size)
+        image_size = self.preprocessing_.image_size
+        folds = found_once(find_evaluation_folds, module.backbone, image_size)
         return module.with_folds(folds) if folds else module
 
     @property
@@ -235,7 +231,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
             return f"{type(self).__name__} has a get_loss of its own"
         if learns_statistics(backbone):
             return "the backbone learns batch-norm statistics, those of whole batches"
-        if not takes_micro_batches(backbone, self.image_size):
+        if not found_once(images_stay_apart, backbone, self.image_size):
             return "what the backbone finds in an image depends on the others of its batch"
         return ""
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from protoclf import (
     ProtoPNetClassifier,
-    backbone_facts,
+    net,
     parameters,
     prototype_layer,
     stages,
@@ -173,7 +173,7 @@ def device_with_values(float64: bool = True) -> Iterator[str]:
         other.__dict__ = copy.deepcopy(clf.__dict__, memo)
         return other
 
-    measured = backbone_facts._measured
+    measured = net.shape_and_layout
 
     def without_modes(*args: Any) -> Any:
         with _disable_current_modes():
@@ -187,7 +187,7 @@ def device_with_values(float64: bool = True) -> Iterator[str]:
         patch.setattr(torch, "tensor", made(tensor))
         patch.setattr(torch, "as_tensor", made(as_tensor))
         patch.setattr(torch.Tensor, "new_tensor", like)
-        patch.setattr(backbone_facts, "_measured", without_modes)
+        patch.setattr(net, "shape_and_layout", without_modes)
         patch.setitem(parameters.RULES, "device", (lambda device: True, "any"))
         patch.setattr(ProtoPNetClassifier, "__deepcopy__", copied, raising=False)
         yield NAME

@@ -18,9 +18,10 @@ from torch import nn
 from torchvision.transforms import v2
 
 from protoclf import backbone_facts, fingerprints
-from protoclf.backbone_facts import facts_of
+from protoclf.backbone_facts import found_once, shape_and_layout
 from protoclf.backbones import SmallCNN
 from protoclf.fingerprints import code_digest, described, module_digest, state_digest
+from protoclf.receptive_field import measure
 
 
 def scaled(x, factor):
@@ -303,28 +304,27 @@ def test_the_digest_of_the_code_covers_every_file(monkeypatch, tmp_path):
 
 
 def test_facts_are_found_out_once_for_each_backbone(monkeypatch):
-    asked, measure = [], backbone_facts.measure
+    asked = []
 
     def noting(backbone, image_size):
         asked.append(image_size)
         return measure(backbone, image_size)
 
-    monkeypatch.setattr(backbone_facts, "measure", noting)
     monkeypatch.setattr(backbone_facts, "_known", type(backbone_facts._known)())
     backbone = SmallCNN(16)
-    facts = facts_of(backbone, 48)
-    assert facts_of(copy.deepcopy(backbone), 48) is facts
-    assert facts.channels_last
-    assert (facts.geometry.channels, facts.geometry.height) == (16, 6)
-    assert facts_of(backbone, 64).geometry.height == 8
-    assert facts_of(SmallCNN(8), 48).geometry.channels == 8
+    geometry = found_once(noting, backbone, 48)
+    assert found_once(noting, copy.deepcopy(backbone), 48) is geometry
+    assert (geometry.channels, geometry.height) == (16, 6)
+    assert shape_and_layout(backbone, 48) == (geometry, True)
+    assert found_once(noting, backbone, 64).height == 8
+    assert found_once(noting, SmallCNN(8), 48).channels == 8
     assert asked == [48, 64, 48]
-    assert [facts_of(Ordered(order), 48).geometry.channels for order in ([0], [0, 1])] == [1, 2]
+    assert [found_once(noting, Ordered(order), 48).channels for order in ([0], [0, 1])] == [1, 2]
     assert asked == [48, 64, 48, 48, 48]
     monkeypatch.setattr(backbone_facts, "_KEPT", 1)
-    facts_of(SmallCNN(4), 48)
+    found_once(noting, SmallCNN(4), 48)
     assert len(backbone_facts._known) == 1
-    assert facts_of(backbone, 48) is not facts
+    assert found_once(noting, backbone, 48) is not geometry
 
 
 def test_facts_that_another_thread_looks_up_too_are_found(monkeypatch):
@@ -336,4 +336,4 @@ def test_facts_that_another_thread_looks_up_too_are_found(monkeypatch):
 
     monkeypatch.setattr(backbone_facts, "_known", Shared())
     backbone = SmallCNN(4)
-    assert facts_of(backbone, 48).geometry == facts_of(backbone, 48).geometry
+    assert found_once(measure, backbone, 48) == found_once(measure, backbone, 48)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import densenet121, mobilenet_v2, resnet18
 
 from protoclf import ProtoPNetClassifier
-from protoclf.backbone_facts import evaluation_folds_of
+from protoclf.backbone_facts import found_once
 from protoclf.backbones import SmallCNN
 from protoclf.folding import find_evaluation_folds, find_folds, folded, folded_copy
 from protoclf.network import ProtoPNet, PrototypeSpec
@@ -339,7 +339,7 @@ def test_passes_over_many_images_fold(
         given = given | {"memory": tmp_path}
     clf = copy.deepcopy(plain).set_params(**given)
     expected = [plain.decision_function(X[i : i + 2]) for i in range(0, 8, 2)]
-    evaluation_folds_of(clf.module_.backbone, 32)  # a trial, in which they are called
+    found_once(find_evaluation_folds, clf.module_.backbone, 32)  # a trial, in which they are called
     assert norms_called.of(lambda: clf.predict(X[:3])) == 6
     assert norms_called.of(lambda: clf.predict(X)) == layers
     if "precision" not in given:
