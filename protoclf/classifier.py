@@ -21,8 +21,8 @@ from protoclf.activations import Activations
 from protoclf.attribution import gradient_boxes, image_boxes
 from protoclf.explanation import (
     BOX,
-    EXPLAIN_RULES,
     SOURCE_BOX,
+    check_options,
     explain_batch,
     receptive_fields,
     sheet_rows,
@@ -43,9 +43,9 @@ from protoclf.messages import first_quoted
 from protoclf.network import Outputs, ProtoPNet
 from protoclf.parameters import refuse_unknown, with_parameters_of
 from protoclf.patch_search import view_activations
-from protoclf.penalty import PATH_RULES, penalties_to_try, penalty_path
+from protoclf.penalty import FOLDS, PENALTY_LIST, penalties_to_try, penalty_path
 from protoclf.persistence import load_classifier, save_classifier
-from protoclf.rules import check_rules
+from protoclf.rules import optional
 from protoclf.stages import LastLayer
 from protoclf.torch_datasets import unpacked
 
@@ -587,8 +587,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         """
         table = self._fitted().prototypes_
         chosen = self._class_indices(classes)
-        given = {"top": top, "attribution": attribution, "percentile": percentile}
-        check_rules(given, EXPLAIN_RULES)
+        check_options(top, attribution, percentile)
         dataset: Any = self.get_dataset(X)
         self.prepare_processor()
         sheets, side = [], self.preprocessing_.image_size
@@ -670,7 +669,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self._fitted()
         if np.iterable(penalties) and not isinstance(penalties, str):
             penalties = list(penalties)
-        check_rules({"folds": folds, "penalties": penalties}, PATH_RULES)
+        FOLDS.check(folds=folds)
+        optional(PENALTY_LIST).check(penalties=penalties)
         X, y = unpacked(X, y)
         if folds and groups is None:
             groups = repeated_files(Images(X))

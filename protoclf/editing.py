@@ -30,20 +30,12 @@ from protoclf.initialization import restart_prototypes
 from protoclf.labels import read_targets
 from protoclf.messages import first_quoted
 from protoclf.nearest_patches import find_concepts
-from protoclf.rules import COUNT, NON_NEGATIVE, Rule, check_rules, integer, optional
+from protoclf.rules import COUNT, NON_NEGATIVE, integer, optional
 from protoclf.stages import LastLayer, keep_prototypes
 from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-
-_PRUNE_RULES: dict[str, Rule] = {"k": COUNT, "t": COUNT, "min_weight": optional(NON_NEGATIVE)}
-_CONCEPT_RULES: dict[str, Rule] = {
-    "k": COUNT,
-    "weight": NON_NEGATIVE,
-    "epochs": optional(integer(0)),
-}
 
 
 def select_prototypes(
@@ -164,7 +156,8 @@ def prune(
     than t images, all of them must be among the nearest.
     """
     check_editable(clf)
-    check_rules({"k": k, "t": t, "min_weight": min_weight}, _PRUNE_RULES)
+    COUNT.check(k=k, t=t)
+    optional(NON_NEGATIVE).check(min_weight=min_weight)
     if t > k:
         raise ValueError(f"t must be at most k; got t={t} and k={k}.")
     table, activations = clf.prototypes_, activations_of(clf, X, y, views=False)
@@ -198,7 +191,7 @@ def merge_duplicates(
         As in `select_prototypes`.
     """
     check_editable(clf)
-    check_rules({"max_distance": max_distance}, {"max_distance": NON_NEGATIVE})
+    NON_NEGATIVE.check(max_distance=max_distance)
     reasons: dict[int, str] = {}
     for mine, distance in distances_within_classes(clf.module_):
         first = repeated(distance, max_distance)
@@ -270,9 +263,9 @@ def forbid(
     What is forbidden for one class is not forbidden for the others. It may come back at another
     place where it looks different: look at the new prototypes, and forbid again.
     """
-    given = {"k": k, "weight": weight, "epochs": epochs}
-    more = {"sample_weight": sample_weight, "groups": groups}
-    return _taught(clf, ids, X, y, True, reason, given, more)
+    how: dict[str, Any] = {"reason": reason, "k": k, "weight": weight, "epochs": epochs}
+    how |= {"sample_weight": sample_weight, "groups": groups}
+    return _taught(clf, ids, X, y, forbidden=True, **how)
 
 
 def encourage(
@@ -315,9 +308,9 @@ def encourage(
     -----
     This is the other half of ProtoPDebug. It acts in joint training only.
     """
-    given = {"k": k, "weight": weight, "epochs": epochs}
-    more = {"sample_weight": sample_weight, "groups": groups}
-    return _taught(clf, ids, X, y, False, reason, given, more)
+    how: dict[str, Any] = {"reason": reason, "k": k, "weight": weight, "epochs": epochs}
+    how |= {"sample_weight": sample_weight, "groups": groups}
+    return _taught(clf, ids, X, y, forbidden=False, **how)
 
 
 def _taught(
@@ -327,13 +320,17 @@ def _taught(
     y: ArrayLike,
     forbidden: bool,
     reason: str | dict[int, str],
-    given: dict[str, Any],
-    fit_params: dict[str, Any],
+    k: int,
+    weight: float,
+    epochs: int | None,
+    **fit_params: Any,
 ) -> ProtoPNetClassifier:
     """Find patches that prototypes show, and train with them as forbidden or encouraged."""
     check_editable(clf)
     _check_reason(reason)
-    check_rules(given, _CONCEPT_RULES)
+    COUNT.check(k=k)
+    NON_NEGATIVE.check(weight=weight)
+    optional(integer(0)).check(epochs=epochs)
     chosen = sorted(known_prototypes("ids", ids, range(clf.n_prototypes_)))
     X, y = unpacked(X, y)
     images = Images(X)
@@ -344,8 +341,7 @@ def _taught(
     dataset = ImageDataset(images, clf.preprocessing_, codes, on_bad_image=clf.on_bad_image)
     taught.prepare_processor()
     data = FitData(taught, dataset, None)
-    kind = chosen, given["k"], forbidden, given["weight"]
-    concepts = find_concepts(taught, dataset, data.train_features, *kind)
+    concepts = find_concepts(taught, dataset, data.train_features, chosen, k, forbidden, weight)
     usable = ~dataset.failed(np.arange(len(images)))
     reasons = {j: reason if isinstance(reason, str) else reason.get(j, "") for j in chosen}
     if forbidden:
@@ -355,8 +351,8 @@ def _taught(
         restart_prototypes(taught, data, list(reasons), avoided, usable)
     known = clf.concepts_
     taught.concepts_ = concepts if known is None else known.with_others(concepts)
-    if given["epochs"] is not None:
-        taught.joint_epochs = given["epochs"]
+    if epochs is not None:
+        taught.joint_epochs = epochs
     taught.partial_fit(X, y, **fit_params)
     taught.joint_epochs = clf.joint_epochs
     action = "forbid" if forbidden else "encourage"

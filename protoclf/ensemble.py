@@ -24,7 +24,7 @@ from protoclf.augmentation import augmentation_of
 from protoclf.classifier import ProtoPNetClassifier
 from protoclf.decoding import check_files
 from protoclf.explanation import (
-    EXPLAIN_RULES,
+    check_options,
     chosen_classes,
     with_rest_named,
     with_sum_of_rest,
@@ -41,7 +41,6 @@ from protoclf.parameters import (
     prototype_counts,
     refuse_unknown_of_members,
 )
-from protoclf.rules import check_rules
 from protoclf.torch_datasets import unpacked
 
 _FITTED = ("estimators_", "named_estimators_", "classes_")
@@ -295,8 +294,7 @@ class ProtoPNetEnsemble(
             rounding.
         """
         check_is_fitted(self)
-        given = {"top": top, "attribution": attribution, "percentile": percentile}
-        check_rules(given, EXPLAIN_RULES)
+        check_options(top, attribution, percentile)
         asked = self.estimators_[0]._class_indices(classes)
         X, _ = unpacked(X, None)
         logits = self._logits(X)  # (n, C)

@@ -7,7 +7,7 @@ computed. N images, C classes, m prototypes, H x W cells; boxes are half-open (x
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from protoclf.images import names_column
 from protoclf.localization import pair_boxes
 from protoclf.network import ProtoPNet
 from protoclf.receptive_field import BackboneGeometry
-from protoclf.rules import COUNT, PERCENTILE, Rule, one_of, optional
+from protoclf.rules import ATTRIBUTION, COUNT, PERCENTILE, optional
 
 BOX = ["x0", "y0", "x1", "y1"]
 FIELD = [f"rf_{side}" for side in BOX]
@@ -31,11 +31,6 @@ SHEET_COLUMNS = [
     *("source", "source_index", "source_class", *SOURCE_BOX),
 ]
 EDIT_COLUMNS = ["step", "action", "prototype", "class", "source", "source_index", "reason"]
-EXPLAIN_RULES: dict[str, Rule] = {
-    "top": optional(COUNT),
-    "attribution": one_of("upsampled", "gradient"),
-    "percentile": PERCENTILE,
-}
 REST = "(rest)"
 UNREADABLE = "(unreadable)"
 
@@ -55,6 +50,13 @@ class BatchExplanation(NamedTuple):
     col: np.ndarray
     rank: np.ndarray
     box: np.ndarray
+
+
+def check_options(top: Any, attribution: Any, percentile: Any) -> None:
+    """Refuse options of `explain` that cannot be used."""
+    optional(COUNT).check(top=top)
+    ATTRIBUTION.check(attribution=attribution)
+    PERCENTILE.check(percentile=percentile)
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ _DEEPEST = 32  # levels of a value
 _MOST_READINGS = 10  # of a folder that others replace meanwhile
 _UNKNOWN_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
+OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
+
 T = TypeVar("T")
 
 
@@ -175,25 +177,22 @@ class Record:
         Where in the file it stands, for the errors.
     """
 
-    def __init__(self, fields: Any, file: Path, place: str = "") -> None:
-        if not isinstance(fields, dict):
-            raise refusal(file, f"holds no object as {place}.")
+    def __init__(self, fields: dict[str, Any], file: Path, place: str = "") -> None:
         self._fields, self.file, self._place = dict(fields), file, place
 
     def take(self, name: str, rule: Rule) -> Any:
         """Return a field that holds to a rule, such as those of the parameters."""
-        holds, allowed = rule
         where = f"{self._place}.{name}" if self._place else name
         if name not in self._fields:
             raise refusal(self.file, f"lacks the field {where}.")
         value = self._fields.pop(name)
-        if not holds(value):
-            raise refusal(self.file, f"has {_short(value)} as {where}; it must be {allowed}.")
+        if not rule.holds(value):
+            raise refusal(self.file, f"has {_short(value)} as {where}; it must be {rule.allowed}.")
         return value
 
     def record(self, name: str) -> Record:
         """Return a field that is an object itself."""
-        fields = self.take(name, (lambda value: isinstance(value, dict), "an object"))
+        fields = self.take(name, OBJECT)
         return Record(fields, self.file, f"{self._place}.{name}" if self._place else name)
 
     def take_all(self, rules: Mapping[str, Rule]) -> dict[str, Any]:

@@ -23,13 +23,10 @@ from protoclf.images import Images, names_column
 from protoclf.labels import read_labels
 from protoclf.localization import activation_boxes, pair_maps
 from protoclf.progress import with_bar
-from protoclf.rules import COUNT, PERCENTILE, Rule, check_rules
+from protoclf.rules import COUNT, PERCENTILE
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-
-_RULES: dict[str, Rule] = {"k": COUNT, "percentile": PERCENTILE}
 
 
 @torch.no_grad()
@@ -74,7 +71,8 @@ def nearest_patches(
     Images stream through the network in one pass: memory grows with prototypes x k, not with the
     number of images.
     """
-    check_rules({"k": k, "percentile": percentile}, _RULES)
+    COUNT.check(k=k)
+    PERCENTILE.check(percentile=percentile)
     check_classifier(clf)
     owners = clf.prototypes_
     images = Images(X)

@@ -18,9 +18,7 @@ from protoclf.messages import first_few, first_quoted
 from protoclf.rules import (
     COUNT,
     NON_NEGATIVE,
-    SEED,
     Rule,
-    check_rules,
     either,
     integer,
     one_of,
@@ -42,16 +40,14 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
 def _is_size(value: Any) -> bool:
     if isinstance(value, str):
         return value == "full"
-    holds = COUNT[0]
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(holds, value))
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(COUNT.holds, value))
 
 
 def _is_count(value: Any) -> bool:
     if isinstance(value, str):
         return value == "auto"
-    holds = COUNT[0]
     counts = value.values() if isinstance(value, Mapping) else [value]
-    return all(map(holds, counts))
+    return all(map(COUNT.holds, counts))
 
 
 def _is_class_weight(value: Any) -> bool:
@@ -97,7 +93,7 @@ def _is_callback(value: Any) -> bool:
 def _is_seed(value: Any) -> bool:
     if value is None or isinstance(value, np.random.RandomState):
         return True
-    return SEED[0](value) and int(value) <= _LARGEST_SEED
+    return integer(0, _LARGEST_SEED).holds(value)
 
 
 _OTHER_NAMES = {  # of what is ours by another name, elsewhere
@@ -115,17 +111,17 @@ _NESTED = ("optimizer", "iterator_train", "iterator_valid", "callbacks", "compil
 
 RULES: dict[str, Rule] = {
     "on_bad_image": one_of("raise", "skip"),
-    "train_backbone": (_is_flag, "True or False"),
+    "train_backbone": Rule(_is_flag, "True or False"),
     "image_size": COUNT,
     "resize": one_of("crop", "squash"),
-    "prototypes_per_class": (_is_count, '"auto", an int >= 1, or a dict of one for each class'),
-    "prototype_size": (_is_size, '"full" or (rows, columns), ints >= 1'),
+    "prototypes_per_class": Rule(_is_count, '"auto", an int >= 1, or a dict of one for each class'),
+    "prototype_size": Rule(_is_size, '"full" or (rows, columns), ints >= 1'),
     "latent_dim": optional(COUNT),
     "similarity": one_of("log", "cosine"),
     "prototype_init": one_of("selected", "kmeans", "random"),
     "distinct": one_of(None, "patches", "images"),
     "self_matches": one_of("auto", "median", "keep"),
-    "class_weight": (_is_class_weight, 'None, "balanced" or a dict of a number for each class'),
+    "class_weight": Rule(_is_class_weight, 'None, "balanced" or a dict of a number for each class'),
     "lambda_clst": NON_NEGATIVE,
     "lambda_sep": NON_NEGATIVE,
     "lambda_patch": NON_NEGATIVE,
@@ -142,24 +138,25 @@ RULES: dict[str, Rule] = {
     "batch_size": COUNT,
     "micro_batch_size": optional(either("auto", rule=COUNT)),
     "precision": one_of("auto", "float32", "bfloat16"),
-    "memory": (_is_memory, "None, a folder (and no file) or a joblib.Memory"),
-    "checkpoint": (_is_folder, "None or a folder"),
-    "device": (_is_device, '"auto" or a device of torch, such as "cpu" or "cuda:0"'),
-    "verbose": (lambda value: isinstance(value, Integral), "an int, 0 or more"),
-    "tune_allocator": (_is_flag, "True or False"),
-    "optimizer": (callable, "a class of optimizers, such as torch.optim.Adam"),
-    "train_split": optional((callable, "callable, such as skorch.dataset.ValidSplit(5)")),
-    "callbacks": (_are_callbacks, 'None, "disable" or a list of skorch callbacks'),
-    "random_state": (_is_seed, "None, an int >= 0 and < 2**32 or a numpy.random.RandomState"),
-    "iterator_train": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
-    "iterator_valid": (callable, "a class of loaders, such as torch.utils.data.DataLoader"),
-    "warm_start": (_is_flag, "True or False"),
+    "memory": Rule(_is_memory, "None, a folder (and no file) or a joblib.Memory"),
+    "checkpoint": Rule(_is_folder, "None or a folder"),
+    "device": Rule(_is_device, '"auto" or a device of torch, such as "cpu" or "cuda:0"'),
+    "verbose": Rule(lambda value: isinstance(value, Integral), "an int, 0 or more"),
+    "tune_allocator": Rule(_is_flag, "True or False"),
+    "optimizer": Rule(callable, "a class of optimizers, such as torch.optim.Adam"),
+    "train_split": optional(Rule(callable, "callable, such as skorch.dataset.ValidSplit(5)")),
+    "callbacks": Rule(_are_callbacks, 'None, "disable" or a list of skorch callbacks'),
+    "random_state": Rule(_is_seed, "None, an int >= 0 and < 2**32 or a numpy.random.RandomState"),
+    "iterator_train": Rule(callable, "a class of loaders, such as torch.utils.data.DataLoader"),
+    "iterator_valid": Rule(callable, "a class of loaders, such as torch.utils.data.DataLoader"),
+    "warm_start": Rule(_is_flag, "True or False"),
 }
 
 
 def check_parameters(params: Mapping[str, Any]) -> None:
     """Raise ValueError where a parameter of the classifier cannot be used."""
-    check_rules(params, RULES)
+    for name, rule in RULES.items():
+        rule.check(**{name: params[name]})
     _check_nested(params)
     auto, start = params["prototypes_per_class"] == "auto", params["prototype_init"]
     if auto and start != "selected":

@@ -16,7 +16,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from protoclf.activations import Activations, share_of_many
-from protoclf.rules import NON_NEGATIVE, Rule, integer, optional
+from protoclf.rules import NON_NEGATIVE, Rule, integer
 from protoclf.self_matches import are_self_matches
 
 PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
@@ -29,15 +29,11 @@ Features that were trained for the classes are told apart by few prototypes; wha
 penalty keeps makes sheets longer there, and predictions no better.
 """
 
-PATH_RULES: dict[str, Rule] = {
-    "folds": (lambda value: integer(0)[0](value) and value != 1, "0 or an int >= 2"),
-    "penalties": optional(
-        (
-            lambda v: isinstance(v, list) and len(v) > 0 and all(map(NON_NEGATIVE[0], v)),
-            "a list of one or more finite numbers >= 0",
-        )
-    ),
-}
+FOLDS = Rule(lambda value: integer(0).holds(value) and value != 1, "0 or an int >= 2")
+PENALTY_LIST = Rule(
+    lambda v: isinstance(v, list) and len(v) > 0 and all(map(NON_NEGATIVE.holds, v)),
+    "a list of one or more finite numbers >= 0",
+)
 
 _TOLERANCE = 0.01  # of held-out solves, as a share of the smallest penalty
 

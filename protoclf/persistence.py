@@ -47,7 +47,6 @@ from protoclf.network_structure import (
     probe,
 )
 from protoclf.parameters import changed_parameters, check_parameters
-from protoclf.rules import check_rules
 from protoclf.saved_labels import labels_to_json
 from protoclf.saved_model import MOST_IMAGE_SIZE, PATH_COLUMNS, VERSION, SavedModel
 from protoclf.saved_parameters import parameters_to_json
@@ -80,7 +79,7 @@ def save_classifier(
     overwrite: bool,
 ) -> Path:
     """Write a fitted classifier: see `ProtoPNetClassifier.save`."""
-    check_rules({"thumbnails": thumbnails}, {"thumbnails": THUMBNAILS_RULE})
+    THUMBNAILS_RULE.check(thumbnails=thumbnails)
     check_parameters(vars(clf))
     image_size = clf.preprocessing_.image_size
     if image_size > MOST_IMAGE_SIZE:

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import ArrayLike
 
 from protoclf.canvas import View
-from protoclf.explanation import BOX, EXPLAIN_RULES
+from protoclf.explanation import BOX
 from protoclf.fitted import check_classifier, check_columns, known_prototypes
 from protoclf.images import Images
 from protoclf.localization import activation_boxes, covered_cells, upsample
-from protoclf.rules import check_rules
+from protoclf.rules import COUNT, optional
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -31,7 +31,7 @@ def chosen_prototypes(
     """Return rows of ``clf.prototypes_``: of a class, of given ids, or of all classes."""
     check_classifier(clf)
     check_one_of(label, prototypes)
-    check_top(top)
+    optional(COUNT).check(top=top)
     table = clf.prototypes_
     by_weight = table.sort_values("weight", ascending=False, kind="stable")
     place = by_weight.groupby("class").cumcount()  # in its class, from 0
@@ -65,11 +65,6 @@ def check_one_of(label: Any, prototypes: Any) -> None:
     """Refuse two ways to choose prototypes at once."""
     if label is not None and prototypes is not None:
         raise ValueError("Give label or prototypes, not both.")
-
-
-def check_top(top: Any) -> None:
-    """Refuse what is no number of prototypes."""
-    check_rules({"top": top}, {"top": EXPLAIN_RULES["top"]})
 
 
 def source_images(clf: ProtoPNetClassifier, prototypes: Sequence[int]) -> dict[int, np.ndarray]:
@@ -123,7 +118,7 @@ def nearest_rows(
 
     A column "agrees" says whether an image is of the prototype's class, where it has a label.
     """
-    check_top(top)
+    optional(COUNT).check(top=top)
     what = "one of nearest patches, as from nearest_patches(clf, X)"
     check_columns("table", table, _NEAREST_COLUMNS, what)
     if table.empty:

@@ -46,11 +46,11 @@ from protoclf.logits import probabilities, ranking
 from protoclf.messages import similarity_in_words
 from protoclf.plot_data import (
     check_one_of,
-    check_top,
     class_index,
     heat_maps,
     source_images,
 )
+from protoclf.rules import COUNT, optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -307,7 +307,7 @@ def plot_similarity_maps(
         are too few or too many, or no prototype contributes to the class.
     """
     check_classifier(clf)
-    check_top(top)
+    optional(COUNT).check(top=top)
     check_one_of(label, prototypes)
     _check_one_image(image)
     picture = np.asarray(Images([image]).open(0))

@@ -22,7 +22,7 @@ import PIL.Image
 from numpy.typing import ArrayLike
 
 from protoclf.decoding import check_files
-from protoclf.explanation import BOX, EXPLAIN_RULES
+from protoclf.explanation import BOX
 from protoclf.files import file_to_write, replaced
 from protoclf.fitted import check_classifier
 from protoclf.image_errors import ImageError
@@ -31,7 +31,7 @@ from protoclf.labels import read_labels
 from protoclf.messages import installed_version
 from protoclf.progress import with_bar
 from protoclf.report_cards import Card, Truth, explained_cards
-from protoclf.rules import COUNT, Rule, check_rules, integer
+from protoclf.rules import ATTRIBUTION, COUNT, integer
 from protoclf.thumbnails import Thumbnail, thumbnail_of
 from protoclf.torch_datasets import unpacked
 
@@ -42,12 +42,6 @@ if TYPE_CHECKING:
 
 _SOURCES = 200  # training images at the full thumbnail size; more of them share its pixels
 _UNFOLDED = 40  # prototypes up to which the gallery starts unfolded
-
-_RULES: dict[str, Rule] = {
-    "top": COUNT,
-    "thumbnail": integer(16),
-    "attribution": EXPLAIN_RULES["attribution"],
-}
 
 
 def write_report(
@@ -122,8 +116,9 @@ def write_report(
     """
     environment = _environment()
     check_classifier(clf)
-    given = {"top": top, "thumbnail": thumbnail, "attribution": attribution}
-    check_rules(given, _RULES)
+    COUNT.check(top=top)
+    integer(16).check(thumbnail=thumbnail)
+    ATTRIBUTION.check(attribution=attribution)
     target = file_to_write(path)
     measured = [] if metrics is None else _measured(metrics)
     X, y = unpacked(X, y)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from protoclf.model_files import Record, refusal
-from protoclf.rules import Rule
+from protoclf.rules import Rule, integer
 
 _MOST_LABEL = 10_000  # characters
 _MOST_BYTES = 2**26  # of an array of strings
@@ -37,9 +37,9 @@ def labels_to_json(labels: np.ndarray) -> dict[str, Any]:
 def labels_from_json(record: Record) -> np.ndarray:
     """Return the labels (C,) that `labels_to_json` wrote: sorted, no two the same."""
     known = (*_NUMBERS, "str", "object")
-    kind = record.take("type", (lambda value: value in known, f"one of {', '.join(known)}"))
-    width = record.take("width", _WIDTH)
-    values = record.take("labels", (lambda value: isinstance(value, list), "a list"))
+    kind = record.take("type", Rule(lambda value: value in known, f"one of {', '.join(known)}"))
+    width = record.take("width", integer(0, _MOST_LABEL))
+    values = record.take("labels", Rule(lambda value: isinstance(value, list), "a list"))
     record.finish()
     item = _NUMBERS.get(kind, str)
     if len(values) < 2 or not all(type(value) is item for value in values):
@@ -55,9 +55,3 @@ def labels_from_json(record: Record) -> np.ndarray:
     if labels.tolist() != values or any(a >= b for a, b in itertools.pairwise(values)):
         raise refusal(record.file, "has class labels twice, out of order, or out of range.")
     return labels
-
-
-_WIDTH: Rule = (
-    lambda value: type(value) is int and 0 <= value <= _MOST_LABEL,
-    f"an int from 0 to {_MOST_LABEL}",
-)

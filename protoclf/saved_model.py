@@ -18,6 +18,7 @@ from protoclf.explanation import EDIT_COLUMNS
 from protoclf.model_files import (
     FORMAT,
     MODEL,
+    OBJECT,
     TENSORS,
     Record,
     decode,
@@ -28,7 +29,7 @@ from protoclf.model_files import (
 from protoclf.network import ProtoPNet, PrototypeSpec
 from protoclf.network_structure import Kind, is_finite, kind_of, kinds_of, layers_of
 from protoclf.parameters import RULES, normalization
-from protoclf.rules import Rule
+from protoclf.rules import Rule, integer
 from protoclf.saved_labels import labels_from_json
 from protoclf.saved_parameters import checked_parameters
 from protoclf.saved_sources import MOST_SIDE
@@ -143,7 +144,7 @@ class SavedModel:
         record.finish()
 
     def _decoded(self, record: Record, name: str, rule: Rule | None = None) -> Any:
-        value = record.take(name, rule or _OBJECT)
+        value = record.take(name, rule or OBJECT)
         try:
             decoded = decode(value)
         except ValueError as error:
@@ -300,11 +301,6 @@ def _is_shape(lengths: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
 # Rules of the fields ----------------------------------------------------------------------------
 
 
-def _whole(least: int, most: int) -> Rule:
-    allowed = f"an int from {least} to {most}"
-    return lambda value: type(value) is int and least <= value <= most, allowed
-
-
 def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
@@ -333,39 +329,38 @@ def _is_edits(value: Any) -> bool:
     return rows and all(type(row[0]) is int for row in value)
 
 
-_ANY: Rule = (lambda value: True, "anything")
-_OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
-_OBJECT_OR_NOT: Rule = (lambda value: value is None or isinstance(value, dict), "an object or null")
-_FLAG: Rule = (lambda value: type(value) is bool, "true or false")
-_NUMBER: Rule = (lambda value: type(value) in (int, float), "a number")
-_STRINGS: Rule = (lambda value: _is_list_of(str, value), "a list of strings")
-_DIGESTS: Rule = (
+_ANY = Rule(lambda value: True, "anything")
+_OBJECT_OR_NOT = Rule(lambda value: value is None or isinstance(value, dict), "an object or null")
+_FLAG = Rule(lambda value: type(value) is bool, "true or false")
+_NUMBER = Rule(lambda value: type(value) in (int, float), "a number")
+_STRINGS = Rule(lambda value: _is_list_of(str, value), "a list of strings")
+_DIGESTS = Rule(
     lambda value: isinstance(value, list) and all(type(d) in (str, type(None)) for d in value),
     "a list of strings and nulls",
 )
-_EDITS: Rule = (_is_edits, f"null, or a list of rows of {len(EDIT_COLUMNS)}")
-_ROWS: Rule = (_is_rows, "a list of objects, each with a list of batches")
+_EDITS = Rule(_is_edits, f"null, or a list of rows of {len(EDIT_COLUMNS)}")
+_ROWS = Rule(_is_rows, "a list of objects, each with a list of batches")
 
 _NETWORK: dict[str, Rule] = {
-    "backbone": (lambda value: value is None or type(value) is str, "a name or null"),
-    "layers": (_is_layers, "an object of names, or null"),
-    "image_size": _whole(1, MOST_IMAGE_SIZE),
+    "backbone": Rule(lambda value: value is None or type(value) is str, "a name or null"),
+    "layers": Rule(_is_layers, "an object of names, or null"),
+    "image_size": integer(1, MOST_IMAGE_SIZE),
     "resize": RULES["resize"],
     "latent_dim": RULES["latent_dim"],
     "similarity": RULES["similarity"],
     "frozen": _STRINGS,
 }
 _FIT: dict[str, Rule] = {
-    "seed": _whole(0, 2**31),
+    "seed": integer(0, 2**31),
     "backbone_trained": _FLAG,
     "lambda_l1": _NUMBER,
 }
 _LAST_LAYER: dict[str, Rule] = {
     **dict.fromkeys(("objective", "residual", "lambda_l1", "lambda_l2"), _NUMBER),
-    **dict.fromkeys(("n_iter", "n_evaluations", "n_products"), _whole(0, 2**53)),
+    **dict.fromkeys(("n_iter", "n_evaluations", "n_products"), integer(0, 2**53)),
     "converged": _FLAG,
 }
 _THUMBNAILS: dict[str, Rule] = {
-    "side": _whole(1, MOST_SIDE),
-    "sizes": (_is_sizes, "a list of [index, width, height]"),
+    "side": integer(1, MOST_SIDE),
+    "sizes": Rule(_is_sizes, "a list of [index, width, height]"),
 }

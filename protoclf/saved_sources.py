@@ -13,16 +13,13 @@ import PIL.Image
 from protoclf.decoding import in_threads
 from protoclf.files import write_bytes
 from protoclf.model_files import THUMBNAILS, read_bytes, refusal
-from protoclf.rules import COUNT, Rule
+from protoclf.rules import Rule, integer, optional
 
 MOST_SIDE = 4096  # pixels
 
 
-def _is_side(value: Any) -> bool:
-    return value is None or (COUNT[0](value) and value <= MOST_SIDE)
-
-
-THUMBNAILS_RULE: Rule = _is_side, f"None, or an int from 1 to {MOST_SIDE}"
+_SIDE = integer(1, MOST_SIDE)
+THUMBNAILS_RULE = Rule(optional(_SIDE).holds, f"None, or {_SIDE.allowed}")
 _QUALITY = 90  # of JPEG
 
 

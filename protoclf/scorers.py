@@ -9,8 +9,8 @@ from sklearn.pipeline import Pipeline
 
 from protoclf.metrics.catalogue import METRICS
 from protoclf.metrics.prototype_metrics import global_size
-from protoclf.metrics.report_table import RULES, score
-from protoclf.rules import check_rules
+from protoclf.metrics.report_table import score
+from protoclf.rules import COUNT, SEED
 
 
 def n_prototypes_scorer(estimator: Any, X: Any = None, y: Any = None) -> float:
@@ -59,7 +59,8 @@ class MetricScorer:
     random_state: int = 0
 
     def __post_init__(self) -> None:
-        check_rules(vars(self), {n: RULES[n] for n in ("n_perturbed", "random_state")})
+        COUNT.check(n_perturbed=self.n_perturbed)
+        SEED.check(random_state=self.random_state)
         names = [row.name for metric in METRICS if not metric.needs for row in metric.rows]
         if self.name not in names:
             raise ValueError(f"name must be one of {names}; got {self.name!r}.")

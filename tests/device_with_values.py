@@ -25,6 +25,7 @@ from protoclf import (
     stages,
     torch_settings,
 )
+from protoclf.rules import Rule
 
 NAME = "meta"
 
@@ -188,6 +189,6 @@ def device_with_values(float64: bool = True) -> Iterator[str]:
         patch.setattr(torch, "as_tensor", made(as_tensor))
         patch.setattr(torch.Tensor, "new_tensor", like)
         patch.setattr(net, "shape_and_layout", without_modes)
-        patch.setitem(parameters.RULES, "device", (lambda device: True, "any"))
+        patch.setitem(parameters.RULES, "device", Rule(lambda device: True, "any"))
         patch.setattr(ProtoPNetClassifier, "__deepcopy__", copied, raising=False)
         yield NAME

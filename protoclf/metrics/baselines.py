@@ -18,7 +18,7 @@ from protoclf.localization import pair_boxes
 from protoclf.metrics.streams import codes_of
 from protoclf.patch_search import view_activations
 from protoclf.projection import Sources, read_patches
-from protoclf.rules import SEED, check_rules
+from protoclf.rules import SEED
 from protoclf.self_matches import replace_self_matches
 from protoclf.stages import LastLayer
 from protoclf.torch_datasets import unpacked
@@ -52,7 +52,7 @@ def random_prototypes(
     ProtoPNetClassifier
         A new one, fitted. It has seen the labels of X, so its accuracy on X says nothing.
     """
-    check_rules({"random_state": random_state}, {"random_state": SEED})
+    SEED.check(random_state=random_state)
     check_classifier(clf)
     X, y = unpacked(X, y)
     images = Images(X)

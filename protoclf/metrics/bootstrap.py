@@ -9,9 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from protoclf.rules import COUNT, SEED, SHARE, Rule, check_rules
-
-RULES: dict[str, Rule] = {"level": SHARE, "n_resamples": COUNT, "random_state": SEED}
+from protoclf.rules import COUNT, SEED, SHARE
 
 _BLOCK = 2**22  # numbers at a time
 
@@ -55,8 +53,9 @@ def bootstrap_interval(
     The interval says how much the mean would differ for other images (or prototypes) of the same
     kind, given the classifier. It says nothing about training it again, with another seed.
     """
-    given = {"level": level, "n_resamples": n_resamples, "random_state": random_state}
-    check_rules(given, RULES)
+    SHARE.check(level=level)
+    COUNT.check(n_resamples=n_resamples)
+    SEED.check(random_state=random_state)
     column = pd.Series(np.asarray(values, dtype=float))
     by = np.arange(len(column)) if groups is None else np.asarray(groups)
     if np.isinf(column).any() or pd.isna(by).any():

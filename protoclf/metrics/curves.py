@@ -17,12 +17,10 @@ from protoclf.localization import covered_cells, upsample
 from protoclf.metrics.masks import cover
 from protoclf.metrics.streams import opened, paths_of
 from protoclf.progress import with_bar
-from protoclf.rules import COUNT, SEED, Rule, check_rules
+from protoclf.rules import COUNT, SEED
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-RULES: dict[str, Rule] = {"n_steps": COUNT, "n_controls": COUNT, "random_state": SEED}
 
 _BLUR = 5 / 224  # standard deviation, of the input's side; its kernel ends at as much on each side
 
@@ -74,8 +72,8 @@ def deletion_insertion(
     about its explanation. The code of RISE deletes to the mean of ImageNet in place of that of the
     image, and 224 pixels at a time; its blur is ours, a standard deviation of 5 pixels of 224.
     """
-    given = {"n_steps": n_steps, "n_controls": n_controls, "random_state": random_state}
-    check_rules(given, RULES)
+    COUNT.check(n_steps=n_steps, n_controls=n_controls)
+    SEED.check(random_state=random_state)
     dataset = opened(clf, X)
     rows = []
     for i in with_bar(range(len(dataset)), "deleting", clf.verbose):

@@ -14,7 +14,7 @@ from protoclf.localization import box_masks
 from protoclf.metrics.masks import cover
 from protoclf.metrics.streams import opened, sheet_of
 from protoclf.progress import with_bar
-from protoclf.rules import COUNT, check_rules
+from protoclf.rules import COUNT
 
 DELETION_COLUMNS = [
     *("area", "similarity_drop", "control_similarity_drop", "logit_drop", "control_logit_drop")
@@ -75,7 +75,7 @@ def deletion_score(
     overlap the box, a large one more than a small one: that pulls its scores towards 0, which
     they are for a box that fills the input. Compare ways to find boxes at like areas.
     """
-    check_rules({"top": top, "n_controls": n_controls}, {"top": COUNT, "n_controls": COUNT})
+    COUNT.check(top=top, n_controls=n_controls)
     dataset = opened(clf, X)
     table = sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile)
     table = table[table["prototype"].notna() & (table["weight"] > 0)].reset_index(drop=True)

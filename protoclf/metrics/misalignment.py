@@ -16,15 +16,10 @@ from torch import Tensor
 from protoclf.localization import box_masks, highest, pair_boxes, pair_maps, upsample
 from protoclf.metrics.perturbations import UNIT
 from protoclf.metrics.streams import image_batches, latents_of, opened, paths_of
-from protoclf.rules import COUNT, NON_NEGATIVE, PERCENTILE, SEED, Rule, check_rules
+from protoclf.rules import COUNT, NON_NEGATIVE, PERCENTILE, SEED
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-RULES: dict[str, Rule] = {
-    **{"epsilon": NON_NEGATIVE, "step_size": NON_NEGATIVE, "margin": NON_NEGATIVE},
-    **{"n_steps": COUNT, "percentile": PERCENTILE, "random_state": SEED},
-}
 
 _HIGH = 90  # percentile of a map above which a prototype is found, before and after
 _ROUNDING = 1e-5  # of a map's range
@@ -91,9 +86,10 @@ def spatial_misalignment(
     QuanProto calls PLC is the distance between the most similar cells, under noise; its overlap of
     boxes that do not meet is not 0, since their sides are not cut off at 0 there.
     """
-    given: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size, "n_steps": n_steps}
-    given |= {"margin": margin, "percentile": percentile, "random_state": random_state}
-    check_rules(given, RULES)
+    NON_NEGATIVE.check(epsilon=epsilon, step_size=step_size, margin=margin)
+    COUNT.check(n_steps=n_steps)
+    PERCENTILE.check(percentile=percentile)
+    SEED.check(random_state=random_state)
     dataset, side = opened(clf, X), clf.preprocessing_.image_size
     scale, tables = UNIT.to(clf.device), []
     for rows, images in image_batches(clf, dataset, "attacking"):

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from protoclf.explanation import BOX, EXPLAIN_RULES
+from protoclf.explanation import BOX, check_options
 from protoclf.image_dataset import ImageDataset
 from protoclf.metrics.masks import Masks, check_number, mask_of, shown
 from protoclf.metrics.part_labels import located
 from protoclf.metrics.streams import opened, paths_of, sheet_of
-from protoclf.rules import check_rules
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -67,7 +66,7 @@ def pointing(
     Xu-Darme et al. take the highest tenth of the map in place of a box. QuanProto's background
     overlap is ``1 - inside`` of masks of maps.
     """
-    check_rules({"top": top, "attribution": attribution, "percentile": percentile}, EXPLAIN_RULES)
+    check_options(top, attribution, percentile)
     dataset = opened(clf, X)
     check_number(masks, dataset)
     sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))
@@ -119,7 +118,7 @@ def object_coverage(
     -----
     QuanProto's object overlap is that of one prototype at a time.
     """
-    check_rules({"top": top, "attribution": attribution, "percentile": percentile}, EXPLAIN_RULES)
+    check_options(top, attribution, percentile)
     dataset = opened(clf, X)
     check_number(masks, dataset)
     sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))

@@ -19,17 +19,10 @@ from protoclf.metrics.part_labels import PartLabels
 from protoclf.metrics.perturbations import with_noise
 from protoclf.metrics.regions import pair_regions
 from protoclf.metrics.streams import image_batches, latents_of, opened_with_labels
-from protoclf.rules import NON_NEGATIVE, PERCENTILE, REGION, SEED, SHARE, Rule, check_rules
+from protoclf.rules import NON_NEGATIVE, PERCENTILE, REGION, SEED, SHARE
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-_REGION: dict[str, Rule] = {"region": REGION, "percentile": PERCENTILE}
-CONSISTENCY_RULES: dict[str, Rule] = {**_REGION, "threshold": SHARE}
-STABILITY_RULES: dict[str, Rule] = {
-    **_REGION,
-    **{"noise": NON_NEGATIVE, "clip": NON_NEGATIVE, "random_state": SEED},
-}
 
 
 def consistency(
@@ -84,8 +77,9 @@ def consistency(
     cell for the place of a prototype, in pixels of the original image, and its row for its x. A
     part that `resize="crop"` cuts off counts as not to be seen.
     """
-    given = {"region": region, "threshold": threshold, "percentile": percentile}
-    check_rules(given, CONSISTENCY_RULES)
+    REGION.check(region=region)
+    PERCENTILE.check(percentile=percentile)
+    SHARE.check(threshold=threshold)
     dataset, codes = opened_with_labels(clf, X, y)
     labels = PartLabels(parts, dataset)
     m = clf.n_prototypes_
@@ -148,8 +142,10 @@ def stability(
     another one, the share of parts in both regions among those in either. A prototype that is at no
     part, before and after, counts as stable.
     """
-    given = {"region": region, "percentile": percentile, "noise": noise, "clip": clip}
-    check_rules(given | {"random_state": random_state}, STABILITY_RULES)
+    REGION.check(region=region)
+    PERCENTILE.check(percentile=percentile)
+    NON_NEGATIVE.check(noise=noise, clip=clip)
+    SEED.check(random_state=random_state)
     dataset, codes = opened_with_labels(clf, X, y)
     labels = PartLabels(parts, dataset)
     equal = np.zeros(clf.n_prototypes_)

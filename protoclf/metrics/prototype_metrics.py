@@ -12,7 +12,7 @@ from protoclf.duplicates import distances_within_classes, repeated
 from protoclf.features import distance_batches
 from protoclf.fitted import check_classifier
 from protoclf.metrics.streams import opened, paths_of
-from protoclf.rules import NON_NEGATIVE, SHARE, check_rules
+from protoclf.rules import NON_NEGATIVE, SHARE
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -53,7 +53,7 @@ def sparsity(clf: ProtoPNetClassifier, X: Any, *, share: float = 0.9) -> pd.Data
     QuanProto's local size counts prototypes that are at least a tenth as similar as the most
     similar one, whatever their weights.
     """
-    check_rules({"share": share}, {"share": SHARE})
+    SHARE.check(share=share)
     dataset, module = opened(clf, X), clf.module_
     classes, sizes, rows = [], [], []
     for _, distance, _ in distance_batches(clf, dataset, bool(clf.verbose)):
@@ -123,7 +123,7 @@ def distinctness(clf: ProtoPNetClassifier, *, max_distance: float = 1e-6) -> pd.
     The rule is that of `protoclf.editing.merge_duplicates`, which leaves as many prototypes as are
     distinct.
     """
-    check_rules({"max_distance": max_distance}, {"max_distance": NON_NEGATIVE})
+    NON_NEGATIVE.check(max_distance=max_distance)
     check_classifier(clf)
     m = clf.n_prototypes_
     nearest, distance, distinct = np.full(m, -1), np.full(m, np.nan), np.ones(m)

@@ -15,12 +15,10 @@ from protoclf.explanation import BOX
 from protoclf.metrics.part_labels import PartLabels
 from protoclf.metrics.streams import opened
 from protoclf.nearest_patches import nearest_patches
-from protoclf.rules import COUNT, PERCENTILE, REGION, Rule, check_rules
+from protoclf.rules import COUNT, PERCENTILE, REGION
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-RULES: dict[str, Rule] = {"k": COUNT, "region": REGION, "percentile": PERCENTILE}
 
 
 def part_purity(
@@ -71,8 +69,9 @@ def part_purity(
     seen (`visible_only=True` here), so that a part seen once, and hit once, makes a prototype
     pure; leaves out prototypes without weight; and rounds the place of a patch to pixels.
     """
-    given = {"k": k, "region": region, "percentile": percentile}
-    check_rules(given, RULES)
+    COUNT.check(k=k)
+    REGION.check(region=region)
+    PERCENTILE.check(percentile=percentile)
     dataset = opened(clf, X)
     labels = PartLabels(parts, dataset)
     table = nearest_patches(clf, X, k, percentile=percentile)

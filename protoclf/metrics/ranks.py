@@ -16,15 +16,10 @@ from torch import Tensor
 
 from protoclf.metrics.perturbations import as_jpeg, with_noise
 from protoclf.metrics.streams import image_batches, latents_of, opened, paths_of
-from protoclf.rules import COUNT, NON_NEGATIVE, QUALITY, SEED, Rule, check_rules
+from protoclf.rules import COUNT, NON_NEGATIVE, QUALITY, SEED
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-RULES: dict[str, Rule] = {
-    **{"top": COUNT, "quality": QUALITY, "noise": NON_NEGATIVE, "clip": NON_NEGATIVE},
-    "random_state": SEED,
-}
 
 
 def rank_stability(
@@ -77,8 +72,10 @@ def rank_stability(
     define no score. QuanProto's rank change under noise (PRC) is how many places the most similar
     ones move on average, which grows with the number of prototypes.
     """
-    given: dict[str, Any] = {"top": top, "quality": quality, "noise": noise, "clip": clip}
-    check_rules(given | {"random_state": random_state}, RULES)
+    COUNT.check(top=top)
+    QUALITY.check(quality=quality)
+    NON_NEGATIVE.check(noise=noise, clip=clip)
+    SEED.check(random_state=random_state)
     dataset = opened(clf, X)
     used = (clf.module_.last_layer.weight != 0).any(0)  # (m,)
     paths, tables = paths_of(dataset), []

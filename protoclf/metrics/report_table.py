@@ -15,18 +15,15 @@ from protoclf.fitted import check_classifier
 from protoclf.images import Images
 from protoclf.labels import read_labels
 from protoclf.metrics.baselines import random_prototypes
-from protoclf.metrics.bootstrap import RULES as BOOTSTRAP_RULES
 from protoclf.metrics.bootstrap import bootstrap_interval
 from protoclf.metrics.catalogue import METRICS, Data, Metric, Row
 from protoclf.metrics.object_metrics import Masks, PartMasks
 from protoclf.progress import with_bar
-from protoclf.rules import COUNT, Rule, check_rules
+from protoclf.rules import COUNT, SEED, SHARE
 from protoclf.torch_datasets import unpacked
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
-
-RULES: dict[str, Rule] = {**BOOTSTRAP_RULES, "n_perturbed": COUNT}
 
 
 def interpretability_report(
@@ -103,8 +100,9 @@ def interpretability_report(
     - pointing : `inside` of `pointing`
     - object coverage : `coverage` of `object_coverage`
     """
-    given = {"n_perturbed": n_perturbed, "n_resamples": n_resamples, "level": level}
-    check_rules(given | {"random_state": random_state}, RULES)
+    SHARE.check(level=level)
+    COUNT.check(n_resamples=n_resamples, n_perturbed=n_perturbed)
+    SEED.check(random_state=random_state)
     check_classifier(clf)
     if not (draw_from is None or (isinstance(draw_from, tuple | list) and len(draw_from) == 2)):
         raise ValueError("draw_from must be a pair: images and their labels.")
