@@ -24,7 +24,6 @@ from protoclf.explanation import (
     SOURCE_BOX,
     check_options,
     explain_batch,
-    receptive_fields,
     sheet_rows,
     with_rest_named,
     without_answer,
@@ -591,10 +590,11 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         dataset: Any = self.get_dataset(X)
         self.prepare_processor()
         sheets, side = [], self.preprocessing_.image_size
-        for rows, z in latent_batches(self, dataset):
-            batch = explain_batch(self.module_, z, chosen, side, percentile, top)
-            fields = receptive_fields(self.geometry_, batch, self.module_.prototype_size)
-            sheets.append(sheet_rows(batch, rows.start, dataset, fields, self.classes_, table, top))
+        for batch, z in latent_batches(self, dataset):
+            rows = explain_batch(self.module_, z, chosen, side, percentile, top)
+            cells = rows["row"].to_numpy(), rows["col"].to_numpy()
+            fields = np.stack(self.geometry_.cell_box(*cells, *self.module_.prototype_size), axis=1)
+            sheets.append(sheet_rows(rows, batch.start, dataset, fields, self.classes_, table, top))
         sheet = pd.concat(sheets, ignore_index=True)
         if top is not None:
             sheet = with_rest_named(sheet, top)

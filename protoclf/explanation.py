@@ -7,7 +7,7 @@ computed. N images, C classes, m prototypes, H x W cells; boxes are half-open (x
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,6 @@ from protoclf.image_dataset import ImageDataset
 from protoclf.images import names_column
 from protoclf.localization import pair_boxes
 from protoclf.network import ProtoPNet
-from protoclf.receptive_field import BackboneGeometry
 from protoclf.rules import ATTRIBUTION, COUNT, PERCENTILE, optional
 
 BOX = ["x0", "y0", "x1", "y1"]
@@ -33,23 +32,6 @@ SHEET_COLUMNS = [
 EDIT_COLUMNS = ["step", "action", "prototype", "class", "source", "source_index", "reason"]
 REST = "(rest)"
 UNREADABLE = "(unreadable)"
-
-
-class BatchExplanation(NamedTuple):
-    """What the sheet says of one batch, a row for each (sample, class, prototype), in its order."""
-
-    sample: np.ndarray
-    class_index: np.ndarray
-    prototype: np.ndarray
-    is_predicted: np.ndarray
-    logit: np.ndarray
-    probability: np.ndarray
-    similarity: np.ndarray
-    weight: np.ndarray
-    row: np.ndarray
-    col: np.ndarray
-    rank: np.ndarray
-    box: np.ndarray
 
 
 def check_options(top: Any, attribution: Any, percentile: Any) -> None:
@@ -67,38 +49,45 @@ def explain_batch(
     image_size: int,
     percentile: float,
     top: int | None = None,
-) -> BatchExplanation:
-    """Explain images by their latent maps (n, D, H, W); boxes are in pixels of the model input.
+) -> pd.DataFrame:
+    """Return what the sheet says of images by their latent maps (n, D, H, W), in its order.
 
-    `classes` is "predicted", "top2", "all" or class indices. Rows that rank behind `top` have no
-    box, but zeros.
+    `classes` is "predicted", "top2", "all" or class indices. Classes in the rows are indices, and
+    boxes are in pixels of the model input. Rows that rank behind `top` have no box, but zeros.
     """
     logits, distance, cell = module.compare(z)  # (n, C), (n, m), (n, m)
     g, weight = module.activations(distance), module.last_layer.weight  # (n, m), (C, m)
     chosen = chosen_classes(logits, classes)  # (n, c)
     sample, slot, prototype = torch.nonzero(g[:, None] * weight[chosen], as_tuple=True)
-    class_index = chosen[sample, slot]
-    row, col = _row_col(cell[sample, prototype], z.shape[3] - module.prototypes.shape[3] + 1)
-    values = {
+    c, place = chosen[sample, slot], cell[sample, prototype]
+    width = z.shape[3] - module.prototype_size[1] + 1
+    columns = {
         "sample": sample,
-        "class_index": class_index,
+        "class": c,
+        "is_predicted": c == logits.argmax(1)[sample],
+        "logit": logits[sample, c],
+        "probability": logits.softmax(1)[sample, c],
         "prototype": prototype,
-        "is_predicted": class_index == logits.argmax(1)[sample],
-        "logit": logits[sample, class_index],
-        "probability": logits.softmax(1)[sample, class_index],
         "similarity": g[sample, prototype],
-        "weight": weight[class_index, prototype],
-        "row": row,
-        "col": col,
+        "weight": weight[c, prototype],
+        "row": place // width,
+        "col": place % width,
     }
-    rows = {name: v.cpu().numpy() for name, v in values.items()}
-    order, rank = _ranking(rows)
-    shown = rank <= (top or len(rank))
+    rows = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+    rows = rows.astype(dict.fromkeys(("logit", "probability", "similarity", "weight"), float))
+    rows["contribution"] = rows["similarity"] * rows["weight"]
+    # samples as in X, of each its likeliest class first, of each class its highest contribution
+    order = np.lexsort(
+        (rows["prototype"], -rows["contribution"], rows["class"], -rows["logit"], rows["sample"])
+    )
+    rows = rows.iloc[order].reset_index(drop=True)
+    rows["rank"] = rows.groupby(["sample", "class"]).cumcount() + 1
+    shown = (rows["rank"] <= (top or len(rows))).to_numpy()
     at = torch.from_numpy(order[shown]).to(z.device)
-    boxes = pair_boxes(module, z, sample[at], prototype[at], image_size, percentile).cpu().numpy()
-    box = np.zeros((len(rank), 4), boxes.dtype)
-    box[shown] = boxes
-    return BatchExplanation(**{name: v[order] for name, v in rows.items()}, rank=rank, box=box)
+    boxes = pair_boxes(module, z, sample[at], prototype[at], image_size, percentile)
+    rows[BOX] = 0.0
+    rows.loc[shown, BOX] = boxes.cpu().numpy()
+    return rows
 
 
 def chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
@@ -112,25 +101,8 @@ def chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
     return torch.tensor(indices, device=logits.device).expand(n, -1)
 
 
-def _row_col(cell: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    return cell // width, cell % width
-
-
-def _ranking(rows: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the order of a sheet's rows, and in that order the place of each in its class.
-
-    Samples are as in X, their likeliest class comes first, and its highest contribution.
-    """
-    contribution = rows["similarity"].astype(float) * rows["weight"].astype(float)
-    order = np.lexsort(
-        (rows["prototype"], -contribution, rows["class_index"], -rows["logit"], rows["sample"])
-    )
-    group = pd.DataFrame({name: rows[name][order] for name in ("sample", "class_index")})
-    return order, group.groupby(["sample", "class_index"]).cumcount().to_numpy() + 1
-
-
 def sheet_rows(
-    batch: BatchExplanation,
+    rows: pd.DataFrame,
     first: int,
     dataset: ImageDataset,
     fields: np.ndarray,
@@ -142,48 +114,29 @@ def sheet_rows(
 
     What is behind the `top` rows of a class is summed up in one more, which is not named yet.
 
-    `fields` (k, 4) are the receptive fields of its rows, in pixels of the model input.
+    `rows` are those of `explain_batch`, and `fields` (k, 4) their receptive fields, in pixels of
+    the model input.
     """
-    sample = batch.sample + first
+    sample = rows["sample"].to_numpy() + first
     preprocessing, sizes = dataset.preprocessing, dataset.sizes(sample)  # 0 where unreadable
-    boxes = preprocessing.to_original_pixels(batch.box, sizes)
+    boxes = preprocessing.to_original_pixels(rows[BOX].to_numpy(), sizes)
     fields = preprocessing.to_original_pixels(fields, sizes)
-    similarity, weight = batch.similarity.astype(float), batch.weight.astype(float)
-    sheet = pd.DataFrame(
-        {
-            "sample": sample,
-            "class": class_names[batch.class_index],
-            "is_predicted": batch.is_predicted,
-            "logit": batch.logit.astype(float),
-            "probability": batch.probability.astype(float),
-            "rank": batch.rank,
-            "prototype": batch.prototype,
-            "similarity": similarity,
-            "weight": weight,
-            "contribution": similarity * weight,
-            "row": batch.row,
-            "col": batch.col,
-            **dict(zip(BOX, boxes.T, strict=True)),
-            **dict(zip(FIELD, fields.T, strict=True)),
-        }
-    )
     paths = dataset.images.paths
-    sheet["path"] = None if paths is None else names_column(paths[i] for i in sample)
-    owners = prototypes.set_index("prototype").loc[batch.prototype]
-    sheet["prototype_class"] = owners["class"].to_numpy()
-    sheet["source"] = names_column(owners["source"])
-    sheet["source_index"] = owners["source_index"].to_numpy()
-    sheet["source_class"] = owners["class"].to_numpy()
+    owners = prototypes.set_index("prototype").loc[rows["prototype"]]
+    of_class = owners["class"].to_numpy()
+    sheet = rows.assign(
+        sample=sample,
+        path=None if paths is None else names_column(paths[i] for i in sample),
+        prototype_class=of_class,
+        source=names_column(owners["source"]),
+        source_index=owners["source_index"].to_numpy(),
+        source_class=of_class,
+        **{"class": class_names[rows["class"].to_numpy()]},
+        **dict(zip([*BOX, *FIELD], [*boxes.T, *fields.T], strict=True)),
+    )
     sheet[SOURCE_BOX] = owners[BOX].to_numpy()
     sheet = sheet[SHEET_COLUMNS]
     return sheet if top is None else with_sum_of_rest(sheet, top)
-
-
-def receptive_fields(
-    geometry: BackboneGeometry, batch: BatchExplanation, prototype_size: tuple[int, int]
-) -> np.ndarray:
-    """Return the pixels of the model input that each match of a batch sees, boxes (k, 4)."""
-    return np.stack(geometry.cell_box(batch.row, batch.col, *prototype_size), axis=1)
 
 
 def with_sum_of_rest(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
