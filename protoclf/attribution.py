@@ -94,14 +94,9 @@ def input_boxes(
 def salient_box(attribution: np.ndarray, blur: float | np.ndarray, percentile: float) -> list[int]:
     """Return the half-open box (x0, y0, x1, y1) around the highest region of a map (S, S).
 
-    Parameters
-    ----------
-    attribution : ndarray of shape (S, S)
-    blur : float, or two of them
-        Standard deviation in pixels of a Gaussian that the map is blurred with first, or those down
-        and right.
-    percentile : float
-        The region is what hangs together with the highest pixel and is at least this percentile.
+    The map is blurred first, by a Gaussian of this standard deviation in pixels, or of those down
+    and right. The region is what hangs together with the highest pixel and is at least this
+    percentile.
     """
     smooth = ndimage.gaussian_filter(attribution, blur)
     high = smooth >= np.percentile(smooth, percentile)

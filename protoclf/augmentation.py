@@ -23,16 +23,7 @@ _GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 
 
 class AugmentedDataset(Batches):
-    """The batches of another data set, each image randomly transformed anew.
-
-    Parameters
-    ----------
-    dataset : ImageDataset, or a Subset of one
-    augmentation : callable
-        What `augmentation_of` returns.
-    device : torch.device or str
-        Where the images are transformed, and stay.
-    """
+    """The batches of another data set, each image randomly transformed anew, on a device."""
 
     def __init__(
         self,

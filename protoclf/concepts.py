@@ -116,15 +116,7 @@ class Concepts:
 
 
 class ForbiddenPatches:
-    """How near patches of latent maps are to what is forbidden for their class.
-
-    Parameters
-    ----------
-    concepts : Concepts
-    module : ProtoPNet
-    batch_size : int
-        Images that the backbone takes at once.
-    """
+    """How near patches of latent maps are to what is forbidden for their class."""
 
     def __init__(self, concepts: Concepts, module: ProtoPNet, batch_size: int) -> None:
         concepts = concepts.take(concepts.forbidden)

@@ -201,12 +201,7 @@ class DistributedProtoPNetClassifier(ProtoPNetClassifier):
 
 
 class SeveralProcesses(OneProcess):
-    """The processes of an accelerator.
-
-    Parameters
-    ----------
-    accelerator : accelerate.Accelerator
-    """
+    """The processes of an accelerator."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
@@ -270,16 +265,8 @@ def _silent(*_: Any) -> None:
 class PartOfBatch(Sampler[list[int]]):
     """One process's part of each batch; all of one that has fewer images than processes.
 
-    Parameters
-    ----------
-    n, batch_size : int
-        Images of the data set, and of a batch of all processes.
-    rank, count : int
-        Number of this process, and of processes.
-    seed : callable
-        Returns that of an epoch, the same in each process.
-    drop_last : bool, default=False
-        Leave out a last batch that is smaller.
+    Of n images and of batches of all processes; `rank` is the number of this process of `count`.
+    `seed` returns that of an epoch, the same in each process.
     """
 
     def __init__(

@@ -29,15 +29,7 @@ _FORMAT = "2"
 
 
 class FeatureCache:
-    """Features of single images (C, h, w) in an `ArrayStore`.
-
-    Parameters
-    ----------
-    folder : Path
-    module : ProtoPNet
-        Its backbone as it is now.
-    preprocessing : Preprocessing
-    """
+    """Features of single images (C, h, w), by the backbone as it is now, in an `ArrayStore`."""
 
     def __init__(self, folder: Path, module: ProtoPNet, preprocessing: Preprocessing) -> None:
         self.store = ArrayStore(folder / "features" / fingerprint(module, preprocessing))

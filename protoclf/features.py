@@ -40,16 +40,8 @@ ImagePart = ImageDataset | Subset
 class FeatureDataset(Batches):
     """Features (N, C, H, W) in place of the images that they were computed from.
 
-    Parameters
-    ----------
-    features : Tensor of shape (N, C, H, W)
-    y : Tensor of shape (N,), int64
-        Class indices.
-    sample_weight : Tensor of shape (N,) or None
-    index : Tensor of shape (N,), int64
-        Which images of X these are.
-    known : bool, default=False
-        Whether every image still held what its digest says when its features were computed.
+    `index` (N,) says which images of X these are, and `known` whether each of them still held what
+    its digest says when its features were computed.
     """
 
     takes_no_workers = True
@@ -82,12 +74,7 @@ class FeatureDataset(Batches):
 
 
 class FeatureViews(Batches):
-    """Several `FeatureDataset` of the same images, one after the other.
-
-    Parameters
-    ----------
-    views : list of FeatureDataset
-    """
+    """Several `FeatureDataset` of the same images, one after the other."""
 
     takes_no_workers = True
 

@@ -27,25 +27,9 @@ def fit_key(
     network: nn.Module | None,
     concepts: Any = None,
 ) -> dict[str, str]:
-    """Describe a fit.
+    """Say of each parameter and of each part of the data what it is, or give a digest of it.
 
-    Parameters
-    ----------
-    params : mapping
-        Parameters of the classifier.
-    dataset : ImageDataset
-        All images, with their classes and weights.
-    classes : ndarray of shape (C,)
-    groups : ndarray of shape (n,) or None
-    network : nn.Module or None
-        That which training goes on from; None where it begins.
-    concepts : Concepts, optional
-        What is forbidden or encouraged.
-
-    Returns
-    -------
-    dict of str to str
-        For each parameter and each part of the data: what it is, or a digest of it.
+    `network` is that which training goes on from; None where it begins.
     """
     key = {name: described(value) for name, value in params.items() if name not in _NO_MATTER}
     return (

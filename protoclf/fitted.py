@@ -58,24 +58,9 @@ def known_prototypes(
     where: str = "the classifier",
     may_be_none: bool = False,
 ) -> list[int]:
-    """Return ids of prototypes, each once.
+    """Return ids of prototypes, each once; ValueError for others than the known, or for none.
 
-    Parameters
-    ----------
-    name : str
-        Of the parameter that holds them, for messages.
-    ids : array-like of int
-    known : iterable of int
-        The ids that there are.
-    where : str, default="the classifier"
-        Where they are known, for messages.
-    may_be_none : bool, default=False
-        Whether there may be no id.
-
-    Raises
-    ------
-    ValueError
-        If there are others among them, or none.
+    Messages say the `name` of the parameter that holds them, and `where` they are known.
     """
     given, known = np.atleast_1d(np.asarray(ids)).ravel(), set(known)
     must = f"{name} must name prototypes that {where} has, from {min(known)} to {max(known)}"

@@ -152,13 +152,7 @@ def _identity(path: str) -> Any:
 def skipped_images(failures: Iterable[Failure], y: np.ndarray, good: np.ndarray) -> pd.DataFrame:
     """Return what is left out, as a table, unless all images of a class are.
 
-    Parameters
-    ----------
-    failures : iterable of Failure
-    y : ndarray of shape (n,)
-        Labels of all images.
-    good : ndarray of int
-        Positions of the images that are left.
+    `y` (n,) are the labels of all images, and `good` the positions of those that are left.
     """
     failures = sorted(failures)
     table = pd.DataFrame(

@@ -57,19 +57,10 @@ def pair_patches(module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor
 
 
 def covered_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Spread the similarity of patches over the cells that they cover.
+    """Return for each cell the similarity of the best patch that covers it, (k, H, W).
 
-    Parameters
-    ----------
-    maps : Tensor of shape (k, H - H1 + 1, W - W1 + 1), or with another dimension in front
-        Similarity of one prototype to every patch, for k maps.
-    size : (H1, W1)
-        Cells of a patch.
-
-    Returns
-    -------
-    Tensor of shape (k, H, W), or with that dimension
-        For each cell, the similarity of the best patch that covers it.
+    `maps` (k, H - H1 + 1, W - W1 + 1) are similarities to every patch, and `size` is (H1, W1).
+    Maps, and with them what is returned, may have another dimension in front.
     """
     rows, cols = size
     padded = F.pad(maps, (cols - 1, cols - 1, rows - 1, rows - 1), value=-torch.inf)
@@ -85,21 +76,10 @@ def upsample(maps: Tensor, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def activation_boxes(maps: Tensor, image_size: int, percentile: float = 95) -> Tensor:
-    """Return the smallest boxes around the high activations of upsampled maps.
+    """Return the smallest boxes (k, 4) around the high activations of maps (k, H, W).
 
-    Parameters
-    ----------
-    maps : Tensor of shape (k, H, W)
-        Similarities of cells.
-    image_size : int
-        Side S of the model input, to which the maps are upsampled.
-    percentile : float, default=95
-        High are the pixels of at least this percentile of their map (section 2.3).
-
-    Returns
-    -------
-    Tensor of shape (k, 4)
-        Pixels of the model input.
+    High are the pixels of at least this percentile of their map, upsampled to the model input
+    (section 2.3).
     """
     maps = maps - maps.amin((1, 2), keepdim=True)  # so that a constant map stays so, to the bit
     side = int(image_size)

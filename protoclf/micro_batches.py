@@ -35,18 +35,9 @@ WHOLE = Share()
 
 
 def pieces_by_class(y: Tensor, size: int) -> list[Tensor]:
-    """Divide a batch into pieces of about `size` images, and no class among several of them.
+    """Divide a batch of classes y (N,) into pieces of about `size` images; return their positions.
 
-    Parameters
-    ----------
-    y : Tensor of shape (N,), int64
-        Class indices.
-    size : int
-
-    Returns
-    -------
-    list of Tensor, int64
-        Positions of the images of each piece. Classes of many images make larger pieces.
+    No class is in several pieces: one of many images makes a larger piece.
     """
     classes, class_of_image, counts = y.unique(return_inverse=True, return_counts=True)
     n_pieces = min(math.ceil(len(y) / size), len(classes))

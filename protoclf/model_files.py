@@ -168,13 +168,7 @@ def _finite(text: str) -> float:
 class Record:
     """An object of a JSON file: its fields are taken out one by one, each checked.
 
-    Parameters
-    ----------
-    fields : dict
-    file : Path
-        For the errors.
-    place : str
-        Where in the file it stands, for the errors.
+    Errors name the file, and the place in it.
     """
 
     def __init__(self, fields: dict[str, Any], file: Path, place: str = "") -> None:

@@ -59,14 +59,7 @@ _STAGE_KEYS = ["distinct_patches", "distinct_images", "objective", "residual"]
 
 
 class NotFinite(FloatingPointError):
-    """A fit came upon NaN or infinity.
-
-    Parameters
-    ----------
-    what : str
-    index : Tensor of shape (k,)
-        Which of the images.
-    """
+    """A fit came upon NaN or infinity, in the images of some positions (k,)."""
 
     def __init__(self, what: str, index: Tensor) -> None:
         super().__init__(what)

@@ -271,12 +271,7 @@ class ProtoPNet(nn.Module):
 
 
 class Centre(nn.Module):
-    """Subtract a mean latent cell, so that a cosine tells apart cells that share a large mean.
-
-    Parameters
-    ----------
-    channels : int
-    """
+    """Subtract a mean latent cell, so that a cosine tells apart cells that share a large mean."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -201,14 +201,7 @@ def check_order(params: Mapping[str, Any]) -> None:
 
 
 def prototype_counts(spec: str | int | Mapping[Any, int], classes: np.ndarray) -> list[int]:
-    """Return the number of prototypes of each class; with "auto", the most it can be.
-
-    Parameters
-    ----------
-    spec : "auto", int or mapping of class label to int
-    classes : ndarray of shape (C,)
-        The class labels of y.
-    """
+    """Return the number of prototypes of each of the classes (C,); with "auto", the most."""
     if not isinstance(spec, Mapping):
         return [_MOST_AUTO if spec == "auto" else int(spec)] * len(classes)
     labels = classes.tolist()
@@ -301,12 +294,7 @@ def check_apart(train: np.ndarray, valid: np.ndarray) -> None:
 
 
 def normalization(spec: Any) -> tuple[Triple, Triple]:
-    """Return (mean, std) per channel, in units where pixels are in [0, 1].
-
-    Parameters
-    ----------
-    spec : "imagenet", or a pair (mean, std) of three numbers each
-    """
+    """Return (mean, std) per channel, in units where pixels are in [0, 1]."""
     if isinstance(spec, str) and spec == "imagenet":
         return _IMAGENET
     allowed = "normalization must be 'imagenet' or (mean, std), three numbers each"

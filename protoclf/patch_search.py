@@ -23,13 +23,6 @@ from protoclf.projection import Sources, find_sources, read_patches
 def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays:
     """Move every prototype onto the nearest latent patch of its class that is not forbidden.
 
-    Parameters
-    ----------
-    net : SkorchProtoPNet
-    data : FitData
-    distinct : {None, "patches", "images"}
-        As in `find_sources`.
-
     Returns
     -------
     mapping

@@ -81,21 +81,10 @@ def heat_maps(
     sample: Sequence[int],
     prototype: Sequence[int],
 ) -> tuple[list[View], np.ndarray]:
-    """Return similarity maps and boxes of k pairs of an image and a prototype.
+    """Return similarity maps, and boxes (k, 4), of k pairs of an image of X and a prototype.
 
-    Parameters
-    ----------
-    clf : ProtoPNetClassifier
-    X : sequence of n images
-    sizes : sequence of n (width, height)
-    sample, prototype : sequences of k int
-
-    Returns
-    -------
-    maps : list of k views
-        Upsampled over the part that the model sees, to at most 400 pixels a side.
-    boxes : ndarray of shape (k, 4), int
-        Of the high activation, in pixels of the image.
+    Maps are upsampled over the part that the model sees, to at most 400 pixels a side. Boxes are
+    of the high activation, in pixels of the image.
     """
     maps = clf.similarity_maps(X)  # (n, m, H', W')
     pairs = torch.from_numpy(np.asarray(maps)[sample, prototype])  # (k, H', W')

@@ -168,17 +168,7 @@ def unit_length(x: Tensor, area: int = 1) -> Tensor:
 
 
 def patches_of(z: Tensor, prototypes: Tensor) -> Tensor:
-    """Return all patches of the size of a prototype, K = D H1 W1 numbers each.
-
-    Parameters
-    ----------
-    z : Tensor of shape (n, D, H, W)
-    prototypes : Tensor of shape (m, D, H1, W1)
-
-    Returns
-    -------
-    Tensor of shape (n, L, K)
-    """
+    """Return all patches (n, L, K) of maps (n, D, H, W) of the size of prototypes (D, H1, W1)."""
     h1, w1 = prototypes.shape[-2:]
     columns = z.flatten(2) if h1 == w1 == 1 else F.unfold(z, (h1, w1))  # (n, K, L)
     return columns.transpose(1, 2).contiguous()  # (n, L, K)

@@ -23,12 +23,7 @@ _FOUND = "distance", "cell"
 class RecentDistances:
     """What `ProtoPNet.nearest` finds for batches of images, looked up by all that it depends on.
 
-    Parameters
-    ----------
-    features : FeatureCache
-        Of the backbone and preprocessing.
-    module : ProtoPNet
-        Its prototypes and add-on layers as they are now.
+    That is the network as it is when this is made.
     """
 
     def __init__(self, features: FeatureCache, module: ProtoPNet) -> None:

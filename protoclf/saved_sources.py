@@ -38,11 +38,7 @@ class KeptPicture(NamedTuple):
 class Thumbnails(Mapping[int, np.ndarray]):
     """Images (H, W, 3), uint8, of which only thumbnails are in memory.
 
-    Parameters
-    ----------
-    side : int
-        Pixels of their longer sides, at most.
-    pictures : dict of int to KeptPicture
+    Their longer sides have `side` pixels, at most.
     """
 
     def __init__(self, side: int, pictures: dict[int, KeptPicture]) -> None:

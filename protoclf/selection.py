@@ -44,11 +44,6 @@ def selected_prototypes(net: SkorchProtoPNet, data: FitData) -> None:
     largest weight for their class stay; among those without weight, the ones that tell the class
     best from the others. Where the numbers of prototypes are "auto", those with weight stay; with
     distinct="images", no more than the class has images.
-
-    Parameters
-    ----------
-    net : SkorchProtoPNet
-    data : FitData
     """
     module = net.module_
     counts = module.owner.bincount(minlength=module.last_layer.out_features)  # (C,)

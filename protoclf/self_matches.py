@@ -59,17 +59,11 @@ def are_self_matches(n: int, source: Tensor, groups: Tensor | None = None) -> Te
 
 
 def rare_classes(y: Tensor, n_classes: int) -> Tensor:
-    """Return which classes (C,) have fewer than half as many images as the mean class.
+    """Return which classes (C,), of y (N,), have fewer than half as many images as the mean class.
 
     Nearly all images of such a class may be sources, and few of the others': shown as they are, the
     last layer takes the class for easy, and new images of it are not found. Prototypes do not
     matter, so that an edit of them leaves the rule as it was.
-
-    Parameters
-    ----------
-    y : Tensor of shape (N,), int64
-        Class indices.
-    n_classes : int
     """
     images = torch.zeros(n_classes, dtype=torch.int64, device=y.device)
     images.index_add_(0, y, torch.ones_like(y))

@@ -74,12 +74,7 @@ def schedule(net: SkorchProtoPNet, first: bool) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Start:
-    """Set prototypes and last layer to where the training begins.
-
-    Attributes
-    ----------
-    prototype_init : {"selected", "kmeans", "random"}
-    """
+    """Set prototypes and last layer to where the training begins."""
 
     prototype_init: str
     name: str = "start"

@@ -51,15 +51,8 @@ def pair_regions(
 def _peaks(patches: Tensor, cells: tuple[int, int], image_size: int) -> Tensor:
     """Return where in the input (k, 2), x and y, patches are most similar, by their middles.
 
-    Among pixels equally high the first, row by row.
-
-    Parameters
-    ----------
-    patches : Tensor of shape (k, H - H1 + 1, W - W1 + 1)
-        Similarity of each patch. Upsampled, it covers what the middles of patches can lie in.
-    cells : (H, W)
-    image_size : int
-        Side S of the model input.
+    Among pixels equally high the first, row by row. Upsampled, the similarities of `patches`
+    (k, H - H1 + 1, W - W1 + 1) cover what the middles of patches can lie in; `cells` is (H, W).
     """
     shape, (height, width) = patches.shape[1:], cells
     rows, cols = (
