@@ -259,9 +259,16 @@ def _download(name: str, weights: Any) -> dict[str, Tensor]:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict without running code from the file, and unwrap it."""
+    state: Any
     try:
-        state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        *(pickle.UnpicklingError, safetensors.SafetensorError),
+        *(RuntimeError, EOFError, ValueError),
+    ) as error:
         raise ValueError(f"{path} is not a file of tensors only: {error}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -271,27 +278,16 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(error) from error
-
-
 def _load_state(
     net: nn.Module, state: dict[str, Tensor], source: str, ignored: Iterable[str] = ()
 ) -> nn.Module:
     """Load `state` into `net`; the keys of the children named in `ignored` may be there."""
+    own = net.state_dict()
     for prefix in ("module.", "_orig_mod."):  # left by DataParallel and torch.compile
-        if all(k.startswith(prefix) for k in state) and not _has_prefix(net, prefix):
+        if all(k.startswith(prefix) for k in state) and not any(k.startswith(prefix) for k in own):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     dropped = set(ignored)
     state = {k: v for k, v in state.items() if k.partition(".")[0] not in dropped}
-    own = net.state_dict()
     without_values = any(isinstance(value, Tensor) and value.is_meta for value in own.values())
     if without_values:
         known = {k for k, v in state.items() if k in own and isinstance(v, Tensor)}
@@ -311,10 +307,6 @@ def _load_state(
 def _cast(value: Tensor, like: Tensor) -> Tensor:
     """Return a copy on the CPU with the type of another, its numbers one after the other."""
     return value.to("cpu", like.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _has_prefix(net: nn.Module, prefix: str) -> bool:
-    return any(k.startswith(prefix) for k in net.state_dict())
 
 
 def _shorten(message: str, first: int = 1) -> str:

@@ -53,8 +53,8 @@ from protoclf.saved_parameters import parameters_to_json
 from protoclf.saved_sources import (
     THUMBNAILS_RULE,
     Thumbnails,
+    kept_picture,
     read_thumbnails,
-    source_thumbnails,
     write_thumbnails,
 )
 from protoclf.source_files import SourceFile
@@ -109,8 +109,8 @@ def _pictures(clf: ProtoPNetClassifier, side: int | None) -> Mapping[int, np.nda
     if side is None:
         return clf.source_images_
     firsts = clf.prototypes_.drop_duplicates("source_index")
-    places = dict(zip(firsts["source_index"].tolist(), firsts["prototype"].tolist(), strict=True))
-    return source_thumbnails(clf.source_image, places, side)
+    sources = zip(firsts["source_index"].tolist(), firsts["prototype"].tolist(), strict=True)
+    return Thumbnails(side, {i: kept_picture(clf.source_image(j), side) for i, j in sources})
 
 
 def _description(

@@ -11,6 +11,7 @@ import torch
 
 from protoclf.model_files import encode, refusal
 from protoclf.parameters import defaults_of
+from protoclf.rules import integer
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -76,7 +77,7 @@ def checked_parameters(decoded: dict[Any, Any], file: Path) -> dict[str, Any]:
         component, nested, own = name.partition("__")
         if nested and component.startswith("iterator") and not _is_option(own, value):
             raise refusal(file, f"sets {name!r} to what no file may.")
-        if name.endswith("__num_workers") and not _is_few(value):
+        if name.endswith("__num_workers") and not integer(0, _MOST_WORKERS).holds(value):
             raise refusal(file, f"asks for more than {_MOST_WORKERS} processes, {name!r}.")
         if name.endswith("__timeout") and value and not decoded.get(f"{component}__num_workers"):
             raise refusal(file, f"sets {name!r}, for processes that it does not ask for.")
@@ -96,7 +97,3 @@ def _is_option(name: str, value: Any) -> bool:
     if name in ("batch_size", "num_workers", "prefetch_factor", "timeout"):
         return type(value) is int and value >= (name == "batch_size")
     return False
-
-
-def _is_few(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MOST_WORKERS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,11 +130,3 @@ def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 def _file(folder: Path, index: int) -> Path:
     return folder / THUMBNAILS / f"{index}.jpg"
-
-
-def source_thumbnails(
-    source_image: Callable[[int], np.ndarray], firsts: Mapping[int, int], side: int
-) -> Thumbnails:
-    """Return thumbnails of training images; `firsts` names a prototype of each, by index."""
-    pictures = {i: kept_picture(source_image(prototype), side) for i, prototype in firsts.items()}
-    return Thumbnails(side, pictures)

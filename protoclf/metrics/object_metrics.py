@@ -66,10 +66,7 @@ def pointing(
     Xu-Darme et al. take the highest tenth of the map in place of a box. QuanProto's background
     overlap is ``1 - inside`` of masks of maps.
     """
-    check_options(top, attribution, percentile)
-    dataset = opened(clf, X)
-    check_number(masks, dataset)
-    sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))
+    dataset, sheet = _boxes(clf, X, masks, top, attribution, percentile)
     middles = _middles(clf, dataset, sheet)
     values = np.full((len(sheet), 3), np.nan)
     samples: Any = sheet.groupby("sample")
@@ -118,10 +115,7 @@ def object_coverage(
     -----
     QuanProto's object overlap is that of one prototype at a time.
     """
-    check_options(top, attribution, percentile)
-    dataset = opened(clf, X)
-    check_number(masks, dataset)
-    sheet = _highest(sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile))
+    dataset, sheet = _boxes(clf, X, masks, top, attribution, percentile)
     boxes_of: Any = dict(iter(sheet.groupby("sample")))
     values = np.full((len(dataset), 2), np.nan)
     for i in range(len(dataset)):
@@ -173,10 +167,16 @@ class PartMasks:
         return mask
 
 
-def _highest(sheet: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that speak for their class, without "(rest)"."""
+def _boxes(
+    clf: ProtoPNetClassifier, X: Any, masks: Masks, top: int, attribution: str, percentile: float
+) -> tuple[ImageDataset, pd.DataFrame]:
+    """Return the images, as many as masks, and the rows of their sheets that speak for a class."""
+    check_options(top, attribution, percentile)
+    dataset = opened(clf, X)
+    check_number(masks, dataset)
+    sheet = sheet_of(clf, X, top=top, attribution=attribution, percentile=percentile)
     named = sheet["prototype"].notna() & (sheet["contribution"] > 0)
-    return sheet[named].reset_index(drop=True)
+    return dataset, sheet[named].reset_index(drop=True)
 
 
 def _middles(clf: ProtoPNetClassifier, dataset: ImageDataset, sheet: pd.DataFrame) -> np.ndarray:
