@@ -27,7 +27,6 @@ from protoclf.augmentation import augmentation_of
 from protoclf.checkpoint import FILE, Checkpoint
 from protoclf.explanation import prototype_table
 from protoclf.features import FitData
-from protoclf.file_changes import changes_since, stamps
 from protoclf.fit_key import changes, data_key, fit_key
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset, in_whole
@@ -45,7 +44,7 @@ from protoclf.parameters import (
     prototype_counts,
 )
 from protoclf.saved_sources import sources_among
-from protoclf.source_files import SourceFile
+from protoclf.source_files import SourceFile, changes_since, stamps
 from protoclf.stages import Stage, Training, drop_unused_prototypes, schedule
 from protoclf.torch_datasets import unpacked
 from protoclf.torch_settings import on_cpu_by_default, random_numbers_from, without_autocast

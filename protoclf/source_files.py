@@ -1,14 +1,16 @@
-"""Files of the training images that prototypes are parts of: found again, and known again."""
+"""Files of training images: whether they change in a fit, and found and known again after it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
+from protoclf.messages import first_few
 
 
 class SourceFile(NamedTuple):
@@ -52,3 +54,26 @@ class SourceFile(NamedTuple):
             f"{problem}. Predictions and sheets do without it; to see it, put it back. "
             "`save(folder, thumbnails=512)` keeps small pictures with a model."
         )
+
+
+def stamps(paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Return size and time of the last change of each file; None where there is none."""
+    return [_stamp(path) for path in paths]
+
+
+def changes_since(paths: Sequence[str], before: Sequence[tuple[int, int] | None]) -> str:
+    """Say which files are gone, or others, since `stamps` looked at them; or nothing."""
+    found = []
+    for path, then in zip(paths, before, strict=True):
+        now = _stamp(path)
+        if now != then:
+            found.append(f"{path!r} {'is gone' if now is None else 'was changed'}")
+    return first_few(found) if found else ""
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
