@@ -31,34 +31,14 @@ def decode(
     show: bool = True,
     failures: list[Failure] | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Decode images to the model's input, in threads.
+    """Return images, or some of them, as the model's input (n, 3, S, S), and their sizes (n, 2).
 
-    Large JPEGs are decoded at a reduced scale, so that pixels may differ by a little from those
-    of ``preprocessing(images.open(i))``; the geometry is the same.
+    Sizes are width and height of the originals, upright. Large JPEGs are decoded at a reduced
+    scale, so that pixels may differ by a little from those of ``preprocessing(images.open(i))``;
+    the geometry is the same. Pixels are written to `out`, uint8 on the CPU, if it is given.
 
-    Parameters
-    ----------
-    images : Images
-    preprocessing : Preprocessing
-    indices : array-like of n ints or boolean mask, optional
-        Which images; all by default.
-    out : torch.Tensor of shape (n, 3, S, S), uint8, on the CPU, optional
-        Where to write.
-    show : bool, default=True
-        A progress bar on stderr, if it takes longer than two seconds.
-    failures : list of Failure, optional
-        Where to put the images that cannot be read, which are then black.
-
-    Returns
-    -------
-    pixels : torch.Tensor of shape (n, 3, S, S), uint8
-    sizes : ndarray of shape (n, 2), int64
-        Width and height of the originals, upright, in pixels.
-
-    Raises
-    ------
-    ImageError
-        After all were tried, naming those that cannot be read; not where `failures` takes them.
+    Images that cannot be read are black where `failures` takes what is wrong with them. Otherwise
+    an ImageError names them, after all were tried.
     """
     subset = images if indices is None else images.take(indices)
     n, side = len(subset), preprocessing.image_size
@@ -88,7 +68,7 @@ def decode(
 def check_files(images: Images, show: bool = True) -> None:
     """Check every file quickly, without decoding: it is there, and its header is an image's.
 
-    Parameters and errors are those of `decode`. Where X holds pixels there is nothing to check.
+    Errors are those of `decode`. Where X holds pixels there is nothing to check.
     """
     paths = images.paths
     if paths is None:

@@ -74,29 +74,13 @@ def penalty_path(
     groups: np.ndarray | None = None,
     lambda_l2: float = 0.0,
 ) -> pd.DataFrame:
-    """Solve the last layer for each penalty, on all images and by cross-validation.
+    """Solve the last layer for each lambda_l1, on all images and by cross-validation.
 
-    Parameters
-    ----------
-    activations : Activations
-    penalties : sequence of float
-        Values of lambda_l1.
-    folds : int
-        Stratified folds of the images; 0 leaves cross-validation out. Classes of fewer images
-        lower the number, but for those of one image, or one group, which are not held out.
-    seed : int
-        For the folds.
-    groups : ndarray of shape (N,), optional
-        Images of one group stay in one fold.
-    lambda_l2 : float, default=0
-        The same for all penalties.
+    Folds are stratified, and images of one of the `groups` (N,) stay in one; 0 `folds` leave
+    cross-validation out. Classes of fewer images lower the number, but for those of one image,
+    or one group, which are not held out.
 
-    Returns
-    -------
-    DataFrame
-        One row a penalty, the largest first: lambda_l1, n_nonzero (weights), n_prototypes (with a
-        weight for any class), objective, train_accuracy, accuracy and accuracy_std (held out, over
-        the folds), cross_entropy and cross_entropy_std (held out), weight (C, m).
+    Returns the table of `ProtoPNetClassifier.last_layer_path`.
     """
     penalties = sorted(penalties, reverse=True)
     splits = _splits(activations.y.cpu().numpy(), folds, seed, groups)

@@ -58,25 +58,11 @@ def min_distances(z: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def own_class_distances(z: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances to the k nearest patches of each image, from prototypes of the image's own.
+    """Squared distances (N, P, k) to the k nearest patches, ascending, and their cells (N, P, k).
 
-    Without gradients; meant for the projection, where an image meets the prototypes of its class.
-
-    Parameters
-    ----------
-    z : Tensor of shape (N, D, H, W)
-        Latent maps.
-    prototypes : Tensor of shape (N, P, D, H1, W1)
-        For each image, its P prototypes.
-    k : int
-        How many patches, at most all (H - H1 + 1)(W - W1 + 1) of a map.
-
-    Returns
-    -------
-    distance : Tensor of shape (N, P, k)
-        Squared L2 distances, ascending.
-    cell : Tensor of shape (N, P, k), int64
-        Flat indices of the patches, equally near ones in ascending order.
+    Each image of z (N, D, H, W) has P prototypes of its own, (N, P, D, H1, W1): meant for the
+    projection, where an image meets the prototypes of its class. Cells are flat indices, those of
+    equally near patches in ascending order. Without gradients.
     """
     _check_shapes(z, prototypes)
     L = n_patches(z, prototypes)
@@ -92,21 +78,10 @@ def own_class_distances(z: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, 
 
 
 def distance_maps(z: Tensor, prototypes: Tensor) -> Tensor:
-    """Squared L2 distances from every prototype to every patch.
+    """Squared L2 distances from every prototype to every patch, (N, m, H - H1 + 1, W - W1 + 1).
 
-    The expanded form in float64, which leaves it the digits that cancellation takes.
-
-    Parameters
-    ----------
-    z : Tensor of shape (N, D, H, W)
-        Latent maps.
-    prototypes : Tensor of shape (m, D, H1, W1)
-        Prototypes, no larger than the map.
-
-    Returns
-    -------
-    distance : Tensor of shape (N, m, H - H1 + 1, W - W1 + 1)
-        Its minimum over the map is that of `min_distances`.
+    Of maps z (N, D, H, W) and prototypes (m, D, H1, W1). The expanded form in float64, which leaves
+    it the digits that cancellation takes; its minimum over a map is that of `min_distances`.
     """
     _check_shapes(z, prototypes)
     z, prototypes = _as_float(z, prototypes)
@@ -147,19 +122,9 @@ def unit_length(x: Tensor, area: int = 1) -> Tensor:
     With `area` = H1 W1 a patch of H1 x W1 cells is of unit length, and the squared distance of
     two patches is 2 - 2 times the mean of their cells' cosines.
 
-    Parameters
-    ----------
-    x : Tensor of any shape
-        Latent maps or prototypes.
-    area : int, default=1
-        Cells of a prototype, H1 W1.
-
-    Returns
-    -------
-    unit : Tensor, shaped as `x`
-        In float32 at least. Vectors shorter than 1e-6 stay as good as zero, and the gradient is
-        finite: at most 1e6 times what comes in. Their squared distance to one of unit length is 1,
-        as if the cosine were 0.5. Those whose length overflows become NaN: they have no direction.
+    In float32 at least. Vectors shorter than 1e-6 stay as good as zero, and the gradient is finite:
+    at most 1e6 times what comes in. Their squared distance to one of unit length is 1, as if the
+    cosine were 0.5. Those whose length overflows become NaN: they have no direction.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)

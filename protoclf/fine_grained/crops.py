@@ -20,24 +20,12 @@ def write_crops(
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Write the part of each image that its box shows to a folder, as JPEG.
 
+    Return the table with the paths of the crops and boxes that cover them, and the pixel x, y of
+    each original, upright, at which its crop begins, (n, 2). What follows `root` in the path of an
+    image names its crop.
+
     A crop that is there already, in the right size, is kept: what was interrupted goes on. Each
     file is written whole or not at all.
-
-    Parameters
-    ----------
-    images : DataFrame
-        Columns path and x0, y0, x1, y1, in pixels of the photo, upright; other columns are kept.
-    root : Path
-        Folder that all paths begin with; what follows it names the crop.
-    folder : str or path
-        Where to write; made if missing.
-
-    Returns
-    -------
-    cropped : DataFrame
-        The same table with the paths of the crops, and boxes that cover them.
-    start : ndarray of shape (n, 2), int64
-        The pixel of each original, upright, at which its crop begins: x, y.
     """
     target = Path(folder)
     if target.resolve() == root.resolve():
