@@ -112,7 +112,7 @@ def _splits(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> 
     The only image of a class, or the only group, says nothing of a last layer that never saw the
     class: it is learned from in each fold, unless another image of its group is held out.
     """
-    together = np.arange(len(y)) if groups is None else groups
+    _, together = np.unique(range(len(y)) if groups is None else groups, return_inverse=True)
     n_groups = np.bincount(np.unique(np.stack([y, together]), axis=1)[0])  # (C,)
     several = np.flatnonzero(n_groups[y] > 1)
     if not len(several):

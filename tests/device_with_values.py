@@ -180,6 +180,8 @@ def device_with_values(float64: bool = True) -> Iterator[str]:
         with _disable_current_modes():
             return measured(*args)
 
+    with torch.device("cpu"):
+        torch.empty(0)  # has torch note its constructors, which it does once, as they are
     with pytest.MonkeyPatch.context() as patch, _Device():
         if not float64:
             patch.setattr(sys.modules[__name__], "_has_float64", False)
