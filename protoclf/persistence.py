@@ -58,7 +58,7 @@ from protoclf.saved_sources import (
     write_thumbnails,
 )
 from protoclf.source_files import SourceFile
-from protoclf.torch_settings import ShapesOnly
+from protoclf.torch_settings import OwnRandomNumbers, ShapesOnly
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -173,7 +173,7 @@ def _network_facts(clf: ProtoPNetClassifier) -> dict[str, Any]:
     """Return what the network is; parameters may have been set to something else since."""
     module, backbone = clf.plain_module, clf.backbone
     layers = layers_of(module.backbone)
-    with torch.random.fork_rng(devices=[]), ShapesOnly():
+    with ShapesOnly():
         built = build_backbone(backbone, None)
     if layers_of(built) != layers or kinds_of(built) != kinds_of(module.backbone):
         raise ValueError(
@@ -242,7 +242,7 @@ def load_classifier(
     """Read a classifier that was saved: see `ProtoPNetClassifier.load`."""
     if backbone is not None and not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be the nn.Module that was fitted; got {backbone!r}.")
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), OwnRandomNumbers():
         saved, images = read_in_one(Path(folder), lambda: _read(Path(folder), backbone))
         clf = _built(cls, saved, device)
         _fill_network(clf, saved)

@@ -25,6 +25,27 @@ def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+class OwnRandomNumbers(TorchFunctionMode):
+    """Has weights of new layers drawn from a generator of their own.
+
+    torch's may be a fit's, in another thread.
+    """
+
+    _DRAWING = frozenset({"kaiming_uniform_", "normal_", "rand", "uniform_"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in self._DRAWING:
+            kwargs = {**kwargs, "generator": self._generator}
+        return function(*args, **kwargs)
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """Return the most precise numbers that a device computes with: float64, but for Apple's."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -353,10 +353,15 @@ def test_parameters_set_since_the_fit_are_kept_beside_the_network(images, tmp_pa
     assert later.items() <= loaded.get_params().items()
 
 
-def test_the_random_state_of_the_caller_is_left_alone(clf, tmp_path):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("backbone", ["small_cnn", "squeezenet1_1"])
+def test_the_generator_of_torch_is_left_alone(images, tmp_path, monkeypatch, backbone):
+    """So that a fit in another thread draws what it would alone."""
+    clf = classifier(backbone, weights=None, latent_dim=4, image_size=64).fit(*images)
     before = torch.get_rng_state()
-    ProtoPNetClassifier.load(clf.save(tmp_path / "model"), backbone=clf.backbone)
+    with monkeypatch.context() as patched:
+        for name in ("manual_seed", "set_rng_state"):
+            patched.setattr(torch, name, pytest.fail)
+        ProtoPNetClassifier.load(clf.save(tmp_path / "model"))
     assert torch.equal(before, torch.get_rng_state())
 
 
