@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,7 +66,7 @@ class ArrayStore:
             with replaced(file) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
-            if isinstance(error, PermissionError) and file.exists():
+            if isinstance(error, PermissionError) and os.path.exists(file):
                 return  # Windows replaces no file that is open; another process has written it
             writable, self._writable = self._writable, False
             if writable:  # several threads write at the same time

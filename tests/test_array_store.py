@@ -92,6 +92,21 @@ def test_where_nothing_can_be_written_one_warning_says_so(tmp_path, monkeypatch)
     assert not [p for p in tmp_path.rglob("*") if stat.S_ISREG(os.stat(p).st_mode)]  # no remains
 
 
+def test_a_folder_of_another_user_is_one_that_nothing_can_be_written_to(tmp_path, monkeypatch):
+    store, look = ArrayStore(tmp_path / "theirs"), os.stat
+
+    def closed(path, *args, **kwargs):
+        if str(path).startswith(str(store.folder)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", closed)
+    monkeypatch.setattr(os, "stat", closed)
+    with pytest.warns(UserWarning, match="nothing more is kept .*Permission denied"):
+        store.put(KEY, np.ones(3))
+    assert store.get(KEY) is None
+
+
 def test_threads_that_cannot_write_warn_once(tmp_path, monkeypatch):
     together = threading.Barrier(4)
 
