@@ -1,7 +1,8 @@
-"""What messages, sheets and files say: lists of names, similarities, and the version."""
+"""What messages, sheets and files say: lists of names, similarities, folder and version."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any
@@ -21,6 +22,14 @@ def first_quoted(values: Iterable[Any], most: int = 5) -> str:
 def similarity_in_words(value: float) -> str:
     """Return a similarity with two digits, marked where it says that parts are not alike."""
     return f"unlike: {value:.2f}" if value < 0 else f"{value:.2f}"
+
+
+def working_folder() -> str:
+    """Return the folder that relative paths start at, which may be gone."""
+    try:
+        return repr(os.getcwd())
+    except OSError:
+        return "a folder that is gone"
 
 
 def installed_version() -> str:

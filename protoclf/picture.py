@@ -16,6 +16,7 @@ import PIL.Image
 from PIL import ExifTags
 
 from protoclf.file_digests import file_digest
+from protoclf.messages import working_folder
 
 _FLOAT_DUST = 1e-6  # of intensities
 _JPEG = ("JPEG", "MPO")
@@ -205,7 +206,7 @@ def _why_missing(path: str) -> str:
         return "no such file; X takes paths of files, so download it first"
     if path.startswith("~"):
         return "no such file; os.path.expanduser(path) says what ~ stands for"
-    return f"no such file (relative paths start at {os.getcwd()!r})"
+    return f"no such file (relative paths start at {working_folder()})"
 
 
 def float_problem(low: float, high: float) -> str | None:

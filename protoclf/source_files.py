@@ -10,7 +10,7 @@ import numpy as np
 
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
-from protoclf.messages import first_few
+from protoclf.messages import first_few, working_folder
 
 
 class SourceFile(NamedTuple):
@@ -38,7 +38,7 @@ class SourceFile(NamedTuple):
         ImageError
             If it is not there, cannot be read, or is another than the fit saw.
         """
-        problem = f"is not there (looked for from {os.getcwd()!r})"
+        problem = f"is not there (looked for from {working_folder()})"
         places = dict.fromkeys(place for place in (self.path, self.place) if place is not None)
         for place in filter(os.path.exists, places):
             image = Images([place])

@@ -14,6 +14,7 @@ from protoclf.decoding import check_files, decode
 from protoclf.geometry import Preprocessing
 from protoclf.image_errors import ImageError
 from protoclf.images import Images, conflicting_labels
+from protoclf.source_files import SourceFile
 
 
 def error_of(X, *words):
@@ -193,6 +194,16 @@ def test_wrong_float_pixels_name_the_position():
 def test_a_missing_file_says_what_may_be_wrong_with_its_name(path, word):
     with pytest.raises(ImageError, match=word):
         Images([path]).open(0)
+
+
+def test_images_are_found_though_the_working_folder_is_gone(paths, monkeypatch):
+    def gone():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    assert SourceFile(str(paths[0])).opened(0).ndim == 3
+    with pytest.raises(ImageError, match="start at a folder that is gone"):
+        Images(["a.jpg"]).open(0)
 
 
 def test_a_bad_pil_image_is_refused_at_once(tmp_path, picture):
