@@ -366,6 +366,14 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)
     finally:  # Ctrl-C may come behind either
         if os.path.lexists(target):
-            shutil.rmtree(former, ignore_errors=True)
+            _remove(former)
         else:
             os.rename(former, target)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:  # which may come in the middle
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

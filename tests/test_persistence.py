@@ -1230,6 +1230,22 @@ def test_ctrl_c_behind_a_rename_leaves_one_model_whole(clf, tmp_path, monkeypatc
     assert (contents(tmp_path) == before) == (call == 1)
 
 
+def test_ctrl_c_while_the_older_model_is_removed_leaves_nothing_of_it(clf, tmp_path, monkeypatch):
+    folder, unlink, calls = clf.save(tmp_path / "model"), os.unlink, []
+
+    def interrupted(*args, **kwargs):
+        unlink(*args, **kwargs)
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clf.save(folder, overwrite=True)
+    assert os.listdir(tmp_path) == ["model"]
+    load(folder)
+
+
 @pytest.mark.parametrize(
     ("function", "call"),
     [("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 5), ("rename", 1), ("rename", 2)],
