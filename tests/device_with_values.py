@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -180,8 +181,6 @@ def device_with_values(float64: bool = True) -> Iterator[str]:
         with _disable_current_modes():
             return measured(*args)
 
-    with torch.device("cpu"):
-        torch.empty(0)  # has torch note its constructors, which it does once, as they are
     with pytest.MonkeyPatch.context() as patch, _Device():
         if not float64:
             patch.setattr(sys.modules[__name__], "_has_float64", False)
@@ -194,3 +193,4 @@ def device_with_values(float64: bool = True) -> Iterator[str]:
         patch.setitem(parameters.RULES, "device", Rule(lambda device: True, "any"))
         patch.setattr(ProtoPNetClassifier, "__deepcopy__", copied, raising=False)
         yield NAME
+    _device_constructors.cache_clear()  # of torch, which may have noted those made here
