@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from protoclf import ProtoPNetClassifier
-from protoclf.augmentation import AugmentedDataset, augment_mildly, augmentation_of
+from protoclf.augmentation import AugmentedDataset, _crops, augment_mildly, augmentation_of
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
@@ -57,7 +57,23 @@ def test_the_default_shows_most_of_an_image_flipped_or_not():
     reach = (shown[:, 0, 25, -1] - shown[:, 0, 25, 0]).abs() / (side - 1)
     # at least sqrt(0.75 * 0.9) of the width at four fifths of both factors, at most all at 1.2
     assert reach.min() > 0.82 * 0.64 - 0.03
-    assert reach.max() < 1.44
+    assert 1.25 < reach.max() < 1.44  # by one of the factors alone, at most 1.2
+
+
+def test_the_default_crops_three_quarters_to_all_of_the_area_at_any_place():
+    side = 100
+    torch.manual_seed(0)
+    y, x, height, width = np.array(_crops(500, side)).T
+    area, ratio = height * width / side**2, width / height
+    assert 0.73 < area.min() < 0.77
+    assert 0.97 < area.max() <= 1
+    assert 0.88 < ratio.min() < 0.92
+    assert 1.09 < ratio.max() < 1.14
+    for start, size in ((y, height), (x, width)):
+        assert ((start >= 0) & (start <= side - size)).all()
+        place = start[size < 95] / (side - size[size < 95])
+        assert (place.min(), place.max()) == (0, 1)
+        assert place.mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_one_pixel_images_stay():

@@ -13,7 +13,8 @@ from protoclf.sheets import class_totals, compare
 @pytest.mark.parametrize("top", [None, 1])
 def test_totals_are_the_logits(fitted, squares, top):
     X, _ = squares
-    totals = class_totals(fitted.explain(X, "all", top))
+    sheet = fitted.explain(X, "all", top)
+    totals = class_totals(sheet)
     logits = fitted.decision_function(X)
     column = {label: i for i, label in enumerate(fitted.classes_)}
     places = totals["class"].map(column)
@@ -21,6 +22,12 @@ def test_totals_are_the_logits(fitted, squares, top):
     np.testing.assert_allclose(totals["total"], expected, atol=1e-4)
     np.testing.assert_allclose(totals["logit"], expected, atol=1e-4)
     assert totals.groupby("sample")["is_predicted"].first().all()
+    named = sheet[sheet["prototype"].notna()]
+    own = named["prototype_class"] == named["class"]
+    for name, rows in (("own", named[own]), ("others", named[~own])):
+        sums = rows.groupby(["sample", "class"])["contribution"].sum()
+        keys = pd.MultiIndex.from_frame(totals[["sample", "class"]])
+        np.testing.assert_allclose(totals[name], sums.reindex(keys, fill_value=0), atol=1e-12)
     if top is None:
         np.testing.assert_allclose(totals["own"] + totals["others"], totals["total"])
         weights = (fitted.coef_ != 0).sum(1)
