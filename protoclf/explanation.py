@@ -144,7 +144,7 @@ def with_sum_of_rest(sheet: pd.DataFrame, top: int) -> pd.DataFrame:
     hidden = sheet["rank"] > top
     total = sheet["contribution"].where(hidden).groupby([sheet["sample"], sheet["class"]])
     sheet = sheet.assign(contribution=sheet["contribution"].where(~hidden, total.transform("sum")))
-    shown = (sheet["rank"] <= top + 1) | sheet["class"].isna()  # without an answer, no class
+    shown = sheet["rank"] <= top + 1
     return sheet[shown].reset_index(drop=True)
 
 
