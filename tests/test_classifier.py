@@ -1116,6 +1116,7 @@ def test_an_image_without_an_answer_has_a_row_where_others_have_none(tmp_path):
     assert sheet["sample"].tolist() == [1]
     assert sheet["path"].tolist() == [str(paths[1])]
     assert sheet["source"].tolist() == ["(unreadable)"]
+    assert (sheet["prototype"].dtype, sheet["is_predicted"].dtype) == ("Int64", "boolean")
     assert sheet.drop(columns=["sample", "path", "source"]).isna().all(axis=None)
     assert class_totals(sheet).empty
     with pytest.raises(ValueError, match="needs a sheet with rows"):

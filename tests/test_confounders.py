@@ -1,11 +1,13 @@
 """Signs of confounders, on a model made by hand that points at what its tests draw."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from colour_model import CELL, COLOURS, SIDE, colour_model, picture
 
 from protoclf.metrics import find_confounders
-from protoclf.metrics.confounders import SIGNS, _drop, _kept
+from protoclf.metrics.confounders import SIGNS, _drop, _kept, _same_place
 
 BLUE, RED = COLOURS["blue"], COLOURS["red"]
 YELLOW, GREEN = (255, 255, 0), (0, 255, 0)
@@ -137,6 +139,16 @@ def test_two_images_are_too_few_to_be_at_one_place(clf):
     X, y = pictures()
     few = find_confounders(clf, X[:4], y[:4])
     assert few["same_place"].isna().all()
+
+
+@pytest.mark.parametrize(("side", "share"), [(8, np.nan), (9, 1)])
+def test_on_maps_of_3_x_3_patches_no_place_says_anything(side, share):
+    clf = SimpleNamespace(
+        geometry_=SimpleNamespace(height=side, width=side),
+        module_=SimpleNamespace(prototype_size=(6, 6)),
+    )
+    found = _same_place(clf, np.zeros((4, 2), int), np.ones((4, 2), bool))
+    np.testing.assert_array_equal(found, [share, share])
 
 
 def test_what_was_not_similar_before_loses_nothing():

@@ -1,16 +1,18 @@
 """Where training starts, against means and bounds of the class's patches computed by loops."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from protoclf import ProtoPNetClassifier, selection
+from protoclf import ProtoPNetClassifier, initialization, selection
 from protoclf.features import FitData
 from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
-from protoclf.initialization import centre_latents, kmeans_prototypes
+from protoclf.initialization import centre_latents, kmeans_prototypes, restart_prototypes
 from protoclf.prototype_layer import min_distances, patches_of
 from protoclf.selection import selected_prototypes
 
@@ -227,3 +229,39 @@ def test_the_papers_similarity_has_no_centre(initialized):
     before = net.module_.latents(data.train_features.features)
     centre_latents(net, data)
     assert torch.equal(net.module_.latents(data.train_features.features), before)
+
+
+def test_of_many_images_and_patches_some_are_drawn(initialized, monkeypatch):
+    monkeypatch.setattr(initialization, "_MAX_IMAGES", 5)
+    monkeypatch.setattr(initialization, "_MAX_PATCHES", 40)
+    net, data = initialized(batch_size=2)
+    own = np.flatnonzero(data.train_y.numpy() == 1)
+    every = class_patches(net, data, 1).flatten(1)  # 16 of each image
+    for usable, images in (
+        (None, 5),
+        (np.isin(np.arange(24), own[:3]), 3),
+        (np.zeros(24, bool), 5),
+    ):
+        drawn = initialization.class_patches(net, data, 1, np.random.default_rng(0), usable)
+        place = torch.cdist(drawn, every).argmin(1)
+        assert torch.equal(drawn, every[place])
+        assert len(place.unique()) == 40
+        assert len((place // 16).unique()) == images
+
+
+@torch.no_grad()
+def test_prototypes_restart_unlike_what_is_forbidden_what_stays_and_one_another(
+    initialized, monkeypatch
+):
+    kinds = torch.eye(5)[:4]
+    monkeypatch.setattr(initialization, "class_patches", lambda *_: kinds.repeat(9, 1))
+    for seed in range(5):
+        net, data = initialized(seed, prototypes_per_class={"blue": 3, "green": 1, "red": 1})
+        net.module_.prototypes[0] = kinds[0][:, None, None]
+        forbidden = SimpleNamespace(
+            patches=kinds[1:3, :, None, None], owner=torch.tensor([0, 1])
+        )  # the third kind for another class alone
+        restart_prototypes(net, data, [1, 2], forbidden, np.ones(24, bool))
+        found = net.module_.prototypes[1:3].flatten(1)
+        assert sorted(found.argmax(1).tolist()) == [2, 3]
+        assert (found.amax(1) == 1).all()

@@ -5,6 +5,7 @@ import doctest
 import importlib
 import pickle
 import pkgutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -150,6 +151,8 @@ def test_they_are_patches_of_images_of_their_classes(birds):
 
 def test_their_last_layer_is_optimal_without_matches_of_themselves(birds):
     clf, X, y, _ = birds
+    clf = copy.deepcopy(clf).set_params(class_weight={clf.classes_[0]: 3.0})
+    clf.last_layer_result_ = replace(clf.last_layer_result_, lambda_l2=0.1)
     drawn = random_prototypes(clf, X, y)
     codes = torch.from_numpy(np.searchsorted(clf.classes_, y))
     g, owner = torch.from_numpy(drawn.transform(X)).double(), drawn.module_.owner
@@ -160,7 +163,8 @@ def test_their_last_layer_is_optimal_without_matches_of_themselves(birds):
     assert len(views) == 2
     views = [replace_self_matches(view, codes, owner, source) for view in views]
     shown = torch.cat([g, *views]), codes.repeat(3), owner
-    alone = solve_last_layer(*shown, clf.lambda_l1_, lambda_l2=clf.last_layer_result_.lambda_l2)
+    weight = np.where(y == clf.classes_[0], 3.0, 1.0)
+    alone = solve_last_layer(*shown, clf.lambda_l1_, np.tile(weight, 3), lambda_l2=0.1)
     assert drawn.last_layer_result_.objective == pytest.approx(alone.objective, rel=1e-3)
     table = drawn.prototypes_
     assert (table["weight"] == drawn.coef_[owner, np.arange(len(owner))]).all()
@@ -206,16 +210,19 @@ def test_larger_prototypes_are_drawn_too(squares):
 # ---- the table --------------------------------------------------------------------------------
 
 
+SEED = {"random_state": 1}
+
+
 @pytest.fixture(scope="module")
 def report(birds):
     clf, X, y, parts = birds
-    return interpretability_report(clf, X, y, parts, n_perturbed=6, n_resamples=100)
+    return interpretability_report(clf, X, y, parts, n_perturbed=6, n_resamples=100, **SEED)
 
 
 def test_the_table_holds_what_each_function_says(birds, report):
     clf, X, y, parts = birds
     masks = metrics.PartMasks(clf, X, parts)
-    ranks = metrics.rank_stability(clf, X).groupby("change")["kept"].mean()
+    ranks = metrics.rank_stability(clf, X, **SEED).groupby("change")["kept"].mean()
     expected = {
         "accuracy": clf.score(X, y),
         "global size": metrics.global_size(clf),
@@ -225,19 +232,19 @@ def test_the_table_holds_what_each_function_says(birds, report):
         "rank stability, JPEG": ranks["jpeg"],
         "rank stability, noise": ranks["noise"],
         "consistency": metrics.consistency(clf, X, y, parts)["consistent"].mean(),
-        "stability": metrics.stability(clf, X, y, parts)["stable"].mean(),
+        "stability": metrics.stability(clf, X, y, parts, **SEED)["stable"].mean(),
         "part purity": metrics.part_purity(clf, X, parts)["purity"].mean(),
         "pointing": metrics.pointing(clf, X, masks)["inside"].mean(),
         "object coverage": metrics.object_coverage(clf, X, masks)["coverage"].mean(),
     }
     for name, value in expected.items():
         assert report.loc[name, "value"] == pytest.approx(value), name
-    drawn = random_prototypes(clf, X, y)
+    drawn = random_prototypes(clf, X, y, **SEED)
     baseline = metrics.consistency(drawn, X, y, parts)["consistent"].mean()
     assert report.loc["consistency", "baseline"] == pytest.approx(baseline)
     assert report.loc["accuracy", ["baseline", "baseline_low", "baseline_high"]].isna().all()
     counted = metrics.sparsity(clf, X)
-    interval = bootstrap_interval(counted["size"], counted["sample"], n_resamples=100)
+    interval = bootstrap_interval(counted["size"], counted["sample"], n_resamples=100, **SEED)
     assert tuple(report.loc["sparsity", ["low", "high"]]) == interval
 
 
@@ -247,11 +254,21 @@ def test_what_runs_often_runs_on_some_images(birds, report):
     few = ["box deletion", "deletion", "insertion", "location change", "activation change"]
     assert (report.loc[few, "n"] == 6).all()
     assert report.loc["sparsity", "n"] == len(X)
-    index = np.sort(np.random.default_rng(0).permutation(len(X))[:6])
-    table = metrics.deletion_insertion(clf, [X[i] for i in index])
-    gain = (table["control_deletion"] - table["deletion"]).mean()
-    assert report.loc["deletion", "value"] == pytest.approx(gain)
-    alone = interpretability_report(clf, X, y, metrics=["deletion"], n_perturbed=6)
+    index = np.sort(np.random.default_rng(1).permutation(len(X))[:6])
+    some = [X[i] for i in index]
+    boxes = metrics.deletion_score(clf, some, **SEED)
+    curves = metrics.deletion_insertion(clf, some, **SEED)
+    moved = metrics.spatial_misalignment(clf, some, **SEED)
+    expected = [
+        boxes["similarity_drop"] - boxes["control_similarity_drop"],
+        curves["control_deletion"] - curves["deletion"],
+        curves["insertion"] - curves["control_insertion"],
+        moved["location_change"],
+        moved["activation_change"],
+    ]
+    for name, values in zip(few, expected, strict=True):
+        assert report.loc[name, "value"] == pytest.approx(values.mean()), name
+    alone = interpretability_report(clf, X, y, metrics=["deletion"], n_perturbed=6, **SEED)
     assert alone.index.tolist() == ["deletion"]
     assert alone.loc["deletion", "value"] == report.loc["deletion", "value"]
 
@@ -298,12 +315,13 @@ def test_a_data_set_of_torch_is_taken_too(birds, report):
         def __getitem__(self, i):
             return pairs[i]
 
-    rows = {"metrics": ["deletion", "sparsity"], "n_perturbed": 6, "n_resamples": 2}
+    rows = {"metrics": ["deletion", "sparsity"], "n_perturbed": 6, "n_resamples": 2, **SEED}
     table = interpretability_report(clf, Birds(), y, **rows)
     for name in rows["metrics"]:
         assert table.loc[name, "value"] == pytest.approx(report.loc[name, "value"])
     assert (
-        MetricScorer("deletion", n_perturbed=6)(clf, Birds(), y) == table.loc["deletion", "value"]
+        MetricScorer("deletion", n_perturbed=6, **SEED)(clf, Birds(), y)
+        == table.loc["deletion", "value"]
     )
 
 
@@ -370,7 +388,7 @@ def test_scorers_are_the_rows_of_the_table_and_more_is_better(birds, report):
     clf, X, y, _ = birds
     for name in ("sparsity", "distinctness", "class purity", "activation change"):
         sign = 1 if report.loc[name, "better"] == "higher" else -1
-        scorer = MetricScorer(name, n_perturbed=6)
+        scorer = MetricScorer(name, n_perturbed=6, **SEED)
         assert scorer(clf, X, y) == pytest.approx(sign * report.loc[name, "value"]), name
         assert pickle.loads(pickle.dumps(scorer)) == scorer
     assert MetricScorer("global size")(clf, X, y) == n_prototypes_scorer(clf)

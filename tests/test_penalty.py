@@ -197,6 +197,12 @@ def test_what_is_chosen_from_is_lower_for_many_classes(n_classes, share):
     np.testing.assert_allclose(penalties_to_try(data), g.max() * share * np.array(PENALTIES))
 
 
+def test_where_only_own_images_are_similar_what_is_chosen_from_is_in_proportion_to_these():
+    g, index = 0.5 * torch.eye(3), torch.arange(3)
+    data = Activations(g, index, index, 3, None)
+    np.testing.assert_allclose(penalties_to_try(data), 0.5 * np.array(PENALTIES))
+
+
 @pytest.mark.parametrize("given", [{}, {"groups": np.arange(24) // 3 * 3}])
 def test_the_path_shows_the_penalties_that_a_fit_chooses_from(squares, given):
     common = {"image_size": 48, "prototypes_per_class": 2, "random_state": 0, "verbose": 0}

@@ -8,6 +8,7 @@ from sklearn.cluster import kmeans_plusplus
 
 from protoclf import ProtoPNetClassifier, selection
 from protoclf.selection import (
+    _best,
     _candidates_each,
     _contrast,
     _principal_axes,
@@ -91,6 +92,12 @@ def test_contrasts_count_an_image_as_often_as_its_weight_says(weight):
     means = torch.stack([g[again][y[again] == c].mean(0)[j] for j, c in enumerate(owner)])
     given = None if weight is None else torch.tensor(weight)
     torch.testing.assert_close(_contrast(g, y, owner, given), means - g[again].mean(0))
+
+
+def test_the_best_have_the_largest_weights_and_then_the_largest_contrasts():
+    weight, contrast = torch.tensor([0.0, 2, 0, 0, 1, 0]), torch.tensor([0.1, 0, 0.3, 0.2, 0, 0.5])
+    owner = torch.tensor([0, 0, 0, 0, 1, 1])
+    assert _best(weight, contrast, owner, [3, 1]).tolist() == [1, 2, 3, 4]
 
 
 @pytest.fixture
