@@ -24,10 +24,8 @@ from protoclf.duplicates import distances_within_classes, repeated
 from protoclf.explanation import EDIT_COLUMNS
 from protoclf.features import FitData
 from protoclf.fitted import check_editable, known_prototypes
-from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.initialization import restart_prototypes
-from protoclf.labels import read_targets
 from protoclf.messages import first_quoted
 from protoclf.nearest_patches import find_concepts
 from protoclf.rules import COUNT, NON_NEGATIVE, integer, optional
@@ -333,22 +331,18 @@ def _taught(
     optional(integer(0)).check(epochs=epochs)
     chosen = sorted(known_prototypes("ids", ids, range(clf.n_prototypes_)))
     X, y = unpacked(X, y)
-    images = Images(X)
-    targets = read_targets(images, y, **fit_params, classes=clf.classes_)
-    counting = targets.counting()
-    images, codes = images.take(counting), targets.codes[counting]
     table, taught = clf.prototypes_, copy.deepcopy(clf)
-    dataset = ImageDataset(images, clf.preprocessing_, codes, on_bad_image=clf.on_bad_image)
+    dataset = taught._training_data(Images(X), y, **fit_params, first=False).dataset
     taught.prepare_processor()
     data = FitData(taught, dataset, None)
     concepts = find_concepts(taught, dataset, data.train_features, chosen, k, forbidden, weight)
-    usable = ~dataset.failed(np.arange(len(images)))
     reasons = {j: reason if isinstance(reason, str) else reason.get(j, "") for j in chosen}
     if forbidden:
         avoided = ForbiddenPatches(concepts, taught.module_, taught.batch_size)
         for j in avoided.among(taught.module_):
             reasons.setdefault(j, "its patch is one of those that are forbidden")
-        restart_prototypes(taught, data, list(reasons), avoided, usable)
+        restart_prototypes(taught, data, list(reasons), avoided)
+    del data, dataset  # partial_fit reads the images itself
     known = clf.concepts_
     taught.concepts_ = concepts if known is None else known.with_others(concepts)
     if epochs is not None:

@@ -76,11 +76,8 @@ def restart_prototypes(
     data: FitData,
     ids: Sequence[int],
     forbidden: ForbiddenPatches,
-    usable: np.ndarray,
 ) -> None:
     """Move some prototypes to patches of their classes, unlike what is forbidden.
-
-    Only images that are `usable` (N,) are drawn from, unless a class has none.
 
     Drawn as k-means++ draws its centres: with probabilities as the squared distance to the nearest
     of the forbidden patches, of the prototypes that stay and of those drawn before.
@@ -90,7 +87,7 @@ def restart_prototypes(
     moved = torch.zeros(len(module.owner), dtype=torch.bool, device=module.owner.device)
     moved[list(ids)] = True
     for c in module.owner[moved].unique().tolist():
-        patches = class_patches(net, data, c, rng, usable)  # (n, D H1 W1)
+        patches = class_patches(net, data, c, rng)  # (n, D H1 W1)
         stay = module.scaled_prototypes()[(module.owner == c) & ~moved].flatten(1)
         taken = torch.cat([stay, forbidden.patches[forbidden.owner == c].flatten(1)])
         nearest = torch.cdist(patches, taken).square().amin(1)  # (n,)
@@ -101,17 +98,9 @@ def restart_prototypes(
             nearest = torch.minimum(nearest, (patches - drawn).square().sum(1))
 
 
-def class_patches(
-    net: SkorchProtoPNet,
-    data: FitData,
-    c: int,
-    rng: np.random.Generator,
-    usable: np.ndarray | None = None,
-) -> Tensor:
+def class_patches(net: SkorchProtoPNet, data: FitData, c: int, rng: np.random.Generator) -> Tensor:
     """Return latent patches (n, D H1 W1) of a class's training images, as rows."""
-    own = data.train_y.numpy() == c
-    some = own if usable is None or not (own & usable).any() else own & usable
-    images = _sample(np.flatnonzero(some), _MAX_IMAGES, rng)
+    images = _sample(np.flatnonzero(data.train_y.numpy() == c), _MAX_IMAGES, rng)
     prototypes = net.module_.prototypes
     parts: list[Tensor] = []
     rows, start = np.empty(0, int), 0

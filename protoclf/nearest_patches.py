@@ -212,8 +212,7 @@ def find_concepts(
     owner, y = clf.module_.owner.cpu().numpy(), dataset.y.numpy()
     places: dict[tuple[int, int, int], int] = {}  # of a patch that several show, the first
     for j in ids:
-        shown = (y[best.sample[j]] == owner[j]) & np.isfinite(best.similarity[j])
-        shown &= ~dataset.failed(best.sample[j])
+        shown = y[best.sample[j]] == owner[j]
         if not shown.any():
             label = clf.classes_.tolist()[owner[j]]
             raise ValueError(f"X has no image of class {label!r}, which prototype {j} is of.")

@@ -14,7 +14,7 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from protoclf import ImageError, ProtoPNetClassifier, ProtoPNetEnsemble
-from protoclf.editing import remove
+from protoclf.editing import forbid, remove
 from protoclf.explanation import UNREADABLE
 
 BAD = [3, 10, 11]
@@ -359,6 +359,14 @@ def test_what_stands_in_for_an_unreadable_image_may_be_anything(whole, damaged, 
     assert sheet.loc[sheet["source"] == "(unreadable)", "sample"].tolist() == list(BAD)
     with pytest.raises(FloatingPointError, match="NaN or infinity of the images 1,"):
         clf.predict([squares[0][0], np.full((40, 60, 3), 99, np.uint8)])
+
+
+def test_nothing_is_forbidden_in_an_image_that_cannot_be_read(whole, damaged, squares):
+    y = squares[1]
+    clf = small(**FROZEN).set_params(backbone=OfContrast()).fit(whole, y)
+    taught = forbid(clf, [0, 2, 4], damaged, y, k=24)
+    alone = forbid(clf, [0, 2, 4], without(whole), without(y), k=24)
+    assert torch.equal(taught.concepts_.images, alone.concepts_.images)
 
 
 # ---- scores and last layers of the images that are left ------------------------------------------

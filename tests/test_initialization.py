@@ -235,18 +235,12 @@ def test_of_many_images_and_patches_some_are_drawn(initialized, monkeypatch):
     monkeypatch.setattr(initialization, "_MAX_IMAGES", 5)
     monkeypatch.setattr(initialization, "_MAX_PATCHES", 40)
     net, data = initialized(batch_size=2)
-    own = np.flatnonzero(data.train_y.numpy() == 1)
     every = class_patches(net, data, 1).flatten(1)  # 16 of each image
-    for usable, images in (
-        (None, 5),
-        (np.isin(np.arange(24), own[:3]), 3),
-        (np.zeros(24, bool), 5),
-    ):
-        drawn = initialization.class_patches(net, data, 1, np.random.default_rng(0), usable)
-        place = torch.cdist(drawn, every).argmin(1)
-        assert torch.equal(drawn, every[place])
-        assert len(place.unique()) == 40
-        assert len((place // 16).unique()) == images
+    drawn = initialization.class_patches(net, data, 1, np.random.default_rng(0))
+    place = torch.cdist(drawn, every).argmin(1)
+    assert torch.equal(drawn, every[place])
+    assert len(place.unique()) == 40
+    assert len((place // 16).unique()) == 5
 
 
 @torch.no_grad()
@@ -261,7 +255,7 @@ def test_prototypes_restart_unlike_what_is_forbidden_what_stays_and_one_another(
         forbidden = SimpleNamespace(
             patches=kinds[1:3, :, None, None], owner=torch.tensor([0, 1])
         )  # the third kind for another class alone
-        restart_prototypes(net, data, [1, 2], forbidden, np.ones(24, bool))
+        restart_prototypes(net, data, [1, 2], forbidden)
         found = net.module_.prototypes[1:3].flatten(1)
         assert sorted(found.argmax(1).tolist()) == [2, 3]
         assert (found.amax(1) == 1).all()
