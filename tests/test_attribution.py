@@ -205,6 +205,7 @@ def test_covering_a_box_is_scored_as_by_hand(finder):
         i = row["sample"]
         pixels = dataset.__getitems__([i])[0]["images"][0].permute(1, 2, 0).numpy().copy()
         before = finder.transform([PIL.Image.fromarray(pixels)])[0, row["prototype"]]
+        logit = finder.explain([PIL.Image.fromarray(pixels)], [row["class"]])["logit"].iloc[0]
         box = np.array([of_sheet[name] for name in BOX], float)
         x0, y0, x1, y1 = (
             finder.preprocessing_.to_input(box, dataset.sizes([i])[0]).round().astype(int)
@@ -212,6 +213,8 @@ def test_covering_a_box_is_scored_as_by_hand(finder):
         pixels[y0:y1, x0:x1] = pixels.mean((0, 1)).round()
         after = finder.transform([PIL.Image.fromarray(pixels)])[0, row["prototype"]]
         assert row["similarity_drop"] == pytest.approx(before - after, abs=1e-4)
+        logit -= finder.explain([PIL.Image.fromarray(pixels)], [row["class"]])["logit"].iloc[0]
+        assert row["logit_drop"] == pytest.approx(logit, abs=1e-4)
         assert row["area"] == pytest.approx((x1 - x0) * (y1 - y0) / 64**2)
     assert (table["logit_drop"] > table["control_logit_drop"]).mean() > 0.5
     again = deletion_score(finder, X, top=1, n_controls=8)

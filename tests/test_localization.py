@@ -97,6 +97,12 @@ def test_boxes_are_those_of_numpys_default_percentile(image_size):
         assert box.tolist() == [cols.min(), rows.min(), cols.max() + 1, rows.max() + 1]
 
 
+@pytest.mark.parametrize("number", [-1e4, 1e4])
+def test_a_number_added_to_a_map_leaves_its_box(number):
+    maps = torch.rand(5, 7, 7, dtype=torch.float64)
+    assert torch.equal(activation_boxes(maps + number, 64), activation_boxes(maps, 64))
+
+
 @pytest.mark.parametrize("side", [1, 7])
 @pytest.mark.parametrize("image_size", [1, 64, 101])
 def test_box_of_a_constant_map_is_the_whole_image(side, image_size):

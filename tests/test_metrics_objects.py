@@ -100,6 +100,15 @@ def test_all_boxes_of_a_sheet_count(fitted, squares):
     assert len(pointing(fitted, images, masks, top=1)) == 6
 
 
+def test_what_speaks_against_the_class_has_no_box_to_count():
+    model = colour_model(weight=[[1.0, -0.4], [-0.4, 1.0]])
+    image = picture({(2, 5): RED, (6, 1): COLOURS["blue"], (6, 2): COLOURS["blue"]})[None]
+    sheet = model.explain(image)
+    assert (sheet["contribution"] > 0).tolist() == [True, False]
+    mask = np.ones((1, SIDE, SIDE))
+    assert pointing(model, image, mask)["prototype"].tolist() == sheet["prototype"][:1].tolist()
+
+
 def test_an_object_out_of_sight_has_no_coverage(fitted, squares):
     mask = np.zeros((1, 40, 60))
     mask[0, :, :10] = 1
