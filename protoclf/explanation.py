@@ -84,10 +84,10 @@ def explain_batch(
     rows["rank"] = rows.groupby(["sample", "class"]).cumcount() + 1
     shown = (rows["rank"] <= (top or len(rows))).to_numpy()
     at = torch.from_numpy(order[shown]).to(z.device)
-    boxes = pair_boxes(module, z, sample[at], prototype[at], image_size, percentile)
-    rows[BOX] = 0.0
-    rows.loc[shown, BOX] = boxes.cpu().numpy()
-    return rows
+    boxes = np.zeros((len(rows), 4))
+    found = pair_boxes(module, z, sample[at], prototype[at], image_size, percentile)
+    boxes[shown] = found.cpu().numpy()
+    return rows.assign(**dict(zip(BOX, boxes.T, strict=True)))
 
 
 def chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:

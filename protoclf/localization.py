@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclf.network import ProtoPNet
+from protoclf.prototype_layer import distance_maps
 from protoclf.torch_settings import without_autocast
 
 BLOCK = 2**22  # pixels of upsampled maps at a time
@@ -48,8 +49,9 @@ def pair_patches(module: ProtoPNet, z: Tensor, sample: Tensor, prototype: Tensor
     Pairs are sorted by sample.
     """
     counts = torch.bincount(sample, minlength=len(z)).tolist()
+    prototypes = module.scaled_prototypes()
     maps = [
-        module.similarity_maps(z[i : i + 1], index)[0]  # (k_i, H', W')
+        module.activations(distance_maps(z[i : i + 1], prototypes[index]))[0]  # (k_i, H', W')
         for i, index in enumerate(prototype.split(counts))
         if len(index)
     ]
@@ -71,7 +73,9 @@ def upsample(maps: Tensor, height: int, width: int) -> Tensor:
     """Upsample maps (k, H, W) bicubically, as the paper does, to (k, height, width)."""
     down = _bicubic(maps.shape[1], height, maps)  # (height, H)
     right = _bicubic(maps.shape[2], width, maps)  # (width, W)
-    return _between(down, maps, right)
+    with without_autocast(maps.device):
+        wide = maps @ right.T  # (k, H, width); the small product first
+        return torch.bmm(down.expand(len(maps), -1, -1), wide)
 
 
 @torch.no_grad()
@@ -104,12 +108,6 @@ def _bicubic(n_in: int, n_out: int, like: Tensor) -> Tensor:
     """Return the matrix (n_out, n_in) of bicubic interpolation along one side."""
     eye = torch.eye(n_in, dtype=like.dtype, device=like.device)[None, None]
     return F.interpolate(eye, (n_out, n_in), mode="bicubic", align_corners=False)[0, 0]
-
-
-def _between(down: Tensor, maps: Tensor, right: Tensor) -> Tensor:
-    with without_autocast(maps.device):
-        wide = maps @ right.T  # (k, H, width); the small product first
-        return torch.bmm(down.expand(len(maps), -1, -1), wide)
 
 
 def _boxes(pixels: Tensor, n_high: int) -> Tensor:
@@ -163,21 +161,24 @@ def _boxes_near_peaks(maps: Tensor, rows: _Lines, columns: _Lines, n_high: int) 
     Pixels on some lines tell a value that a little more than `n_high` pixels are above, and where
     these can be. Maps for which the guess is wrong are upsampled as a whole.
     """
-    down, right = (torch.from_numpy(lines.pixels[lines.at]) for lines in (rows, columns))
-    coarse = _between(down, maps, right)  # (k, l, l)
+    some = torch.from_numpy(rows.pixels[rows.at]).expand(len(maps), -1, -1)
+    with without_autocast(maps.device):
+        wide = maps @ torch.from_numpy(columns.pixels).T  # (k, H, S)
+        coarse = torch.bmm(some, wide[:, :, columns.at])  # (k, l, l)
     values = coarse.flatten(1).numpy()
-    share = n_high / (len(rows.pixels) * len(columns.pixels))
-    place = max(0, int(values.shape[1] * (1 - 1.25 * share)) - 3)
+    side = len(rows.pixels)
+    place = max(0, int(values.shape[1] * (1 - 1.25 * n_high / side**2)) - 3)
     low = np.partition(values, place, axis=1)[:, place]  # (k,)
     spread = maps.amax((1, 2)).numpy()  # (k,)
     slack = rows.excess * columns.gain + columns.excess * rows.gain + ROUNDING
     possible = torch.from_numpy(low - slack * spread)[:, None]
     of_rows = rows.around(coarse.amax(2) > possible)
     of_columns = columns.around(coarse.amax(1) > possible)
-    boxes = np.empty((len(maps), 4))
-    places = zip(maps.numpy(), low, ROUNDING * spread, *of_rows, *of_columns, strict=True)
-    for k, (cells, least, rounding, y0, y1, x0, x1) in enumerate(places):
-        pixels = rows.pixels[y0:y1] @ (cells @ columns.pixels[x0:x1].T)
+    boxes, buffer = np.empty((len(maps), 4)), np.empty(side**2, values.dtype)
+    places = zip(wide.numpy(), low, ROUNDING * spread, *of_rows, *of_columns, strict=True)
+    for k, (wide_k, least, rounding, y0, y1, x0, x1) in enumerate(places):
+        pixels = buffer[: (y1 - y0) * (x1 - x0)].reshape(y1 - y0, x1 - x0)
+        np.matmul(rows.pixels[y0:y1], wide_k[:, x0:x1], out=pixels)
         likely, threshold = pixels[pixels > least], least
         if len(likely) >= n_high:
             threshold = np.partition(likely, -n_high)[-n_high] - rounding
@@ -186,7 +187,6 @@ def _boxes_near_peaks(maps: Tensor, rows: _Lines, columns: _Lines, n_high: int) 
             (y,), (x,) = high.any(1).nonzero(), high.any(0).nonzero()
             boxes[k] = x0 + x[0], y0 + y[0], x0 + x[-1] + 1, y0 + y[-1] + 1
         else:
-            side = len(rows.pixels)
             boxes[k] = _boxes(upsample(maps[k : k + 1], side, side), n_high)[0].numpy()
     return torch.from_numpy(boxes).to(maps.dtype)
 
