@@ -16,7 +16,7 @@ from protoclf.explanation import BOX, FIELD, REST, SOURCE_BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.metrics import deletion_score
-from protoclf.metrics.faithfulness import DELETION_COLUMNS
+from protoclf.metrics.faithfulness import DELETION_COLUMNS, _elsewhere
 
 SIZES = [(64, 64), (200, 100), (90, 250), (333, 77), (41, 40), (1000, 700)]
 COLOURS = {"blue": (20, 40, 250), "red": (250, 40, 20)}
@@ -222,6 +222,15 @@ def test_covering_a_box_is_scored_as_by_hand(finder):
     assert not deletion_score(finder, X, top=1, random_state=1)[DELETION_COLUMNS].equals(
         table[DELETION_COLUMNS]
     )
+
+
+def test_random_places_are_as_large_as_the_box_and_anywhere():
+    boxes = np.array([[0, 0, 4, 10], [2, 3, 32, 5]])
+    places = _elsewhere(boxes, 32, 200, np.random.default_rng(0))  # (2, 200, 4)
+    sizes = places[..., 2:] - places[..., :2]
+    assert (sizes == (boxes[:, 2:] - boxes[:, :2])[:, None]).all()
+    assert (places[..., :2].min(1) == 0).all()
+    assert (places[..., 2:].max(1) == 32).all()
 
 
 def test_a_box_over_the_whole_image_scores_nothing(fitted, squares):

@@ -67,6 +67,7 @@ def test_the_default_crops_three_quarters_to_all_of_the_area_at_any_place():
     area, ratio = height * width / side**2, width / height
     assert 0.73 < area.min() < 0.77
     assert 0.97 < area.max() <= 1
+    assert area.mean() == pytest.approx(0.875, abs=0.01)
     assert 0.88 < ratio.min() < 0.92
     assert 1.09 < ratio.max() < 1.14
     for start, size in ((y, height), (x, width)):

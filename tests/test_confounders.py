@@ -156,7 +156,7 @@ def test_what_was_not_similar_before_loses_nothing():
     g = np.array([[-0.1, 0.4]] * 4)
     np.testing.assert_array_equal(_drop(g, own, g, own), [np.nan, 0])
     covered = np.full((4, 2), 0.1)
-    g[0, 1] = -0.5
+    g[:2, 1] = -0.5, 0
     np.testing.assert_allclose(_kept(g, covered, own), [np.nan, 0.25])
 
 

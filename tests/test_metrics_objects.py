@@ -12,7 +12,13 @@ from protoclf.explanation import BOX
 from protoclf.image_dataset import ImageDataset
 from protoclf.image_errors import ImageError
 from protoclf.images import Images
-from protoclf.metrics import PartMasks, interpretability_report, object_coverage, pointing
+from protoclf.metrics import (
+    PartMasks,
+    deletion_score,
+    interpretability_report,
+    object_coverage,
+    pointing,
+)
 from protoclf.metrics.masks import shown
 
 RED = COLOURS["red"]
@@ -75,14 +81,15 @@ def test_the_place_is_that_of_the_cell(clf):
         assert pointing(clf, image[None], np.roll(mask, 1, axis=2))["hit"].tolist() == [0]
 
 
-def test_all_boxes_of_a_sheet_count(fitted, squares):
+@pytest.mark.parametrize("options", [{}, {"attribution": "gradient", "percentile": 80}])
+def test_all_boxes_of_a_sheet_count(fitted, squares, options):
     images = squares[0][:6]
     masks = np.random.default_rng(0).random((6, 40, 60)) < 0.3
-    sheet = fitted.explain(images)
+    sheet = fitted.explain(images, **options)
     sheet = sheet[sheet["contribution"] > 0]
-    table = pointing(fitted, images, masks, top=100)
+    table = pointing(fitted, images, masks, top=100, **options)
     assert table["prototype"].tolist() == sheet["prototype"].tolist()
-    coverage = object_coverage(fitted, images, masks, top=100)
+    coverage = object_coverage(fitted, images, masks, top=100, **options)
     for i, rows in sheet.groupby("sample"):
         covered = np.zeros((40, 60), bool)
         for j, (x0, y0, x1, y1) in zip(rows["prototype"], rows[BOX].to_numpy(), strict=True):
@@ -106,7 +113,8 @@ def test_what_speaks_against_the_class_has_no_box_to_count():
     sheet = model.explain(image)
     assert (sheet["contribution"] > 0).tolist() == [True, False]
     mask = np.ones((1, SIDE, SIDE))
-    assert pointing(model, image, mask)["prototype"].tolist() == sheet["prototype"][:1].tolist()
+    for table in (pointing(model, image, mask), deletion_score(model, image)):
+        assert table["prototype"].tolist() == sheet["prototype"][:1].tolist()
 
 
 def test_an_object_out_of_sight_has_no_coverage(fitted, squares):

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from protoclf import ProtoPNetClassifier
 from protoclf.datasets import make_birds
 from protoclf.metrics import consistency, part_purity, stability
+from protoclf.nearest_patches import nearest_patches
 
 RED, BLUE = COLOURS["red"], COLOURS["blue"]
 ONE_CELL = CELL / SIDE
@@ -266,6 +267,19 @@ def test_purity_is_that_of_the_published_procedure(birds):
                 counts[part["part"]] += x0 <= px <= x0 + side and y0 <= py <= y0 + side
         assert row["purity"] == max(counts.values()) / 6
     assert 0 < table["purity"].mean() < 1
+
+
+def test_the_region_of_purity_may_be_the_box(birds):
+    clf, X, _, parts = birds
+    table, found = part_purity(clf, X, parts, k=6, region="box"), nearest_patches(clf, X, 6)
+    for j, purity in table["purity"].items():
+        counts = dict.fromkeys(parts["part"], 0)
+        for row in found[found["prototype"] == j].to_dict("records"):
+            for part in parts[parts["path"] == row["path"]].to_dict("records"):
+                px, py = (part["x0"] + part["x1"]) / 2, (part["y0"] + part["y1"]) / 2
+                inside = row["x0"] <= px <= row["x1"] and row["y0"] <= py <= row["y1"]
+                counts[part["part"]] += inside
+        assert purity == max(counts.values()) / 6
 
 
 def test_images_in_another_order_have_the_same_scores(birds):

@@ -304,6 +304,13 @@ def test_what_the_data_do_not_allow_is_left_out(birds):
     assert set(pointed) - set(plain) == {"consistency", "stability", "part purity"}
 
 
+def test_masks_that_are_given_are_used_beside_boxes_of_parts(birds):
+    clf, X, y, parts = birds
+    masks = [np.ones(PIL.Image.open(path).size[::-1]) for path in X]
+    rows = {"metrics": ["pointing"], "n_resamples": 2}
+    assert interpretability_report(clf, X, y, parts, masks, **rows)["value"].item() == 1
+
+
 def test_a_data_set_of_torch_is_taken_too(birds, report):
     clf, X, y, _ = birds
     pairs = list(zip([PIL.Image.open(path) for path in X], y, strict=True))
