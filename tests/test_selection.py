@@ -134,6 +134,20 @@ def test_candidates_of_many_classes_are_rated_with_a_lower_penalty(
     assert clf.lambda_l1_ == pytest.approx(2e-4 * share**0.5)
 
 
+def test_where_no_prototype_has_a_weight_one_of_each_class_stays(squares):
+    clf = ProtoPNetClassifier(
+        "small_cnn",
+        image_size=32,
+        train_backbone=False,
+        prototypes_per_class="auto",
+        lambda_l1=10.0,
+        random_state=0,
+        verbose=0,
+    ).fit(*squares)
+    assert not clf.coef_.any()
+    assert clf.prototypes_["class"].tolist() == clf.classes_.tolist()
+
+
 @pytest.mark.parametrize("least", [1, 3])
 def test_equal_points_are_enough(least):
     index = _representatives(torch.ones(6, 4), 4, least, torch.Generator().manual_seed(0))
