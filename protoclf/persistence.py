@@ -58,7 +58,7 @@ from protoclf.saved_sources import (
     write_thumbnails,
 )
 from protoclf.source_files import SourceFile
-from protoclf.torch_settings import OwnRandomNumbers, ShapesOnly
+from protoclf.torch_settings import OwnRandomNumbers, ShapesOnly, on_cpu_by_default
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -87,7 +87,7 @@ def save_classifier(
             f"Saved models have an image_size of {MOST_IMAGE_SIZE} at most, and this one has "
             f"{image_size}. A pickle holds it."
         )
-    with written_whole(folder, overwrite) as temporary:
+    with on_cpu_by_default(), written_whole(folder, overwrite) as temporary:
         pictures = _pictures(clf, None if thumbnails is None else int(thumbnails))
         text, left_out = _description(clf, pictures)
         write_bytes(temporary / MODEL, text)
@@ -242,7 +242,7 @@ def load_classifier(
     """Read a classifier that was saved: see `ProtoPNetClassifier.load`."""
     if backbone is not None and not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be the nn.Module that was fitted; got {backbone!r}.")
-    with torch.inference_mode(False), OwnRandomNumbers():
+    with torch.inference_mode(False), on_cpu_by_default(), OwnRandomNumbers():
         saved, images = read_in_one(Path(folder), lambda: _read(Path(folder), backbone))
         clf = _built(cls, saved, device)
         _fill_network(clf, saved)

@@ -10,4 +10,4 @@ from tqdm import tqdm
 
 def with_bar(items: Iterable[Any], what: str, show: Any, total: int | None = None) -> Iterable[Any]:
     """Return the items behind a bar, which appears after two seconds; where not to `show`, none."""
-    return tqdm(items, what, total, delay=2, leave=False, disable=not show)
+    return tqdm(items, what, total, delay=2, mininterval=1, leave=False, disable=not show)

@@ -35,7 +35,7 @@ class OwnRandomNumbers(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._generator = torch.Generator()
+        self._generator = torch.Generator("cpu")
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

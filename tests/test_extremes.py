@@ -184,7 +184,7 @@ def test_under_autocast_all_is_as_without(squares, tmp_path, given):
     assert {np.load(file).dtype.name for file in stored} == {"float32"}
 
 
-def test_another_default_device_changes_nothing(squares):
+def test_another_default_device_changes_nothing(squares, tmp_path):
     X, y = squares
     expected = small().fit(X, y)
     torch.set_default_device("meta")
@@ -193,5 +193,7 @@ def test_another_default_device_changes_nothing(squares):
         np.testing.assert_array_equal(
             clf.decision_function(X), expected.partial_fit(X, y).decision_function(X)
         )
+        loaded = ProtoPNetClassifier.load(clf.save(tmp_path / "model"), device="cpu")
+        np.testing.assert_array_equal(loaded.decision_function(X), clf.decision_function(X))
     finally:
         torch.set_default_device(None)
