@@ -1211,39 +1211,28 @@ def test_a_model_is_waited_for_between_two_renames(clf, tmp_path, monkeypatch):
     load(folder)
 
 
-@pytest.mark.parametrize("call", [1, 2])
-def test_ctrl_c_behind_a_rename_leaves_one_model_whole(clf, tmp_path, monkeypatch, call):
+@pytest.mark.parametrize(
+    ("function", "call", "older_stays"),
+    [("rename", 1, True), ("rename", 2, False), ("unlink", 1, False)],  # of the older one's files
+)
+def test_ctrl_c_behind_a_call_leaves_one_model_whole_and_nothing_else(
+    clf, tmp_path, monkeypatch, function, call, older_stays
+):
     folder = clf.save(tmp_path / "model", thumbnails=16)
-    before, calls, rename = contents(tmp_path), [], os.rename
+    before, calls, real = contents(tmp_path), [], getattr(os, function)
 
-    def interrupted(*args):
-        rename(*args)
+    def interrupted(*args, **kwargs):
+        real(*args, **kwargs)
         calls.append(args)
         if len(calls) == call:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "rename", interrupted)
+    monkeypatch.setattr(os, function, interrupted)
     with pytest.raises(KeyboardInterrupt):
         clf.save(folder, overwrite=True)
     assert os.listdir(tmp_path) == ["model"]
     load(folder)
-    assert (contents(tmp_path) == before) == (call == 1)
-
-
-def test_ctrl_c_while_the_older_model_is_removed_leaves_nothing_of_it(clf, tmp_path, monkeypatch):
-    folder, unlink, calls = clf.save(tmp_path / "model"), os.unlink, []
-
-    def interrupted(*args, **kwargs):
-        unlink(*args, **kwargs)
-        calls.append(args)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "unlink", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        clf.save(folder, overwrite=True)
-    assert os.listdir(tmp_path) == ["model"]
-    load(folder)
+    assert (contents(tmp_path) == before) == older_stays
 
 
 @pytest.mark.parametrize(
