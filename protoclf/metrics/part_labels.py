@@ -96,11 +96,12 @@ def located(parts: pd.DataFrame, dataset: ImageDataset) -> pd.DataFrame:
     """
     paths = dataset.images.paths
     key = "sample" if paths is None else "path"
-    known = set(getattr(parts, "columns", ()))  # what is no table has none
+    columns = list(getattr(parts, "columns", ()))  # what is no table has none
+    known = set(columns)
     if not ({key, "part"} <= known and (set(POINT) <= known or set(BOX) <= known)):
         raise ValueError(
             f"parts must have the columns {key}, part, and either x, y or x0, y0, x1, y1; it has "
-            f"{list(getattr(parts, 'columns', ()))}."
+            f"{columns}."
         )
     if paths is None:
         images = pd.DataFrame({"sample": np.arange(len(dataset))})
