@@ -22,7 +22,7 @@ from protoclf.net import NotFinite, SkorchProtoPNet
 from protoclf.progress import with_bar
 from protoclf.recent_distances import RecentDistances
 from protoclf.storage import allocate
-from protoclf.torch_settings import on_cpu_by_default, random_numbers_from
+from protoclf.torch_settings import random_numbers_from
 
 _KEPT = ("features", "index", "sample_weight", "keys")
 
@@ -101,8 +101,7 @@ def extract_features(net: SkorchProtoPNet, dataset: ImagePart | AugmentedDataset
     others, y = whole.without_images(index)
     processes, n, rows, start, known = net.processes, len(index), None, 0, True
     own = processes.own_rows(n, net.batch_size)
-    show = bool(net.verbose) and processes.is_first
-    for inputs, _ in feature_batches(net, dataset, progress=show, rows=own):
+    for inputs, _ in feature_batches(net, dataset, net.shows_progress, rows=own):
         batch = inputs["features"].permute(0, 2, 3, 1)  # (n, H, W, C), as it lies in memory
         if rows is None:
             shape = (len(own), *batch.shape[1:])
@@ -261,10 +260,7 @@ def _with_progress(
     progress: bool = False,
     rows: Sequence[int] | None = None,
 ) -> Iterable[Batch]:
-    loader = net.get_iterator(dataset, training=False, rows=rows)
-    total = len(loader) if hasattr(loader, "__len__") else None
-    with on_cpu_by_default():  # it draws a number
-        batches = iter(loader)  # starts workers: one forked by a thread of a pool fails at its end
+    batches, total = net.batches_to_evaluate(dataset, rows)  # a thread would fork workers that fail
     bar = with_bar(batches, "features", progress, total)
     return _read_ahead(bar) if _reads_files(dataset) else bar
 

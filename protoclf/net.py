@@ -331,13 +331,24 @@ class SkorchProtoPNet(NeuralNetClassifier):
         y_pred = tuple(torch.cat(parts)[order] for parts in zip(*outputs, strict=True))
         return {"loss": torch.stack(losses).sum(), "y_pred": y_pred}
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether bars are shown: of several processes, by the first alone."""
+        return bool(self.verbose) and self.processes.is_first
+
+    def batches_to_evaluate(
+        self, dataset: Dataset, rows: Sequence[int] | None = None
+    ) -> tuple[Iterator[Any], int | None]:
+        """Return batches, from workers that are started now, and their number where it is known."""
+        loader = self.get_iterator(dataset, training=False, rows=rows)
+        with on_cpu_by_default():  # it draws a number
+            return iter(loader), len(loader) if hasattr(loader, "__len__") else None
+
     def latents(
         self, features: Dataset, rows: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield latent maps and classes of cached features, always in the same batches."""
-        loader = self.get_iterator(features, training=False, rows=rows)
-        with on_cpu_by_default():  # it draws a number
-            batches = iter(loader)
+        batches, _ = self.batches_to_evaluate(features, rows)
         for inputs, y in batches:
             with torch.no_grad():
                 yield self.module_.latents(inputs["features"].to(self.device)), y

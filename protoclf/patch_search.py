@@ -82,9 +82,8 @@ def with_progress(
     net: SkorchProtoPNet, latents: Iterable[tuple[Tensor, Tensor]], n: int
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Show a bar while batches of n images are compared with many prototypes."""
-    show = bool(net.verbose) and net.processes.is_first
     batches = -(-n // net.batch_size)
-    return with_bar(latents, "distances", show, batches)
+    return with_bar(latents, "distances", net.shows_progress, batches)
 
 
 def _take_patches(net: SkorchProtoPNet, data: FitData, sources: Sources) -> Tensor:

@@ -156,7 +156,7 @@ class Training:
                 self._set_learning_rates(net.optimizer_, epoch)
                 torch.manual_seed(net.processes.own_seed(net.seed_ + len(net.history)))
                 what = f"{self.name}, epoch {epoch + 1} of {self.epochs}"
-                shown = with_bar(batches, what, net.verbose and net.processes.is_first)
+                shown = with_bar(batches, what, net.shows_progress)
                 with _history_row(net, data, self.name) as row:
                     net.run_single_epoch(shown, True, "train", net.train_step)
                     net.agree()

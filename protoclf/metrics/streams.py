@@ -19,7 +19,6 @@ from protoclf.labels import encode, read_labels
 from protoclf.messages import first_few
 from protoclf.progress import with_bar
 from protoclf.torch_datasets import unpacked
-from protoclf.torch_settings import on_cpu_by_default
 
 if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
@@ -67,10 +66,7 @@ def image_batches(
     clf: ProtoPNetClassifier, dataset: ImageDataset, title: str
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield which images a batch holds, and the images (n, 3, S, S), uint8, on the device."""
-    first, loader = 0, clf.get_iterator(dataset, training=False)
-    total = len(loader) if hasattr(loader, "__len__") else None
-    with on_cpu_by_default():  # it draws a number
-        batches = iter(loader)
+    first, (batches, total) = 0, clf.batches_to_evaluate(dataset)
     for inputs, y in with_bar(batches, title, clf.verbose, total):
         yield slice(first, first + len(y)), inputs["images"].to(clf.device)
         first += len(y)
