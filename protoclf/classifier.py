@@ -24,7 +24,7 @@ from protoclf.explanation import (
     SOURCE_BOX,
     check_options,
     explain_batch,
-    sheet_rows,
+    scoring_sheet,
     with_rest_named,
     without_answer,
 )
@@ -589,13 +589,14 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         check_options(top, attribution, percentile)
         dataset: Any = self.get_dataset(X)
         self.prepare_processor()
-        sheets, side = [], self.preprocessing_.image_size
+        batches, side = [], self.preprocessing_.image_size
         for batch, z in latent_batches(self, dataset):
-            rows = explain_batch(self.module_, z, chosen, side, percentile, top)
-            cells = rows["row"].to_numpy(), rows["col"].to_numpy()
-            fields = np.stack(self.geometry_.cell_box(*cells, *self.module_.prototype_size), axis=1)
-            sheets.append(sheet_rows(rows, batch.start, dataset, fields, self.classes_, table, top))
-        sheet = pd.concat(sheets, ignore_index=True)
+            found = explain_batch(self.module_, z, chosen, side, percentile, top)
+            batches.append(found.assign(sample=found["sample"] + batch.start))
+        rows = pd.concat(batches, ignore_index=True)
+        cells = rows["row"].to_numpy(), rows["col"].to_numpy()
+        fields = np.stack(self.geometry_.cell_box(*cells, *self.module_.prototype_size), axis=1)
+        sheet = scoring_sheet(rows, dataset, fields, self.classes_, table)
         if top is not None:
             sheet = with_rest_named(sheet, top)
         sheet = without_answer(sheet, list(dataset.failures), dataset.images.paths)

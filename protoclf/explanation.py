@@ -30,6 +30,7 @@ SHEET_COLUMNS = [
     *("source", "source_index", "source_class", *SOURCE_BOX),
 ]
 EDIT_COLUMNS = ["step", "action", "prototype", "class", "source", "source_index", "reason"]
+_NUMBERS = ("logit", "probability", "similarity", "weight")
 REST = "(rest)"
 UNREADABLE = "(unreadable)"
 
@@ -53,7 +54,8 @@ def explain_batch(
     """Return what the sheet says of images by their latent maps (n, D, H, W), in its order.
 
     `classes` is "predicted", "top2", "all" or class indices. Classes in the rows are indices, and
-    boxes are in pixels of the model input. Rows that rank behind `top` have no box, but zeros.
+    boxes are in pixels of the model input. What is behind the `top` rows of a class is summed up in
+    one more, which is not named yet, and has zeros for a box.
     """
     logits, distance, cell = module.compare(z)  # (n, C), (n, m), (n, m)
     g, weight = module.activations(distance), module.last_layer.weight  # (n, m), (C, m)
@@ -73,21 +75,28 @@ def explain_batch(
         "row": place // width,
         "col": place % width,
     }
-    rows = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
-    rows = rows.astype(dict.fromkeys(("logit", "probability", "similarity", "weight"), float))
+    rows = {name: values.cpu().numpy() for name, values in columns.items()}
+    rows |= {name: rows[name].astype(float) for name in _NUMBERS}
     rows["contribution"] = rows["similarity"] * rows["weight"]
     # samples as in X, of each its likeliest class first, of each class its highest contribution
     order = np.lexsort(
         (rows["prototype"], -rows["contribution"], rows["class"], -rows["logit"], rows["sample"])
     )
-    rows = rows.iloc[order].reset_index(drop=True)
-    rows["rank"] = rows.groupby(["sample", "class"]).cumcount() + 1
-    shown = (rows["rank"] <= (top or len(rows))).to_numpy()
+    rows = {name: values[order] for name, values in rows.items()}
+    rows["rank"] = _ranks(rows["sample"], rows["class"])
+    shown = rows["rank"] <= (top or len(order))
     at = torch.from_numpy(order[shown]).to(z.device)
-    boxes = np.zeros((len(rows), 4))
+    boxes = np.zeros((len(order), 4))
     found = pair_boxes(module, z, sample[at], prototype[at], image_size, percentile)
     boxes[shown] = found.cpu().numpy()
-    return rows.assign(**dict(zip(BOX, boxes.T, strict=True)))
+    sheet = pd.DataFrame(rows | dict(zip(BOX, boxes.T, strict=True)))
+    return sheet if top is None else with_sum_of_rest(sheet, top)
+
+
+def _ranks(*keys: np.ndarray) -> np.ndarray:
+    """Return 1, 2, ... for the rows of each group, which are next to one another and share keys."""
+    first = np.any([np.diff(key, prepend=-1) != 0 for key in keys], axis=0)
+    return np.arange(1, len(first) + 1) - np.flatnonzero(first)[first.cumsum() - 1]
 
 
 def chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
@@ -101,23 +110,19 @@ def chosen_classes(logits: Tensor, classes: str | list[int]) -> Tensor:
     return torch.tensor(indices, device=logits.device).expand(n, -1)
 
 
-def sheet_rows(
+def scoring_sheet(
     rows: pd.DataFrame,
-    first: int,
     dataset: ImageDataset,
     fields: np.ndarray,
     class_names: np.ndarray,
     prototypes: pd.DataFrame,
-    top: int | None,
 ) -> pd.DataFrame:
-    """Return the scoring sheet of a batch, whose first sample is number `first` of the data set.
+    """Return the scoring sheet of a data set: names for indices, and pixels of the originals.
 
-    What is behind the `top` rows of a class is summed up in one more, which is not named yet.
-
-    `rows` are those of `explain_batch`, and `fields` (k, 4) their receptive fields, in pixels of
-    the model input.
+    `rows` are those of `explain_batch`, their samples numbered as in the data set, and `fields`
+    (k, 4) their receptive fields, in pixels of the model input.
     """
-    sample = rows["sample"].to_numpy() + first
+    sample = rows["sample"].to_numpy()
     preprocessing, sizes = dataset.preprocessing, dataset.sizes(sample)  # 0 where unreadable
     boxes = preprocessing.to_original_pixels(rows[BOX].to_numpy(), sizes)
     fields = preprocessing.to_original_pixels(fields, sizes)
@@ -125,7 +130,6 @@ def sheet_rows(
     owners = prototypes.set_index("prototype").loc[rows["prototype"]]
     of_class = owners["class"].to_numpy()
     sheet = rows.assign(
-        sample=sample,
         path=None if paths is None else names_column(paths[i] for i in sample),
         prototype_class=of_class,
         source=names_column(owners["source"]),
@@ -135,8 +139,7 @@ def sheet_rows(
         **dict(zip([*BOX, *FIELD], [*boxes.T, *fields.T], strict=True)),
     )
     sheet[SOURCE_BOX] = owners[BOX].to_numpy()
-    sheet = sheet[SHEET_COLUMNS]
-    return sheet if top is None else with_sum_of_rest(sheet, top)
+    return sheet[SHEET_COLUMNS]
 
 
 def with_sum_of_rest(sheet: pd.DataFrame, top: int) -> pd.DataFrame:

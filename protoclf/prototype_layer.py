@@ -327,8 +327,9 @@ def _all_distances(patches: Tensor, prototypes: Tensor) -> Tensor:
     """Distances (n, m, L) from the prototypes to the patches (n, L, K)."""
     wide = widest_float(patches.device)
     x, p = patches.to(wide), prototypes.flatten(1).to(wide)  # (n, L, K), (m, K)
-    squares = p.square().sum(1)[:, None] + x.square().sum(2)[:, None]  # (n, m, L)
-    return (squares - 2 * p @ x.transpose(1, 2)).clamp_(min=0).to(patches.dtype)
+    x_length, p_length = torch.linalg.vector_norm(x, dim=2), torch.linalg.vector_norm(p, dim=1)
+    squares = p_length.square()[:, None] + x_length.square()[:, None]  # (n, m, L)
+    return squares.sub_(p @ x.transpose(1, 2), alpha=2).clamp_(min=0).to(patches.dtype)
 
 
 def _fold(columns: Tensor, z: Tensor, prototypes: Tensor) -> Tensor:
