@@ -114,6 +114,17 @@ def test_a_large_prototype_is_at_the_middle_of_its_patch(size):
     assert table.loc[1, "frequency"] == 0
 
 
+def test_a_class_without_visible_parts_has_no_score(clf):
+    X, y = np.concatenate([spotted(), spotted(colour=BLUE)]), ["red"] * 5 + ["blue"] * 5
+    hidden = labels(5).assign(sample=range(5, 10), visible=False)
+    parts = pd.concat([labels(5).assign(visible=True), hidden])
+    table = consistency(clf, X, y, parts)
+    assert table.loc[0, ["part", "frequency", "consistent"]].isna().all()
+    assert table["consistent"].mean() == 1
+    table = part_purity(clf, X, parts, k=5, visible_only=True)
+    assert table["purity"].isna().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("function", [consistency, stability, part_purity])
 def test_labels_that_show_no_part_are_refused(clf, function):
     arguments = () if function is part_purity else (["red"] * 5,)

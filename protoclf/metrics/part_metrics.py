@@ -68,14 +68,16 @@ def consistency(
         - prototype, class
         - n_images : images of its class
         - part, frequency : the part of the highest frequency, among equals the first by name
-        - consistent : 1 or 0; missing where X holds no image of its class
+        - consistent : 1 or 0; missing, as is `frequency`, where no image of its class in X shows
+          a part
 
     Notes
     -----
     Huang et al., ICCV 2023. Their code (EvalProtoPNet) measures on the birds of CUB, cut out by
     their boxes and squashed to 224 x 224 pixels. CaBRNet's takes the middle of the most similar
     cell for the place of a prototype, in pixels of the original image, and its row for its x. A
-    part that `resize="crop"` cuts off counts as not to be seen.
+    part that `resize="crop"` cuts off counts as not to be seen. Where no image of a class shows a
+    part, the code of Huang et al. has 0.
     """
     REGION.check(region=region)
     PERCENTILE.check(percentile=percentile)
@@ -93,10 +95,10 @@ def consistency(
     frequency = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
     highest = frequency.max(1)
     table = _by_prototype(clf, codes)
-    present = table["n_images"].to_numpy() > 0
+    known = (seen > 0).any(1)
     table["part"] = pd.Series(labels.names[frequency.argmax(1)], dtype=object).where(highest > 0)
-    table["frequency"] = np.where(present, highest, np.nan)
-    table["consistent"] = np.where(present, highest >= threshold, np.nan)
+    table["frequency"] = np.where(known, highest, np.nan)
+    table["consistent"] = np.where(known, highest >= threshold, np.nan)
     return table
 
 

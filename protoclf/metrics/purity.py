@@ -61,7 +61,7 @@ def part_purity(
     -------
     DataFrame
         One row for each prototype: prototype, class, n_images (k, or fewer where X holds fewer),
-        part, and purity.
+        part, and purity; with `visible_only` missing where no part is to be seen in these images.
 
     Notes
     -----
@@ -85,7 +85,7 @@ def part_purity(
     np.add.at(hits, j, labels.inside(boxes, sample))
     np.add.at(n, j, labels.visible[sample] if visible_only else 1)
     share = np.divide(hits, n, out=np.zeros_like(hits), where=n > 0)
-    best = share.max(1)
+    best = np.where((n > 0).any(1), share.max(1), np.nan)
     result = clf.prototypes_[["prototype", "class"]].copy()
     result["n_images"] = np.bincount(j, minlength=len(result))
     result["part"] = pd.Series(labels.names[share.argmax(1)], dtype=object).where(best > 0)
