@@ -112,7 +112,7 @@ def purity(table: pd.DataFrame) -> pd.Series:
     Returns
     -------
     Series
-        By prototype, between 0 and 1.
+        By prototype, between 0 and 1; at most n / k for a class of n < k images.
 
     Raises
     ------
