@@ -49,7 +49,7 @@ def deletion_score(
         How boxes are found: as in `ProtoPNetClassifier.explain`.
     top : int, default=3
         Number of boxes to cover for each image: those of the highest contributions to the predicted
-        class.
+        class. Of these, prototypes that do not have a weight above 0 are left out.
     n_controls : int, default=4
         Number of random places for each box.
     random_state : int, default=0
