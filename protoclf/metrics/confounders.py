@@ -97,8 +97,8 @@ def find_confounders(
           Images whose object the model does not see, or without similarity, do not count. Missing
           if none counts, and without masks
         - same_place : share of the images of its class in which it is found within one cell of
-          one place. It is a sign from 0.8 on. Missing if maps are not larger than 3 x 3, and for
-          classes with fewer than 3 images
+          where it is found in one of them, the largest there is. It is a sign from 0.8 on. Missing
+          if maps are not larger than 3 x 3, and for classes with fewer than 3 images
         - separation : probability that an image of its class is more similar to it than an image
           of another class (area under the ROC curve). It is a sign up to 0.6
         - validation_drop : share of its median similarity to images of its class that is lost on
