@@ -1,8 +1,9 @@
 """Which pixels made a match: the gradient of a similarity, followed back through the network.
 
-SmoothGrad (Smilkov et al., 2017): gradients at several noisy copies of an image, averaged. For
-prototypes, Xu-Darme et al., "Sanity checks for patch visualisation in prototype-based image
-classification" (CVPR workshops, 2023), found such maps more faithful than upsampled ones.
+SmoothGrad (Smilkov et al., 2017): gradients at several noisy copies of an image, averaged; here
+without their signs, which the paper keeps. For prototypes, Xu-Darme et al., "Sanity checks for
+patch visualisation in prototype-based image classification" (CVPR workshops, 2023), found such maps
+more faithful than upsampled ones.
 """
 
 from __future__ import annotations
