@@ -88,6 +88,14 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         "cosine" is 1 - d / 2, of the squared L2 distance d of latents of unit length. "log" is the
         paper's log((d + 1) / (d + 1e-4)). Raw features lie too far apart for "log": it needs a
         `latent_dim`, and training.
+    discriminant_weight : float or "auto", default="auto"
+        Weight of linear discriminants of the classes in the comparison of patches. A ridge
+        regression on the mean cells of the training images says of each latent cell how much it
+        speaks for each class. These C numbers are C more channels, and their length is this times
+        the length of the other channels (of the mean cells, root mean square). So patches are more
+        alike if they speak for the same classes. It needs ``similarity="cosine"`` and no
+        `latent_dim`. "auto" is 0.45 for a frozen backbone, whose channels know nothing of the
+        classes, and otherwise 0 (the paper's).
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         Where prototypes start. "selected": there are 8 to 32 times as many candidates, patches of
         the class, and those that a sparse last layer uses are kept (a class of fewer than 10
@@ -282,6 +290,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         prototype_size: tuple[int, int] | str = (1, 1),
         latent_dim: int | None = None,
         similarity: str = "cosine",
+        discriminant_weight: float | str = "auto",
         prototype_init: str = "selected",
         class_weight: Any = None,
         distinct: str | None = None,
@@ -338,6 +347,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         self.prototype_size = prototype_size
         self.latent_dim = latent_dim
         self.similarity = similarity
+        self.discriminant_weight = discriminant_weight
         self.prototype_init = prototype_init
         self.class_weight = class_weight
         self.distinct = distinct
@@ -386,6 +396,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
             "resize": "squash",
             "latent_dim": 128,
             "similarity": "log",
+            "discriminant_weight": 0.0,
             "prototype_init": "random",
             "lambda_clst": 0.8,
             "lambda_patch": 0.0,

@@ -45,6 +45,7 @@ from protoclf.processes import OneProcess
 from protoclf.receptive_field import BackboneGeometry
 from protoclf.torch_settings import on_cpu_by_default
 
+_DISCRIMINANT_WEIGHT = 0.45  # over a frozen backbone
 _MICRO_BATCH = 8  # images, on a CPU
 _WORTH_FOLDING = 64  # images: to find folds takes as long as a few of them
 _MODULES_GIVEN = ("backbone", "augmentation")
@@ -101,7 +102,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
             self.similarity,
         )
         self.module_ = ProtoPNet(
-            backbone, geometry.channels, spec, self.latent_dim, normalization(self.normalization)
+            *(backbone, geometry.channels, spec, self.latent_dim),
+            *(normalization(self.normalization), self.discriminants() > 0),
         )
         self.module_.frozen = frozen = _frozen(backbone)
         if frozen and len(frozen) == len(list(backbone.parameters())) and self.trains_backbone:
@@ -177,6 +179,13 @@ class SkorchProtoPNet(NeuralNetClassifier):
     def trains_backbone(self) -> bool:
         """Whether a fit trains the backbone."""
         return self.train_backbone and self.joint_epochs > 0
+
+    def discriminants(self) -> float:
+        """Return the weight of the discriminants: 0 where the network has none."""
+        if self.discriminant_weight != "auto":
+            return self.discriminant_weight
+        plain = self.latent_dim is None and self.similarity == "cosine"
+        return _DISCRIMINANT_WEIGHT if plain and not self.trains_backbone else 0.0
 
     def _micro_batch(self) -> int | None:
         size = self.micro_batch_size

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -58,6 +59,9 @@ class ProtoPNet(nn.Module):
         Channels D behind the add-on layers; None leaves them out.
     normalization : (mean, std)
         Three numbers each, for pixels in [0, 1].
+    discriminants : bool, default=False
+        Whether `Discriminants` add a channel for each class. They are for features as they are:
+        `latent_dim` is None.
 
     Attributes
     ----------
@@ -99,11 +103,14 @@ class ProtoPNet(nn.Module):
         spec: PrototypeSpec,
         latent_dim: int | None,
         normalization: tuple[Sequence[float], Sequence[float]],
+        discriminants: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.add_on = _add_on_layers(channels, latent_dim, spec.similarity)
-        shape = (len(spec.owner), latent_dim or channels, *spec.size)
+        self.latent_dim = latent_dim
+        n_discriminants = spec.n_classes if discriminants else 0
+        self.add_on = _add_on_layers(channels, latent_dim, spec.similarity, n_discriminants)
+        shape = (len(spec.owner), latent_dim or channels + n_discriminants, *spec.size)
         self.prototypes = nn.Parameter(torch.rand(shape))  # the paper's start: uniform in [0, 1)
         self.last_layer = nn.Linear(len(spec.owner), spec.n_classes, bias=False)
         self.similarity = spec.similarity
@@ -270,6 +277,23 @@ class ProtoPNet(nn.Module):
         return unit_length(x, area=rows * cols)
 
 
+class Discriminants(nn.Module):
+    """Add a channel for each class: how much a latent cell speaks for it, by a linear function.
+
+    `protoclf.discriminants` finds the functions. They are not trained by gradients.
+    """
+
+    weight: Tensor
+
+    def __init__(self, channels: int, n_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(n_classes, channels, 1, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return maps (N, channels + n_classes, H, W)."""
+        return torch.cat([z, F.conv2d(z, self.weight)], dim=1)
+
+
 class Centre(nn.Module):
     """Subtract a mean latent cell, so that a cosine tells apart cells that share a large mean."""
 
@@ -292,11 +316,15 @@ def _has_statistics(layer: nn.Module) -> bool:
     return not (mean.eq(0).all() and variance.eq(1).all())
 
 
-def _add_on_layers(channels: int, latent_dim: int | None, similarity: str) -> nn.Sequential:
+def _add_on_layers(
+    channels: int, latent_dim: int | None, similarity: str, n_discriminants: int
+) -> nn.Sequential:
     """Two 1 x 1 convolutions, and at the end the paper's sigmoid, or a `Centre` for cosines."""
-    last = nn.Sigmoid() if similarity == "log" else Centre(latent_dim or channels)
+    out = latent_dim or channels + n_discriminants
+    last = nn.Sigmoid() if similarity == "log" else Centre(out)
     if latent_dim is None:
-        return nn.Sequential() if similarity == "log" else nn.Sequential(last)
+        first = [Discriminants(channels, n_discriminants)] if n_discriminants else []
+        return nn.Sequential(*first, *([] if similarity == "log" else [last]))
     convolutions = [nn.Conv2d(n, latent_dim, 1) for n in (channels, latent_dim)]
     for convolution in convolutions:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")

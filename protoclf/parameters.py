@@ -118,6 +118,7 @@ RULES: dict[str, Rule] = {
     "prototype_size": Rule(_is_size, '"full" or (rows, columns), ints >= 1'),
     "latent_dim": optional(COUNT),
     "similarity": one_of("log", "cosine"),
+    "discriminant_weight": either("auto", rule=NON_NEGATIVE),
     "prototype_init": one_of("selected", "kmeans", "random"),
     "distinct": one_of(None, "patches", "images"),
     "self_matches": one_of("auto", "median", "keep"),
@@ -163,6 +164,13 @@ def check_parameters(params: Mapping[str, Any]) -> None:
         raise ValueError(
             'prototypes_per_class="auto" chooses among the candidates of '
             f'prototype_init="selected"; got prototype_init={start!r}.'
+        )
+    plain = params["latent_dim"] is None and params["similarity"] == "cosine"
+    if params["discriminant_weight"] not in ("auto", 0) and not plain:
+        raise ValueError(
+            'discriminant_weight is for similarity="cosine" and latent_dim=None; got '
+            f"similarity={params['similarity']!r}, latent_dim={params['latent_dim']!r}. Set it to "
+            '"auto" or 0.'
         )
 
 

@@ -186,7 +186,7 @@ def _network_facts(clf: ProtoPNetClassifier) -> dict[str, Any]:
         "layers": None if named else layers,
         "image_size": clf.preprocessing_.image_size,
         "resize": clf.preprocessing_.resize,
-        "latent_dim": module.prototypes.shape[1] if len(module.add_on) > 1 else None,
+        "latent_dim": module.latent_dim,
         "similarity": module.similarity,
         "frozen": list(module.frozen),
     }
@@ -285,6 +285,7 @@ def _parameters_of_the_network(saved: SavedModel) -> dict[str, Any]:
     return {
         **{name: saved.network[name] for name in names},
         "weights": None,
+        "discriminant_weight": float(saved.has_discriminants),  # for now
         "prototypes_per_class": 1,  # for now
         "prototype_size": tuple(saved.tensors["network.prototypes"].shape[2:]),
         "normalization": "imagenet",  # for now

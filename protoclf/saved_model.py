@@ -204,17 +204,30 @@ class SavedModel:
     def _names(self, prefix: str) -> list[str]:
         return [name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)]
 
+    def _first_add_on(self) -> Tensor | None:
+        """Return the weight of the first add-on layer, if there are more than the last one."""
+        weight = self.tensors.get("network.add_on.0.weight", torch.empty(0))
+        return weight if weight.ndim > 1 else None
+
+    @property
+    def has_discriminants(self) -> bool:
+        """Whether the network has them, which only networks without a `latent_dim` may have."""
+        return self.network["latent_dim"] is None and self._first_add_on() is not None
+
     def _expected_network(self, m: int, n_classes: int) -> dict[str, Kind]:
         latents, rows, cols = self.tensors["network.prototypes"].shape[1:]
         latent_dim = self.network["latent_dim"]
         if latent_dim not in (None, latents):
             raise refusal(self.file, f"has latent_dim {latent_dim}, and {latents} in the tensors.")
-        weight = self.tensors.get("network.add_on.0.weight", torch.empty(0))
-        channels = weight.shape[1] if weight.ndim > 1 else latents
+        weight = self._first_add_on()
+        channels = latents if weight is None else weight.shape[1]
         spec = PrototypeSpec([0] * m, n_classes, (rows, cols), self.network["similarity"])
         with ShapesOnly():
             backbone = build_backbone(self.backbone, None)
-            net = ProtoPNet(backbone, channels, spec, latent_dim, normalization("imagenet"))
+            net = ProtoPNet(
+                *(backbone, channels, spec, latent_dim, normalization("imagenet")),
+                discriminants=self.has_discriminants,
+            )
         layers = dict(backbone.named_parameters())
         if not set(self.network["frozen"]) <= set(layers):
             raise refusal(self.file, "names frozen layers that the backbone does not have.")

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from protoclf.acceleration import return_freed_memory
 from protoclf.activations import Activations
+from protoclf.discriminants import find_discriminants
 from protoclf.features import Arrays, FitData
 from protoclf.fingerprints import described
 from protoclf.image_dataset import in_whole
@@ -81,15 +82,17 @@ class Start:
     costly: ClassVar[bool] = True
 
     def run(self, net: SkorchProtoPNet, data: FitData) -> None:
-        """Centre cosines, and replace the random prototypes where another start is asked for."""
+        """Find discriminants, centre cosines, and choose prototypes as the parameters say."""
         counts = net.prototypes_per_class
-        what = self, described(counts), net.distinct if counts == "auto" else None
+        distinct = net.distinct if counts == "auto" else None
+        what = self, described(counts), net.discriminants(), distinct
         found = remembered(net, data, what, net.head(), lambda: self._begin(net, data))
         net.set_state(found, strict=False)
         net.agree()
 
     def _begin(self, net: SkorchProtoPNet, data: FitData) -> Arrays:
         """Start; return all parts of the network but the backbone."""
+        find_discriminants(net, data)
         centre_latents(net, data)
         if self.prototype_init == "kmeans":
             kmeans_prototypes(net, data)

@@ -1,0 +1,80 @@
+"""Linear discriminants of the classes: channels that tell patches apart by what they speak for.
+
+All channels of a backbone that was trained for other images count alike in a cosine, whether they
+tell the classes at hand apart or not. A ridge regression of the classes on the mean cells of the
+training images knows which do. What it says of a cell is C more of its channels. N images, C
+classes, D channels.
+
+Hoerl and Kennard, "Ridge regression", Technometrics 1970. Regression on the classes finds the
+directions of linear discriminant analysis: Hastie, Tibshirani and Friedman, "The Elements of
+Statistical Learning", 2009, section 4.3 and exercise 4.2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoclf.features import Arrays, FitData
+from protoclf.net import SkorchProtoPNet
+from protoclf.network import Discriminants
+from protoclf.stage_cache import remembered
+from protoclf.torch_settings import widest_float, with_algebra
+
+_LEAST_DEVIATION = 0.1  # of a channel, as a share of what is usual: dead ones are not blown up
+
+
+@torch.no_grad()
+def find_discriminants(net: SkorchProtoPNet, data: FitData) -> None:
+    """Set the `Discriminants` of the add-on layers, if there are any, for the training images."""
+    add_on = net.module_.eval().add_on
+    if not (len(add_on) and isinstance(add_on[0], Discriminants)):
+        return
+    what = "discriminants", net.discriminants()
+    found = remembered(net, data, what, {}, lambda: _found(net, data))
+    add_on[0].weight.copy_(torch.as_tensor(found["weight"], device=net.device)[..., None, None])
+
+
+def _found(net: SkorchProtoPNet, data: FitData) -> Arrays:
+    batches = net.get_iterator(data.train_features, training=False)
+    means = [inputs["features"].to(net.device).float().mean((2, 3)) for inputs, _ in batches]
+    x = torch.cat(means)  # (N, D)
+    y, n_classes = data.train_y.to(x.device), len(net.classes_)
+    weight = discriminants(x, y, n_classes, net.discriminants(), data.train_weight)
+    return {"weight": weight.float().to(net.device)}
+
+
+def discriminants(
+    x: Tensor, y: Tensor, n_classes: int, share: float, sample_weight: Tensor | None = None
+) -> Tensor:
+    """Return linear functions (C, D) of cells, by the mean cells x (N, D) of images.
+
+    The ridge regression of 0 and 1, for another class and their own, on standardised means. Its
+    penalty is the mean squared length of these. The functions are scaled so that the root mean
+    square of what they say of x, centred, is `share` times that of x itself.
+    """
+    x = with_algebra(x.to(widest_float(x.device)))
+    w = torch.ones(len(x)) if sample_weight is None else sample_weight
+    w = (w / w.sum()).to(x)[:, None]  # (N, 1)
+    target = F.one_hot(y.to(x.device), n_classes).to(x)  # (N, C)
+    x, target = x - (w * x).sum(0), target - (w * target).sum(0)
+    variance = (w * x.square()).sum(0)  # (D,)
+    deviation = (variance + _LEAST_DEVIATION**2 * variance.mean()).sqrt()
+    deviation = deviation.where(deviation > 0, 1)
+    rows = w.sqrt() * x / deviation  # (N, D), of squares that sum to the mean squared length
+    penalty = rows.square().sum() / len(rows)
+    penalty = penalty.where(penalty > 0, 1)
+    of_class = _ridge(rows, w.sqrt() * target, penalty).T / deviation  # (C, D)
+    said = (w * (x @ of_class.T).square()).sum()
+    scale = (variance.sum() / said.where(said > 0, 1)).sqrt()
+    return share * scale * of_class
+
+
+def _ridge(rows: Tensor, target: Tensor, penalty: Tensor) -> Tensor:
+    """Return the coefficients (D, C) of the smallest |rows b - target|^2 + penalty |b|^2."""
+    n, channels = rows.shape
+    eye = penalty * torch.eye(min(n, channels), dtype=rows.dtype, device=rows.device)
+    if n < channels:
+        return rows.T @ torch.linalg.solve(rows @ rows.T + eye, target)
+    return torch.linalg.solve(rows.T @ rows + eye, rows.T @ target)
