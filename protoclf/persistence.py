@@ -48,7 +48,7 @@ from protoclf.network_structure import (
 )
 from protoclf.parameters import changed_parameters, check_parameters
 from protoclf.saved_labels import labels_to_json
-from protoclf.saved_model import MOST_IMAGE_SIZE, PATH_COLUMNS, VERSION, SavedModel
+from protoclf.saved_model import COLUMNS, MOST_IMAGE_SIZE, PATH_COLUMNS, VERSION, SavedModel
 from protoclf.saved_parameters import parameters_to_json
 from protoclf.saved_sources import (
     THUMBNAILS_RULE,
@@ -194,9 +194,9 @@ def _network_facts(clf: ProtoPNetClassifier) -> dict[str, Any]:
 
 def _tensors(clf: ProtoPNetClassifier, pictures: Mapping[int, np.ndarray]) -> dict[str, Tensor]:
     module, table = clf.plain_module, clf.prototypes_
-    columns = ("source_index", "row", "col", "moved", "strongest_share")
-    arrays: dict[str, Any] = {f"prototypes.{name}": table[name].to_numpy() for name in columns}
-    arrays["prototypes.box"] = table[BOX].to_numpy()
+    arrays: dict[str, Any] = {
+        f"prototypes.{name}": table[BOX if name == "box" else name].to_numpy() for name in COLUMNS
+    }
     arrays |= {f"sources.{name}": clf.sources_[name] for name in ("image", "box")}
     if not isinstance(pictures, Thumbnails):
         arrays |= {f"pixels.{index}": pixels for index, pixels in pictures.items()}
@@ -216,8 +216,9 @@ def _tensors(clf: ProtoPNetClassifier, pictures: Mapping[int, np.ndarray]) -> di
 def _activations_of(clf: ProtoPNetClassifier) -> dict[str, Tensor]:
     if not hasattr(clf, "activations_"):
         return {}
-    fields = {name: getattr(clf.activations_, name) for name in ("g", "y", "weight", "views")}
-    return {f"activations.{n}": t for n, t in fields.items() if t is not None and len(t)}
+    fields = vars(clf.activations_).items()
+    held = {n: t for n, t in fields if n != "owner" and isinstance(t, Tensor) and len(t)}
+    return {f"activations.{name}": tensor for name, tensor in held.items()}
 
 
 def _network_state(module: nn.Module) -> dict[str, Tensor]:
@@ -295,9 +296,8 @@ def _parameters_of_the_network(saved: SavedModel) -> dict[str, Any]:
 def _fill_network(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     module = clf.plain_module
     module.frozen = tuple(saved.network["frozen"])
-    state = {name: saved.tensors[name] for name in saved.tensors if name.startswith("network.")}
     try:
-        clf.set_state({name.removeprefix("network."): tensor for name, tensor in state.items()})
+        clf.set_state(saved.part("network."))
     except RuntimeError as error:
         raise refusal(saved.tensor_file, f"does not fit the network: {error}") from error
     module.train_only(())
@@ -356,12 +356,9 @@ def _array(saved: SavedModel, name: str) -> np.ndarray:
 
 
 def _activations(saved: SavedModel) -> Activations:
-    g, y, owner = (
-        saved.tensors[n].clone() for n in ("activations.g", "activations.y", "network.owner")
-    )
-    known = {name: saved.tensors.get(f"activations.{name}") for name in ("weight", "views")}
-    more = {name: t.clone() for name, t in known.items() if t is not None}
-    return Activations(g, y, owner, len(saved.classes), **more)
+    held: dict[str, Any] = {name: t.clone() for name, t in saved.part("activations.").items()}
+    owner = saved.tensors["network.owner"].clone()
+    return Activations(owner=owner, n_classes=len(saved.classes), **held)
 
 
 def _last_layer_path(saved: SavedModel) -> pd.DataFrame:
@@ -370,12 +367,11 @@ def _last_layer_path(saved: SavedModel) -> pd.DataFrame:
 
 
 def _source_images(saved: SavedModel) -> Mapping[int, np.ndarray]:
-    indices = {f"pixels.{i}": i for i in saved.indices}
-    pixels = [name for name in saved.tensors if name.startswith("pixels.")]
-    if any(name not in indices for name in pixels) or 0 < len(pixels) < len(indices):
+    indices, pixels = {str(i): i for i in saved.indices}, saved.part("pixels.")
+    if not pixels.keys() <= indices.keys() or 0 < len(pixels) < len(indices):
         raise refusal(saved.tensor_file, "holds pixels of other images than the sources.")
     if saved.thumbnails is None:
-        return {indices[name]: _array(saved, name) for name in pixels}
+        return {indices[digits]: part.numpy().copy() for digits, part in pixels.items()}
     if pixels:
         raise refusal(saved.tensor_file, "holds pixels of images that have thumbnails.")
     sizes = {index: (width, height) for index, width, height in saved.thumbnails["sizes"]}
@@ -387,8 +383,8 @@ def _source_images(saved: SavedModel) -> Mapping[int, np.ndarray]:
 def _check_places(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     """Refuse prototypes that lie outside of the feature map, or of their training image."""
     rows, cols = clf.module_.prototype_size
-    saved.check_range("prototypes.row", 0, clf.geometry_.height - rows + 1)
-    saved.check_range("prototypes.col", 0, clf.geometry_.width - cols + 1)
+    saved.check_range("prototypes.row", clf.geometry_.height - rows + 1)
+    saved.check_range("prototypes.col", clf.geometry_.width - cols + 1)
     images = clf.source_images_
     thumbnails = images.pictures if isinstance(images, Thumbnails) else {}
     for index, box in zip(saved.indices, saved.tensors["prototypes.box"].tolist(), strict=True):

@@ -64,11 +64,12 @@ PATH_COLUMNS = {
 MOST_IMAGE_SIZE = 4096
 """Pixels, up to which `load` takes the memory of a pass, to compare what the network computes."""
 
-_COLUMNS: dict[str, Kind] = {
+COLUMNS: dict[str, Kind] = {
     **dict.fromkeys(("source_index", "row", "col"), ("int64", ())),
     "box": ("int64", (4,)),
     **dict.fromkeys(("moved", "strongest_share"), ("float64", ())),
 }
+"""Columns of `prototypes_`, for a prototype each; of its box four in one."""
 
 
 class SavedModel:
@@ -187,22 +188,23 @@ class SavedModel:
         if len(self.source_digests) != m:
             raise refusal(self.file, f"has {m} sources and {len(self.source_digests)} digests.")
         expected = first | self._expected_network(m, n_classes)
-        expected |= {f"prototypes.{n}": (d, (m, *shape)) for n, (d, shape) in _COLUMNS.items()}
+        expected |= {f"prototypes.{n}": (d, (m, *shape)) for n, (d, shape) in COLUMNS.items()}
         expected |= {"sources.image": ("int64", (m,)), "sources.box": ("float64", (m, 4))}
         expected["last_layer_result.weight"] = "float32", (n_classes, None)
         expected["probe"] = "float32", (None,)
-        if self._names("activations."):
+        if self.part("activations."):
             expected |= self._expected_activations(m)
-        if self._names("last_layer_path."):
+        if self.part("last_layer_path."):
             expected |= self._expected_path(n_classes)
-        pixels = [f"pixels.{digits}" for digits in self._names("pixels.")]
+        pixels = [f"pixels.{digits}" for digits in self.part("pixels.")]
         self._check_kinds(expected | dict.fromkeys(pixels, ("uint8", (None, None, 3))))
         others = [name for name in self.tensors if name not in expected and name not in pixels]
         if others:
             raise refusal(self.tensor_file, f"holds tensors too many, {others[:3]}.")
 
-    def _names(self, prefix: str) -> list[str]:
-        return [name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)]
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin with a prefix, by what follows it."""
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
 
     def _first_add_on(self) -> Tensor | None:
         """Return the weight of the first add-on layer, if there are more than the last one."""
@@ -237,7 +239,7 @@ class SavedModel:
         n = self.tensors.get("activations.y", torch.empty(0)).numel()
         kinds: dict[str, Kind] = {"g": ("float32", (n, m)), "y": ("int64", (n,))}
         optional: dict[str, tuple[int | None, ...]] = {"weight": (n,), "views": (None, n, m)}
-        held = self._names("activations.")
+        held = self.part("activations.")
         kinds |= {name: ("float32", shape) for name, shape in optional.items() if name in held}
         return {f"activations.{name}": kind for name, kind in kinds.items()}
 
@@ -268,14 +270,13 @@ class SavedModel:
         for name, tensor in self.tensors.items():
             if name not in unknown and not is_finite(tensor):
                 raise refusal(self.tensor_file, f"holds NaN or infinity in {name!r}.")
-        self.check_range("network.owner", 0, len(self.classes))
-        self.check_range("prototypes.source_index", 0, 2**62)
-        has_activations = bool(self._names("activations."))
-        n = self.tensors["activations.y"].numel() if has_activations else 2**62
-        self.check_range("sources.image", 0, n)
-        if has_activations:
-            self.check_range("activations.y", 0, len(self.classes))
-        self.check_range("prototypes.strongest_share", 0, 1 + 1e-9)
+        self.check_range("network.owner", len(self.classes))
+        self.check_range("prototypes.source_index", 2**62)
+        y = self.tensors.get("activations.y")
+        self.check_range("sources.image", 2**62 if y is None else y.numel())
+        if y is not None:
+            self.check_range("activations.y", len(self.classes))
+        self.check_range("prototypes.strongest_share", 1 + 1e-9)
         box = self.tensors["prototypes.box"]
         if not ((box[:, :2] >= 0).all() and (box[:, :2] < box[:, 2:]).all()):
             raise refusal(self.tensor_file, "holds boxes of prototypes that are no boxes.")
@@ -286,11 +287,11 @@ class SavedModel:
         if any(names[i] != name for i, name in zip(self.indices, self.sources, strict=True)):
             raise refusal(self.file, "names two sources for one training image.")
 
-    def check_range(self, name: str, low: float, stop: float) -> None:
-        """Refuse values of a tensor below `low`, or from `stop` on."""
+    def check_range(self, name: str, stop: float) -> None:
+        """Refuse values of a tensor below 0, or from `stop` on."""
         values = self.tensors[name]
-        if not ((values >= low) & (values < stop)).all():
-            raise refusal(self.tensor_file, f"holds {name!r} out of the range {low} to {stop}.")
+        if not ((values >= 0) & (values < stop)).all():
+            raise refusal(self.tensor_file, f"holds {name!r} out of the range 0 to {stop}.")
 
 
 def _check_version(content: dict[str, Any], file: Path) -> None:
