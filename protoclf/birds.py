@@ -209,7 +209,8 @@ _HEAD = np.array([21.0, -20.0])
 def _bird_shapes(look: _Look, pose: _Pose) -> list[Shape]:
     """List the shapes of a bird, back to front."""
     colors = pose.palette
-    head = [*_beak(look, colors), *_head(colors), *_crown(look, colors), *_eye(look, colors)]
+    skull = Shape("head", ellipse((0, 0), 13, 12.5), colors.body)
+    head = [*_beak(look, colors), skull, *_crown(look, colors), *_eye(look, colors)]
     turned = [replace(s, points=rotated(s.points, pose.head_angle) + _HEAD) for s in head]
     body = [*_tail(look, colors), *_legs(look), *_body(look, colors), *_wing(look, colors)]
     return [*body, *turned]
@@ -232,15 +233,11 @@ def _body(look: _Look, colors: _Palette) -> list[Shape]:
 
 
 def _legs(look: _Look) -> list[Shape]:
-    foot, color = _foot(look.legs), (96, 66, 54)
+    foot, color = 15 + look.legs, (96, 66, 54)
     return [
         Shape("legs", np.array([(x + 2.0, 10), (x, foot), (x + 3.0, foot)]), color, width=1.5)
         for x in (-3.0, 6.0)
     ]
-
-
-def _foot(legs: float) -> float:
-    return 15 + legs
 
 
 def _tail(look: _Look, colors: _Palette) -> list[Shape]:
@@ -285,10 +282,6 @@ def _wing_pattern(style: str) -> list[Points]:
 
 
 # The parts of the head lie around its own middle, about which it turns.
-
-
-def _head(colors: _Palette) -> list[Shape]:
-    return [Shape("head", ellipse((0, 0), 13, 12.5), colors.body)]
 
 
 def _crown(look: _Look, colors: _Palette) -> list[Shape]:

@@ -185,7 +185,7 @@ class ProtoPNetEnsemble(
         for name in _FITTED:  # an interrupted fit cannot be taken for an earlier one
             self.__dict__.pop(name, None)
         parallel = Parallel(n_jobs=self.n_jobs, return_as="generator")  # as members are done
-        fits = parallel(delayed(_fitted)(clone(m), X, y, sample_weight, groups) for _, m in members)
+        fits = parallel(delayed(clone(m).fit)(X, y, sample_weight, groups) for _, m in members)
         fitted = {}
         for (name, _), member in zip(members, fits, strict=True):
             fitted[name] = member
@@ -412,10 +412,6 @@ def _check_member(member: ProtoPNetClassifier, given: Targets) -> None:
     counts = prototype_counts(member.prototypes_per_class, given.classes)
     if member.prototypes_per_class != "auto":
         check_enough_images(counts, given.codes, given.classes)
-
-
-def _fitted(member: ProtoPNetClassifier, X: Any, y: Any, sample_weight: Any, groups: Any):
-    return member.fit(X, y, sample_weight, groups)
 
 
 def _alike(chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -105,8 +105,9 @@ class SkorchProtoPNet(NeuralNetClassifier):
             *(backbone, geometry.channels, spec, self.latent_dim),
             *(normalization(self.normalization), self.discriminants() > 0),
         )
-        self.module_.frozen = frozen = _frozen(backbone)
-        if frozen and len(frozen) == len(list(backbone.parameters())) and self.trains_backbone:
+        named = dict(backbone.named_parameters())
+        self.module_.frozen = frozen = tuple(n for n, p in named.items() if not p.requires_grad)
+        if frozen and len(frozen) == len(named) and self.trains_backbone:
             warn(
                 "No parameter of the backbone has requires_grad: it stays as it is. With "
                 "train_backbone=False it runs over the images once, which is much faster.",
@@ -466,11 +467,6 @@ class SkorchProtoPNet(NeuralNetClassifier):
         super().__setstate__(state if device == "auto" else state | {"device": device})
         if device == "auto":
             self.device = device
-
-
-def _frozen(backbone: nn.Module) -> tuple[str, ...]:
-    """Return the parameters that are not to be trained."""
-    return tuple(n for n, p in backbone.named_parameters() if not p.requires_grad)
 
 
 def _cells_of_prototype(size: Any, cells: tuple[int, int]) -> tuple[int, int]:

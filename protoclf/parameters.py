@@ -26,7 +26,6 @@ from protoclf.rules import (
 )
 
 T = TypeVar("T")
-Triple = tuple[float, float, float]  # red, green, blue
 
 _MOST_AUTO = 20  # prototypes of a class
 
@@ -301,7 +300,7 @@ def check_apart(train: np.ndarray, valid: np.ndarray) -> None:
         )
 
 
-def normalization(spec: Any) -> tuple[Triple, Triple]:
+def normalization(spec: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, std) per channel, in units where pixels are in [0, 1]."""
     if isinstance(spec, str) and spec == "imagenet":
         return _IMAGENET
@@ -318,12 +317,7 @@ def normalization(spec: Any) -> tuple[Triple, Triple]:
             "normalization is in units where pixels are in [0, 1]: 0 <= mean <= 1 and "
             f"0 < std <= 1; got {spec!r}. Values for pixels in 0..255 are divided by 255."
         )
-    return _triple(mean), _triple(std)
-
-
-def _triple(values: np.ndarray) -> Triple:
-    red, green, blue = values.tolist()
-    return red, green, blue
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def with_parameters_of(base: type) -> Callable[[type[T]], type[T]]:

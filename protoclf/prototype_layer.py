@@ -178,14 +178,15 @@ def _grad_z(g: Tensor, z: Tensor, prototypes: Tensor, cell: Tensor) -> Tensor:
 
     The first part is z times a sum of g; only the second needs the prototypes.
     """
-    p, g = prototypes.flatten(1), 2 * g  # (m, K), (N, m)
+    p, g, L = prototypes.flatten(1), 2 * g, n_patches(z, prototypes)  # (m, K), (N, m)
     size = _images_per_block(z, prototypes, _PER_PAIR * len(prototypes))
     grad = torch.empty_like(z)
     for i in range(0, len(z), size):
         block = slice(i, i + size)
-        total = _sum_per_patch(g[block], cell[block], n_patches(z, prototypes))  # (n, h1 w1, L)
-        total = _fold(total.expand(-1, prototypes[0, 0].numel(), -1), z, prototypes)  # (n, 1, H, W)
-        pulled = _pulled(g[block], cell[block], p, n_patches(z, prototypes))  # (n, K, L)
+        total = g.new_zeros(len(z[block]), L).scatter_add_(1, cell[block], g[block])  # (n, L)
+        total = total[:, None].expand(-1, prototypes[0, 0].numel(), -1)  # (n, h1 w1, L)
+        total = _fold(total, z, prototypes)  # (n, 1, H, W)
+        pulled = _pulled(g[block], cell[block], p, L)  # (n, K, L)
         torch.mul(z[block], total, out=grad[block])
         grad[block] -= _fold(pulled, z, prototypes)  # (n, D, H, W)
     return grad
@@ -272,11 +273,6 @@ def _distances_between(rows: Tensor, row: Tensor, p: Tensor, of: Tensor, buffer:
         difference -= p[of[some]]
         torch.linalg.vector_norm(difference, dim=1, out=distance[some])
     return distance.square_()
-
-
-def _sum_per_patch(g: Tensor, cell: Tensor, L: int) -> Tensor:
-    """Sum of g_j (n, 1, L) over the prototypes j nearest to each patch."""
-    return g.new_zeros(len(g), L).scatter_add_(1, cell, g)[:, None]
 
 
 def _pulled(g: Tensor, cell: Tensor, p: Tensor, L: int) -> Tensor:
