@@ -432,10 +432,10 @@ class SkorchProtoPNet(NeuralNetClassifier):
         in_use = {n: v for n, v in params.items() if n.startswith(("callbacks__", "optimizer__"))}
         for name in params.keys() - in_use:
             setattr(self, name, params[name])
-        if "callbacks" in params and self.initialized_:  # fit makes them anew, partial_fit does not
-            self._initialize_callbacks()
         super().set_params(**in_use)  # skorch gives the optimizer its own, and forgets them
         self.__dict__ |= {n: v for n, v in in_use.items() if n.startswith("optimizer__")}
+        if self.initialized_ and any(name.startswith("callbacks") for name in params):
+            self._initialize_callbacks()  # fit makes them anew, partial_fit does not
         return self
 
     def set_fit_request(self, **requests: Any):
@@ -451,6 +451,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
     def _set_params_callback(self, **params: Any):
         """Set those of callbacks, once it is known that there are such (called by skorch)."""
         known = [name for name, _ in self.callbacks_]
+        off = [name for name in params if vars(self).get(name, "") is None]  # of no callback now
+        params = {name: value for name, value in params.items() if name not in off}
         for name in params:
             callback = name.split("__")[1]
             if callback not in known:

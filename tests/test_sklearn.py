@@ -25,7 +25,7 @@ from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils import InputTags
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted, validate_data
-from skorch.callbacks import EpochScoring
+from skorch.callbacks import EpochScoring, PrintLog
 from skorch.utils import is_dataset
 from torch import nn
 from torchvision.transforms import v2
@@ -458,6 +458,16 @@ def test_callbacks_set_after_a_fit_are_in_use_in_the_next(photos):
     for go_on in (ProtoPNetClassifier.fit, ProtoPNetClassifier.partial_fit):
         clf = classifier().fit(*photos).set_params(callbacks=[scoring])
         assert "mine" in go_on(clf, *photos).history[-1]
+
+
+def test_a_callback_can_be_turned_off_and_on_after_a_fit(photos, capsys):
+    clf = classifier(train_backbone=False, warmup_epochs=0).fit(*photos)
+    for _ in range(2):
+        clf.set_params(callbacks__print_log=None)
+    clf.set_params(verbose=1).partial_fit(*photos)
+    assert "last layer" not in capsys.readouterr().out
+    clf.set_params(callbacks__print_log=PrintLog).partial_fit(*photos)
+    assert "last layer" in capsys.readouterr().out
 
 
 def test_an_unknown_parameter_of_a_search_is_named(photos):
