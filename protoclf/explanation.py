@@ -128,14 +128,14 @@ def scoring_sheet(
     fields = preprocessing.to_original_pixels(fields, sizes)
     paths = dataset.images.paths
     owners = prototypes.set_index("prototype").loc[rows["prototype"]]
-    of_class = owners["class"].to_numpy()
+    of_class = owners["class"].array  # which keeps its type where there is no row
     sheet = rows.assign(
         path=None if paths is None else names_column(paths[i] for i in sample),
         prototype_class=of_class,
-        source=names_column(owners["source"]),
+        source=owners["source"].array,
         source_index=owners["source_index"].to_numpy(),
         source_class=of_class,
-        **{"class": class_names[rows["class"].to_numpy()]},
+        **{"class": pd.Series(class_names).array[rows["class"].to_numpy()]},
         **dict(zip([*BOX, *FIELD], [*boxes.T, *fields.T], strict=True)),
     )
     sheet[SOURCE_BOX] = owners[BOX].to_numpy()

@@ -173,7 +173,7 @@ def names_column(names: Iterable[Any]) -> pd.Series:
     """Return names of files as a column; of objects if one is not UTF-8, as text has to be."""
     names = list(names)
     try:
-        return pd.Series(names)
+        return pd.Series(names, dtype=None if names else str)
     except UnicodeEncodeError:
         return pd.Series(names, dtype=object)
 

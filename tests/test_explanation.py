@@ -1,5 +1,6 @@
 """The scoring sheet and the table of prototypes, against loops over the module's outputs."""
 
+import copy
 import math
 
 import numpy as np
@@ -256,6 +257,16 @@ def test_sheet_does_not_depend_on_the_batch_size(fitted, squares):
         assert sheet.drop(columns=close).equals(expected.drop(columns=close))
         np.testing.assert_allclose(sheet[close], expected[close], rtol=1e-4, atol=1e-6)
     fitted.set_params(batch_size=8)
+
+
+def test_batches_without_rows_leave_the_types_of_the_sheet(fitted_on_paths, image_paths):
+    clf = copy.deepcopy(fitted_on_paths)
+    before = clf.explain(image_paths)
+    with torch.no_grad():
+        clf.module_.last_layer.weight.zero_()
+    sheet = clf.explain(image_paths)
+    assert sheet.empty
+    pd.testing.assert_series_equal(sheet.dtypes, before.dtypes)
 
 
 def test_prototype_table_names_sources_by_path_or_by_position(
