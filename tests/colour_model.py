@@ -48,6 +48,7 @@ def colour_model(backbone=None, colours=None, owner=(0, 1), weight=None, **setti
         "train_backbone": False,
         "prototypes_per_class": len(owner) // 2,
         "similarity": "log",
+        "discriminant_weight": 0.0,
         "prototype_init": "random",
         "distinct": "patches",
         "batch_size": 3,

@@ -218,13 +218,13 @@ def test_other_code_is_another(files, tmp_path, computed, monkeypatch):
 
 def test_images_that_change_meanwhile_leave_nothing_behind(files, tmp_path, monkeypatch):
     X, y = files
-    centre_latents = stages.centre_latents
+    find_discriminants = stages.find_discriminants
 
     def changing(net, data):
         shutil.copy(X[3], X[0])  # features come next
-        return centre_latents(net, data)
+        return find_discriminants(net, data)
 
-    monkeypatch.setattr(stages, "centre_latents", changing)
+    monkeypatch.setattr(stages, "find_discriminants", changing)
     with pytest.warns(UserWarning, match="was changed"):
         frozen(tmp_path / "m").fit(X, y)
     assert not list((tmp_path / "m").rglob("*.npz"))
@@ -262,7 +262,7 @@ def test_damage_costs_time_alone(files, tmp_path, computed, damage):
     X, y = files
     first = frozen(tmp_path / "m").fit(X, y)
     kept = list((tmp_path / "m").rglob("*.npz"))
-    assert len(kept) == 4
+    assert len(kept) == 5  # discriminants, centre, candidates, start, projection
     for file in kept:
         file.write_bytes(damage)
     assert_same_model(frozen(tmp_path / "m").fit(X, y), first, X)
