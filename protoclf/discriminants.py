@@ -40,8 +40,8 @@ def _found(net: SkorchProtoPNet, data: FitData) -> Arrays:
     batches = net.get_iterator(data.train_features, training=False)
     means = [inputs["features"].to(net.device).float().mean((2, 3)) for inputs, _ in batches]
     x = torch.cat(means)  # (N, D)
-    y, n_classes = data.train_y.to(x.device), len(net.classes_)
-    weight = discriminants(x, y, n_classes, net.discriminants(), data.train_weight)
+    share, n_classes = net.discriminants(), len(net.classes_)
+    weight = discriminants(x, data.train_y, n_classes, share, data.train_weight)
     return {"weight": weight.float().to(net.device)}
 
 

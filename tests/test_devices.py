@@ -27,6 +27,7 @@ from protoclf.attribution import gradient_maps
 from protoclf.augmentation import AugmentedDataset, augment_mildly
 from protoclf.backbones import SmallCNN
 from protoclf.concepts import Concepts, ForbiddenPatches
+from protoclf.discriminants import discriminants
 from protoclf.explanation import explain_batch
 from protoclf.features import FeatureDataset, FitData
 from protoclf.geometry import Preprocessing
@@ -35,7 +36,7 @@ from protoclf.images import Images
 from protoclf.last_layer import LastLayerResult
 from protoclf.localization import pair_boxes, upsample
 from protoclf.losses import ProtoPNetLoss
-from protoclf.network import ProtoPNet, PrototypeSpec
+from protoclf.network import Discriminants, ProtoPNet, PrototypeSpec
 from protoclf.self_matches import rare_classes
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -130,6 +131,17 @@ def test_the_search_of_the_projection_stays_on_the_device(
     assert distance.shape[:2] == (7, 2)
     assert target.shape == (7,)
     assert owner.shape == (4,)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_discriminants_stay_on_the_device(gpu, weighted):
+    weight = torch.ones(5) if weighted else None
+    y = torch.zeros(5, dtype=torch.int64)  # weights and labels come from the CPU
+    found = discriminants(torch.zeros(5, 8, device=gpu), y, 3, 0.4, weight)
+    assert found.device.type == "cuda"
+    net = Discriminants(8, 3).to(gpu)
+    net.weight.copy_(found[..., None, None])
+    assert net(torch.zeros(5, 8, 4, 4, device=gpu)).shape == (5, 11, 4, 4)
 
 
 @pytest.mark.usefixtures("values")
