@@ -77,7 +77,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     normalization : "imagenet" or (mean, std), default="imagenet"
         The normalization that the backbone expects, for pixels in [0, 1]: three numbers each.
     prototypes_per_class : int, dict or "auto", default=10
-        A dict gives each class label its number. "auto" keeps the prototypes that a sparse last
+        A dict gives each class label its number: at most as many as its images have patches; with
+        ``distinct="images"``, as it has images. "auto" keeps the prototypes that a sparse last
         layer uses, up to 20 for a class; with ``distinct="images"``, no more than it has images.
     prototype_size : (int, int) or "full", default=(1, 1)
         Rows and columns of latent cells; "full" is the whole map.
@@ -478,8 +479,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Parameters
         ----------
         X, y, sample_weight, groups
-            As in `fit`. Later calls need an image of each class; with ``distinct="images"``, as
-            many as the class has prototypes.
+            As in `fit`. Later calls need an image of each class; with `distinct`, as many images,
+            or patches, as the class has prototypes.
         classes : array-like of labels, optional
             The labels of y in the first call; others are refused.
         """

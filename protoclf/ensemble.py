@@ -410,8 +410,9 @@ def _check_member(member: ProtoPNetClassifier, given: Targets) -> None:
     member.weights_of(given.codes, given.classes, given.weight)
     augmentation_of(member.augmentation)
     counts = prototype_counts(member.prototypes_per_class, given.classes)
-    if member.prototypes_per_class != "auto":
-        check_enough_images(counts, given.codes, given.classes)
+    one_an_image = member.distinct == "images" or member.prototype_size == "full"
+    if one_an_image and member.prototypes_per_class != "auto":
+        check_enough_images(counts, given.codes, given.classes, 1)
 
 
 def _alike(chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

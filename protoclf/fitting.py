@@ -330,9 +330,10 @@ class StagedNet(SkorchProtoPNet):
             check_apart(*(groups[part] for part in parts))
         positions = parts[0]
         check_enough_images(
-            self._images_needed(first),
+            self._prototypes_to_place(first),
             y[positions],
             self.classes_,
+            self._places_per_image(),
             first=first,
             divided=valid is not None,
         )
@@ -380,13 +381,20 @@ class StagedNet(SkorchProtoPNet):
             )
         return train, valid
 
-    def _images_needed(self, first: bool) -> list[int]:
-        """Return how many images of each class a fit needs."""
+    def _prototypes_to_place(self, first: bool) -> list[int]:
+        """Return for how many prototypes of each class a fit needs patches that differ."""
         if first and self.prototypes_per_class != "auto":
             return prototype_counts(self.prototypes_per_class, self.classes_)
-        if first or self.distinct != "images":
+        if first or self.distinct is None:
             return [1] * len(self.classes_)
         return torch.bincount(self.module_.owner, minlength=len(self.classes_)).tolist()
+
+    def _places_per_image(self) -> int:
+        """Return how many prototypes may be parts of one image."""
+        if self.distinct == "images":
+            return 1
+        rows, cols = self.plain_module.prototype_size
+        return (self.geometry_.height - rows + 1) * (self.geometry_.width - cols + 1)
 
     def _run(
         self,

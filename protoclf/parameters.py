@@ -227,15 +227,16 @@ def check_enough_images(
     counts: list[int],
     y: np.ndarray,
     classes: np.ndarray,
+    per_image: int,
     first: bool = True,
     divided: bool = False,
 ) -> None:
-    """Raise ValueError where a class has fewer images than prototypes; y holds class indices.
+    """Raise ValueError where a class has too few images for prototypes; y holds class indices.
 
-    In the `first` fit the numbers of prototypes are still to be chosen. Where they are `divided`,
-    these are the images that `train_split` has left.
+    An image has room for `per_image` of them. In the `first` fit the numbers of prototypes are
+    still to be chosen. Where they are `divided`, these are the images that `train_split` has left.
     """
-    have = np.bincount(y, minlength=len(classes))
+    have = per_image * np.bincount(y, minlength=len(classes))
     short = [
         f"{label!r} has {n} for {k} prototypes"
         for label, n, k in zip(classes.tolist(), have, counts, strict=True)
@@ -247,15 +248,16 @@ def check_enough_images(
             "it for each class), or add images."
         )
         if not first:
-            help_ = 'Set distinct to None or "patches", which do not need as many, or add images.'
+            help_ = "Set distinct=None, which does not need as many, or add images."
         if not have.all():
             help_ = "Each fit needs images of every class, since prototypes are parts of them."
             if divided:
                 help_ += " ValidSplit(5, stratified=True), say, leaves some of each."
-        left = " that train_split leaves" if divided else ""
+        what = "training images" + (" that train_split leaves" if divided else "")
+        if per_image > 1:
+            what = f"patches, {per_image} for each of the {what},"
         raise ValueError(
-            f"Some classes have fewer training images{left} than prototypes: {first_few(short)}. "
-            f"{help_}"
+            f"Some classes have fewer {what} than prototypes: {first_few(short)}. {help_}"
         )
 
 

@@ -370,15 +370,41 @@ def test_wrong_labels_are_refused_before_training(y, words, backbone_images):
     assert not backbone_images
 
 
-def test_too_few_images_of_a_class_say_which_and_how_many(backbone_images):
-    keep = np.r_[0:18][(CODES != 1) | (np.arange(18) < 2)]
-    with pytest.raises(ValueError, match=r"'auk' has 1 for 2 prototypes.*lower it"):
-        classifier().fit(X[keep], Y[keep])
+ONE_AUK = (CODES != 1) | (np.arange(18) < 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"distinct": "images"}, "training images than .* 'auk' has 1 for 2"),
+        ({"prototype_size": "full"}, "training images than .* 'auk' has 1 for 2"),
+        (
+            {"prototypes_per_class": 17},
+            "patches, 16 for each of the training images, than .* 'auk' has 16 for 17",
+        ),
+    ],
+)
+def test_too_few_images_of_a_class_say_which_and_how_many(settings, what, backbone_images):
+    with pytest.raises(ValueError, match=rf"{what} prototypes.*lower it"):
+        classifier(**settings).fit(X[ONE_AUK], Y[ONE_AUK])
     assert not backbone_images
 
 
+@pytest.mark.parametrize("train_backbone", [True, False])
+@pytest.mark.parametrize("init", ["selected", "kmeans", "random"])
+def test_one_image_can_hold_all_prototypes_of_its_class(init, train_backbone):
+    settings = {"prototype_init": init, "train_backbone": train_backbone, "distinct": "patches"}
+    clf = classifier(prototypes_per_class=16, **settings).fit(X[ONE_AUK], Y[ONE_AUK])
+    auks = clf.prototypes_[clf.prototypes_["class"] == "auk"]
+    assert auks["source"].nunique() == 1
+    assert len(auks[["row", "col"]].drop_duplicates()) == 16
+    matches = clf.transform(X[ONE_AUK])[auks["source_index"], auks["prototype"]]
+    np.testing.assert_allclose(matches, 1, atol=1e-5)
+
+
 def test_images_of_the_validation_part_do_not_count_for_prototypes(backbone_images):
-    clf = classifier(prototypes_per_class=6, train_split=ValidSplit(3, stratified=True))
+    split = ValidSplit(3, stratified=True)
+    clf = classifier(prototypes_per_class=6, distinct="images", train_split=split)
     with pytest.raises(ValueError, match=r"that train_split leaves .* 'auk' has 4 for 6 prototype"):
         clf.fit(X, Y)
     assert not backbone_images
@@ -386,7 +412,7 @@ def test_images_of_the_validation_part_do_not_count_for_prototypes(backbone_imag
 
 def test_a_validation_part_that_holds_a_whole_class_is_named_for_it(backbone_images):
     clf = classifier(train_split=ValidSplit(PredefinedSplit(np.where(CODES == 1, 0, -1))))
-    words = r"that train_split leaves .* 'auk' has 0 for 2 prototypes\. Each fit .* stratified=True"
+    words = r"that train_split leaves.* 'auk' has 0 for 2 prototypes\. Each fit .* stratified=True"
     with pytest.raises(ValueError, match=words):
         clf.fit(X, Y)
     assert not backbone_images
@@ -960,13 +986,17 @@ def test_a_map_of_a_single_cell_is_noticed_unless_it_is_meant():
         classifier(whole, prototype_size="full", **settings).fit(X, Y)
 
 
-@pytest.mark.parametrize("distinct", [None, "patches", "images"])
-def test_later_calls_need_images_for_the_prototypes_that_there_are(distinct):
-    clf = classifier(own_module(), train_backbone=False, prototypes_per_class=2).fit(X, Y)
+@pytest.mark.parametrize(
+    ("distinct", "size"),
+    [(None, "full"), ("patches", (1, 1)), ("patches", "full"), ("images", (1, 1))],
+)
+def test_later_calls_need_images_for_the_prototypes_that_there_are(distinct, size):
+    settings = {"train_backbone": False, "prototype_size": size}
+    clf = classifier(own_module(), **settings, prototypes_per_class=2).fit(X, Y)
     few = np.sort(np.unique(Y, return_index=True)[1])  # one of each class
     clf.set_params(prototypes_per_class=5, distinct=distinct)
-    if distinct == "images":
-        with pytest.raises(ValueError, match=r"has 1 for 2 prototypes.* Set distinct to None or"):
+    if distinct == "images" or (distinct, size) == ("patches", "full"):
+        with pytest.raises(ValueError, match=r"has 1 for 2 prototypes.* Set distinct=None"):
             clf.partial_fit(X[few], Y[few])
         return
     with warnings.catch_warnings():

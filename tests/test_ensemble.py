@@ -382,7 +382,10 @@ def counting(monkeypatch):
         ([("a__b", member())], "must not contain __"),
         ([("a", member()), ("b", member(lambda_sep=-1))], "Member 'b': lambda_sep must be"),
         ([("a", member()), ("b", member(random_state=2**32))], "Member 'b': random_state must be"),
-        ([("a", member()), ("b", member(prototypes_per_class=9))], "Member 'b': .* fewer training"),
+        (
+            [("a", member()), ("b", member(prototypes_per_class=9, distinct="images"))],
+            "Member 'b': .* fewer training",
+        ),
         (
             [("a", member()), ("b", member(prototypes_per_class={"red": 1}))],
             "Member 'b': .*missing",
@@ -419,7 +422,7 @@ def test_weights_and_groups_are_checked_before_any_member_is_fitted(
     members = {"a": member(own_module(), joint_epochs=0, prototypes_per_class=1)}
     ensemble = ensemble_of(**members).fit(X, y)
     fits = counting(monkeypatch)
-    ensemble.set_params(estimators=[*ensemble.estimators, ("b", member())])
+    ensemble.set_params(estimators=[*ensemble.estimators, ("b", member(distinct="images"))])
     with pytest.raises(ValueError, match=message):
         ensemble.fit(X, y, **given)
     assert not fits

@@ -76,8 +76,8 @@ def test_a_penalty_that_leaves_no_weights_is_told_of_once(squares):
         small(lambda_l1=1e-4).fit(X, y)
 
 
-def test_more_prototypes_than_images_of_a_class_are_refused(squares):
-    with pytest.raises(ValueError, match="'blue' has 8 for 500 prototypes"):
+def test_more_prototypes_than_patches_of_a_class_are_refused(squares):
+    with pytest.raises(ValueError, match="'blue' has 72 for 500 prototypes"):
         small(prototypes_per_class=500).fit(*squares)
 
 
