@@ -233,7 +233,8 @@ def plot_nearest_patches(
     X : images, optional
         The images that `sample` counts; by default images are read from `path`.
     prototypes : array-like of int, optional
-        Draw these, in this order; by default the first 40 of the table.
+        Draw these, in this order; by default the first of each class in the table, class by class,
+        at most 4 of each and at most 40 in all.
     top : int, optional
         Draw the patches up to this rank.
     figure : matplotlib Figure or SubFigure, optional
@@ -252,14 +253,15 @@ def plot_nearest_patches(
     ImageError
         If an image cannot be read.
     """
-    table = nearest_rows(table, prototypes, top)
+    known, table = table, nearest_rows(table, prototypes, top)
     images = images_of(table, X)
     views: dict[int, View] = {}
     for _, rows in table.groupby("sample"):  # each image is decoded once
         image = np.asarray(images.open(rows.index[0]))
         boxes = rows[BOX].to_numpy()
         views |= {i: surroundings(image, b) for i, b in zip(rows.index, boxes, strict=True)}
-    display = NearestPatchesDisplay(table, [views[i] for i in table.index])
+    n_prototypes = known["prototype"].nunique()
+    display = NearestPatchesDisplay(table, [views[i] for i in table.index], n_prototypes)
     if clf is not None:
         check_classifier(clf)
         display.sources = prototypes_of(table, clf)
@@ -284,6 +286,8 @@ class NearestPatchesDisplay:
         prototype's class, missing where there is no label.
     views : list of views
         For each row the patch in its surroundings.
+    n_prototypes : int
+        Number of prototypes in the table that they were chosen from.
     sources : DataFrame or None
         Rows of ``clf.prototypes_``, where there is a classifier.
     source_views : list of views
@@ -296,6 +300,7 @@ class NearestPatchesDisplay:
 
     table: pd.DataFrame
     views: list[View]
+    n_prototypes: int
     sources: pd.DataFrame | None = None
     source_views: list[View] = field(default_factory=list)
 
@@ -308,7 +313,7 @@ class NearestPatchesDisplay:
         first = 0 if self.sources is None else 1
         columns = first + max(len(rows) for _, rows in groups)
         judged = bool(self.table["agrees"].notna().any())
-        below, top = (0.4, 0.3) if judged else (0.22, 0.0)
+        below, top = 0.4 if judged else 0.22, 0.3
         width = max(columns, 3) * 1.06 * _LARGE_TILE + 0.2
         heights = [len(groups) * (h + 0.3 + below) + top + 0.2 for h in (_LARGE_TILE, _LOWEST)]
         if figure is None:
@@ -318,8 +323,8 @@ class NearestPatchesDisplay:
         part: Any = figure.subfigures()
         with lettering(part):
             axes = tiles(part, (len(groups), 1, columns), **room)[:, 0]
-            if judged:
-                draw_title(part, "✓ of the prototype's class,  ✗ of another")
+            what = "✓ of its class,  ✗ of another" if judged else "nearest patches"
+            draw_title(part, f"{len(groups)} of {self.n_prototypes} prototypes:  {what}")
             for k, (line_of_axes, (_, rows)) in enumerate(zip(axes, groups, strict=True)):
                 self._draw_source(line_of_axes[0], k, rows.iloc[0], zoom)
                 for axis, i in zip(line_of_axes[first:], rows.index, strict=False):

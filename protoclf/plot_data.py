@@ -34,16 +34,13 @@ def chosen_prototypes(
     optional(COUNT).check(top=top)
     table = clf.prototypes_
     by_weight = table.sort_values("weight", ascending=False, kind="stable")
-    place = by_weight.groupby("class").cumcount()  # in its class, from 0
     if prototypes is not None:
         chosen = table.iloc[known_prototypes("prototypes", prototypes, table["prototype"])]
     elif label is not None:
         class_index(clf, label)
         chosen = by_weight[by_weight["class"] == label]
     else:
-        chosen = by_weight.iloc[place[by_weight.index].argsort(kind="stable")]
-        if top is None:
-            chosen = chosen[place[chosen.index] < _MOST_OF_CLASS][:_MOST]
+        chosen = by_weight if top is not None else _some_of_each_class(by_weight)
         chosen = chosen.sort_values("class", kind="stable")
     if top is not None:
         order = chosen.sort_values("weight", ascending=False, kind="stable").groupby("class")
@@ -51,6 +48,13 @@ def chosen_prototypes(
     if chosen.empty:
         raise ValueError(f"label {label!r} has no prototypes.")
     return chosen.reset_index(drop=True)
+
+
+def _some_of_each_class(table: pd.DataFrame) -> pd.DataFrame:
+    """Return at most 4 rows of each class, its first, and at most 40, as even as can be."""
+    place = table.groupby("class").cumcount().to_numpy()  # in its class, from 0
+    order = place.argsort(kind="stable")
+    return table.iloc[order[place[order] < _MOST_OF_CLASS][:_MOST]]
 
 
 def class_index(clf: ProtoPNetClassifier, label: Any) -> int:
@@ -113,7 +117,8 @@ def nearest_rows(
     if table.empty:
         raise ValueError("table must hold a row at least; it is empty.")
     if prototypes is None:
-        ids = table["prototype"].unique().tolist()[:_MOST]
+        known = _some_of_each_class(table.drop_duplicates("prototype"))
+        ids = known.sort_values("class", kind="stable")["prototype"].tolist()
     else:
         ids = known_prototypes("prototypes", prototypes, table["prototype"], "the table")
     order = {j: i for i, j in enumerate(ids)}

@@ -443,6 +443,7 @@ def test_nearest_patches_are_drawn_beside_their_prototypes(fitted, squares, near
 
 def test_nearest_patches_are_chosen(fitted, squares, nearest):
     display = plot_nearest_patches(nearest, fitted, squares[0], prototypes=[3, 1], top=1)
+    assert any("2 of 6 prototypes:  ✓ of its class" in text for text in texts_of(display.figure_))
     assert display.table["prototype"].tolist() == [3, 1]
     assert display.sources["prototype"].tolist() == [3, 1]
     assert display.axes_.shape == (2, 2)
@@ -450,6 +451,18 @@ def test_nearest_patches_are_chosen(fitted, squares, nearest):
     assert alone.sources is None
     assert alone.table["agrees"].isna().all()
     assert not any(sign in text for text in texts_of(alone.figure_) for sign in "✓✗")
+    assert "6 of 6 prototypes:  nearest patches" in texts_of(alone.figure_)
+
+
+def test_a_large_table_is_drawn_with_some_patches_of_each_class(squares, nearest):
+    classes = [0] * 60 + [1] * 3 + [2] * 2
+    rows = nearest.iloc[[0] * 65].assign(prototype=range(65), **{"class": classes})
+    display = plot_nearest_patches(rows, X=squares[0])
+    assert display.table["prototype"].tolist() == [0, 1, 2, 3, 60, 61, 62, 63, 64]
+    rows["class"] = rows["prototype"] // 2  # 33 classes: two of the first ones
+    table = plot_nearest_patches(rows, X=squares[0]).table
+    assert len(table) == 40
+    assert table["class"].tolist() == sorted([*range(33), *range(7)])
 
 
 def test_labels_may_be_missing_for_some_images(squares, nearest):
