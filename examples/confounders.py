@@ -78,7 +78,7 @@ def run(args, output: Path, seed: int) -> dict[str, float]:
     )
     save_pictures(clf, ids, output / f"before-{seed}.png")
     if ids and leaves_each_class_one(clf, ids):
-        accuracy["prototypes on marks removed"] = remove(clf, ids, "mark").score(*test)
+        accuracy["prototypes on marks removed"] = remove(clf, ids, reason="mark").score(*test)
 
     rounds = 0
     while ids and rounds < MOST_ROUNDS:

@@ -36,31 +36,30 @@ if TYPE_CHECKING:
     from protoclf.classifier import ProtoPNetClassifier
 
 
-def select_prototypes(
+def remove(
     clf: ProtoPNetClassifier,
     ids: ArrayLike,
-    *,
-    action: str = "select",
-    reason: str | dict[int, str] = "",
     X: Any = None,
     y: ArrayLike | None = None,
+    *,
+    reason: str | dict[int, str] = "",
 ) -> ProtoPNetClassifier:
-    """Return a classifier that has only these prototypes, with its last layer solved again.
+    """Return a classifier without some prototypes, such as one that looks at the background.
+
+    The last layer is solved again for those that stay.
 
     Parameters
     ----------
     clf : ProtoPNetClassifier
         A fitted one.
     ids : array-like of int
-        Prototypes to keep: at least one of each class.
-    action : str
-        Name of the edit in the record.
-    reason : str or dict of int to str
-        For the record: why prototypes are removed, for all or for each of them.
+        Prototypes to remove. At least one of each class must stay.
     X, y : images and labels, optional
         Images to solve the last layer on, in place of the activations of the training images: with
         the classifier's `class_weight`, with views of them as in `fit`, and with `self_matches` as
         "keep". They are needed for a classifier that does not hold those activations.
+    reason : str or dict of int to str, default=""
+        For the record: one text for all removed prototypes, or one for each, by its number.
 
     Returns
     -------
@@ -73,71 +72,48 @@ def select_prototypes(
         If an id is unknown, a class would be left without prototypes, or activations are missing.
     """
     check_editable(clf)
-    _check_reason(reason)
-    known = known_prototypes("ids", ids, range(clf.n_prototypes_), may_be_none=True)
-    kept = np.array(sorted(known), dtype=int)
-    table = clf.prototypes_
-    bare = sorted(set(clf.classes_.tolist()) - set(table["class"].iloc[kept].tolist()))
-    if bare:
-        names = first_quoted(bare)
-        raise ValueError(f"Keep a prototype of each class: none would be left of {names}.")
-    activations = activations_of(clf, X, y)
-    edited = copy.deepcopy(clf)
-    edited.activations_ = activations.of_prototypes(torch.from_numpy(kept))
-    keep_prototypes(edited, torch.from_numpy(kept))
-    self_matches = clf.self_matches if X is None else "keep"  # X need not hold the sources
-    LastLayer(clf.lambda_l1_, self_matches, clf.last_layer_result_.lambda_l2).solve(edited)
-    edited.__dict__.pop("last_layer_path_", None)
-    if X is not None:  # another edit without images would take them for the training images
-        del edited.activations_
-    edited.renew_table(kept)
-    gone = table.drop(index=table.index[kept])
-    edited.edits_ = pd.concat([_edits(clf), _record(clf, gone, action, reason)], ignore_index=True)
-    return edited
+    known = range(clf.n_prototypes_)
+    kept = sorted(set(known) - set(known_prototypes("ids", ids, known, may_be_none=True)))
+    return _with_only(clf, kept, X, y, "remove", reason)
 
 
-def remove(
-    clf: ProtoPNetClassifier, ids: ArrayLike, reason: str = "", X: Any = None, y: Any = None
+def keep(
+    clf: ProtoPNetClassifier,
+    ids: ArrayLike,
+    X: Any = None,
+    y: ArrayLike | None = None,
+    *,
+    reason: str | dict[int, str] = "",
 ) -> ProtoPNetClassifier:
-    """Return a classifier without some prototypes, such as one that looks at the background.
+    """Return a classifier that has only these prototypes: the same as `remove` of all others.
 
     Parameters
     ----------
     clf : ProtoPNetClassifier
     ids : array-like of int
-        Prototypes to remove.
-    reason : str, default=""
-        For the record.
-    X, y
-        As in `select_prototypes`.
+        Prototypes to keep: at least one of each class.
+    X, y, reason
+        As in `remove`. A dict of reasons has the numbers of removed prototypes.
     """
-    check_editable(clf)
-    known = range(clf.n_prototypes_)
-    kept = sorted(set(known) - set(known_prototypes("ids", ids, known, may_be_none=True)))
-    return select_prototypes(clf, kept, action="remove", reason=reason, X=X, y=y)
-
-
-def keep(
-    clf: ProtoPNetClassifier, ids: ArrayLike, reason: str = "", X: Any = None, y: Any = None
-) -> ProtoPNetClassifier:
-    """Return a classifier that has only these prototypes: the same as `remove` of all others."""
-    return select_prototypes(clf, ids, action="keep", reason=reason, X=X, y=y)
+    return _with_only(clf, ids, X, y, "keep", reason)
 
 
 def prune(
     clf: ProtoPNetClassifier,
+    X: Any = None,
+    y: ArrayLike | None = None,
     *,
     k: int = 6,
     t: int = 3,
     min_weight: float | None = None,
-    X: Any = None,
-    y: ArrayLike | None = None,
 ) -> ProtoPNetClassifier:
     """Return a classifier without the prototypes that do not stand for their class.
 
     Parameters
     ----------
     clf : ProtoPNetClassifier
+    X, y
+        As in `remove`. The nearest images are then among these.
     k, t : int, default=6, 3
         A prototype is removed if, of the k training images that are most similar to it, fewer than
         t are of its class: it then looks at something that other classes have too, such as
@@ -145,8 +121,6 @@ def prune(
     min_weight : float, optional
         With it, the rule is another one: a prototype is removed if its weight for its own class is
         less than this.
-    X, y
-        As in `select_prototypes`. The nearest images are then among these.
 
     Notes
     -----
@@ -170,23 +144,27 @@ def prune(
     stays = (value >= least) | table.index.isin(best)
     reasons = {j: text.format(value[j]) for j in np.flatnonzero(~stays).tolist()}
     ids = np.flatnonzero(stays)
-    return select_prototypes(clf, ids, action="prune", reason=reasons, X=X, y=y)
+    return _with_only(clf, ids, X, y, "prune", reasons)
 
 
 def merge_duplicates(
-    clf: ProtoPNetClassifier, max_distance: float = 1e-6, X: Any = None, y: Any = None
+    clf: ProtoPNetClassifier,
+    X: Any = None,
+    y: ArrayLike | None = None,
+    *,
+    max_distance: float = 1e-6,
 ) -> ProtoPNetClassifier:
     """Return a classifier without the prototypes that repeat another one of their class.
 
     Parameters
     ----------
     clf : ProtoPNetClassifier
+    X, y
+        As in `remove`.
     max_distance : float, default=1e-6
         Two prototypes are the same up to this squared distance, as latents are compared. The
         default finds prototypes of one patch; a larger value also finds those of similar patches.
         The first of them stays, and takes over the weight when the last layer is solved.
-    X, y
-        As in `select_prototypes`.
     """
     check_editable(clf)
     NON_NEGATIVE.check(max_distance=max_distance)
@@ -196,7 +174,7 @@ def merge_duplicates(
         for j in np.flatnonzero(first >= 0):
             reasons[int(mine[j])] = f"the same as prototype {mine[first[j]]}"
     stays = [j for j in range(clf.n_prototypes_) if j not in reasons]
-    return select_prototypes(clf, stays, action="merge", reason=reasons, X=X, y=y)
+    return _with_only(clf, stays, X, y, "merge", reasons)
 
 
 def forbid(
@@ -228,7 +206,7 @@ def forbid(
     X, y : images and labels
         Images to train on, as in `partial_fit`: as a rule the training images.
     reason : str or dict of int to str, default=""
-        For the record; for all, or for each of them.
+        For the record: one text for all of them, or one for each, by its number.
     k : int, default=20
         The forbidden patches of a prototype are the most similar patches of the k images of its
         class that are most similar to it. All of them should show what is meant. If the class has
@@ -309,6 +287,39 @@ def encourage(
     how: dict[str, Any] = {"reason": reason, "k": k, "weight": weight, "epochs": epochs}
     how |= {"sample_weight": sample_weight, "groups": groups}
     return _taught(clf, ids, X, y, forbidden=False, **how)
+
+
+def _with_only(
+    clf: ProtoPNetClassifier,
+    ids: ArrayLike,
+    X: Any,
+    y: ArrayLike | None,
+    action: str,
+    reason: str | dict[int, str],
+) -> ProtoPNetClassifier:
+    """Return a classifier that has only these prototypes, with its last layer solved again."""
+    check_editable(clf)
+    _check_reason(reason)
+    known = known_prototypes("ids", ids, range(clf.n_prototypes_), may_be_none=True)
+    kept = np.array(sorted(known), dtype=int)
+    table = clf.prototypes_
+    bare = sorted(set(clf.classes_.tolist()) - set(table["class"].iloc[kept].tolist()))
+    if bare:
+        names = first_quoted(bare)
+        raise ValueError(f"Keep a prototype of each class: none would be left of {names}.")
+    activations = activations_of(clf, X, y)
+    edited = copy.deepcopy(clf)
+    edited.activations_ = activations.of_prototypes(torch.from_numpy(kept))
+    keep_prototypes(edited, torch.from_numpy(kept))
+    self_matches = clf.self_matches if X is None else "keep"  # X need not hold the sources
+    LastLayer(clf.lambda_l1_, self_matches, clf.last_layer_result_.lambda_l2).solve(edited)
+    edited.__dict__.pop("last_layer_path_", None)
+    if X is not None:  # another edit without images would take them for the training images
+        del edited.activations_
+    edited.renew_table(kept)
+    gone = table.drop(index=table.index[kept])
+    edited.edits_ = pd.concat([_edits(clf), _record(clf, gone, action, reason)], ignore_index=True)
+    return edited
 
 
 def _taught(

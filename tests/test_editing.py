@@ -1,5 +1,6 @@
 """Edited classifiers: what goes, what stays, and a last layer that is optimal for it."""
 
+import inspect
 import pickle
 
 import numpy as np
@@ -10,7 +11,15 @@ from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import make_pipeline
 
-from protoclf.editing import EDIT_COLUMNS, keep, merge_duplicates, prune, remove, select_prototypes
+from protoclf.editing import (
+    EDIT_COLUMNS,
+    encourage,
+    forbid,
+    keep,
+    merge_duplicates,
+    prune,
+    remove,
+)
 from protoclf.last_layer import solve_last_layer
 from protoclf.nearest_patches import nearest_patches, purity
 
@@ -119,6 +128,19 @@ def test_the_first_few_of_many_classes_without_a_prototype_are_named(fitted, squ
         keep(clf, [clf.n_prototypes_ - 1])
 
 
+def test_all_edits_take_images_and_labels_in_one_order():
+    for edit in (remove, keep, prune, merge_duplicates, forbid, encourage):
+        parameters = inspect.signature(edit).parameters.values()
+        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+        assert [name for name in names if name != "ids"] == ["clf", "X", "y"]
+
+
+def test_each_removed_prototype_may_have_a_reason_of_its_own(three_each):
+    record = remove(three_each, [8, 1, 2], reason={8: "sky", 1: "twig"}).edits_
+    assert record["reason"].tolist() == ["twig", "", "sky"]
+    assert keep(three_each, range(8), reason={8: "sky"}).edits_["reason"].tolist() == ["sky"]
+
+
 def test_a_reason_is_a_text(three_each):
     with pytest.raises(
         TypeError, match="reason must be a str, or a dict of one for each id; got None"
@@ -127,7 +149,7 @@ def test_a_reason_is_a_text(three_each):
 
 
 def test_nothing_removed_is_the_same_model(three_each, squares):
-    same = select_prototypes(three_each, range(9))
+    same = keep(three_each, range(9))
     np.testing.assert_allclose(same.coef_, three_each.coef_, atol=1e-3)
     assert len(same.edits_) == 0
 
@@ -188,7 +210,7 @@ def test_other_images_can_stand_in_for_the_activations(three_each, squares):
     del bare.activations_
     with pytest.raises(ValueError, match="holds no activations of training images: pass X, y"):
         remove(bare, [0])
-    edited = remove(bare, [0], X=X, y=y)
+    edited = remove(bare, [0], X, y)
     np.testing.assert_allclose(edited.coef_, expected.coef_, atol=1e-3)
     with pytest.raises(ValueError, match="holds no activations"):
         remove(edited, [1])

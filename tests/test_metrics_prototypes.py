@@ -112,7 +112,7 @@ def test_a_chain_is_broken_as_merging_breaks_it():
 
 @pytest.mark.parametrize("max_distance", [0.0, 1e-6, 0.5, 1.0])
 def test_as_many_are_distinct_as_merging_leaves(fitted, max_distance):
-    left = merge_duplicates(fitted, max_distance).n_prototypes_
+    left = merge_duplicates(fitted, max_distance=max_distance).n_prototypes_
     assert distinctness(fitted, max_distance=max_distance)["distinct"].sum() == left
 
 
