@@ -826,9 +826,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         Warns
         -----
         UserWarning
-            If parameters were set that the files cannot hold, such as callbacks, transforms,
-            optimizers from elsewhere than torch.optim, `memory`, `checkpoint` and `compile`; after
-            `load` they are at their defaults. `device` is never saved.
+            If parameters were set that the files cannot hold, such as callbacks, transforms and
+            optimizers from elsewhere than torch.optim; after `load` they are at their defaults.
+            What belongs to the machine is never saved: `memory`, `checkpoint`, `compile`, `device`.
 
         Examples
         --------

@@ -95,10 +95,10 @@ def save_classifier(
         if isinstance(pictures, Thumbnails):
             write_thumbnails(temporary, pictures)
     if left_out:
+        again = ", and give `forbid` or `encourage` again what they were given"
         warn(
-            f"Not saved, as a file that runs no code cannot hold it: {', '.join(left_out)}. "
-            "Predictions and sheets do without; before another fit, set these parameters again, "
-            "and give `forbid` or `encourage` again what they were given.",
+            f"Not saved: {', '.join(left_out)}. Predictions and sheets do without; before another "
+            f"fit, set these parameters again{again if clf.concepts_ is not None else ''}.",
             UserWarning,
             stacklevel=3,
         )

@@ -33,7 +33,8 @@ _OPTIMIZERS = {
 def parameters_to_json(clf: ProtoPNetClassifier) -> tuple[dict[str, Any], list[str]]:
     """Return the parameters that JSON can hold, and the names of others that were set.
 
-    A parameter that is left out takes those nested in it along.
+    A parameter that is left out takes those nested in it along. What belongs to the machine is not
+    named.
     """
     defaults = defaults_of(type(clf))
     kept: dict[str, Any] = {}
@@ -48,7 +49,8 @@ def parameters_to_json(clf: ProtoPNetClassifier) -> tuple[dict[str, Any], list[s
         except TypeError:
             if name not in defaults or value is not defaults[name]:
                 left_out.append(name)
-    return kept, left_out
+    of_the_machine = (*_OF_THE_MACHINE, *_CLASSES)
+    return kept, [name for name in left_out if name.partition("__")[0] not in of_the_machine]
 
 
 def _encoded(name: str, value: Any) -> Any:

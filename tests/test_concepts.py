@@ -345,7 +345,7 @@ def test_a_failure_half_way_leaves_the_classifier_as_it_was(clf, monkeypatch):
 
 def test_saving_says_that_pixels_of_concepts_are_left_out(clf, tmp_path):
     taught = forbid(clf, on_mark(clf), *marked())
-    with pytest.warns(UserWarning, match="what is forbidden and encouraged"):
+    with pytest.warns(UserWarning, match="what is forbidden and encouraged.* `forbid` or"):
         taught.save(tmp_path / "model")
     loaded = ProtoPNetClassifier.load(tmp_path / "model", backbone=Pooled())
     assert loaded.concepts_ is None

@@ -383,7 +383,7 @@ def test_what_cannot_be_saved_is_named_once(images, tmp_path):
     clf.history.record("odd", object())
     clf.set_output(transform="pandas")
     names = (
-        "augmentation, callbacks, callbacks__EarlyStopping__patience, memory, optimizer, "
+        "augmentation, callbacks, callbacks__EarlyStopping__patience, optimizer, "
         "optimizer__momentum, random_state, train_split, 'odd' in history, "
         "set_output"
     )
@@ -391,6 +391,7 @@ def test_what_cannot_be_saved_is_named_once(images, tmp_path):
         clf.save(tmp_path / "model")
     (warning,) = caught
     assert f": {names}." in str(warning.message)
+    assert "forbid" not in str(warning.message)
     assert warning.filename == __file__
     loaded = load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict_proba(images[0]), clf.predict_proba(images[0]))
@@ -400,6 +401,21 @@ def test_what_cannot_be_saved_is_named_once(images, tmp_path):
     assert parameters["iterator_valid__num_workers"] == 0
     assert "optimizer__momentum" not in parameters
     loaded.fit(*images)
+
+
+def test_what_belongs_to_the_machine_is_left_out_without_a_word(images, tmp_path):
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args, own=0, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    settings = {"memory": tmp_path / "memory", "checkpoint": tmp_path / "checkpoint"}
+    settings |= {"iterator_valid": Loader, "iterator_valid__own": 1}
+    clf = classifier(**settings).fit(*images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load(clf.save(tmp_path / "model"))
+    assert loaded.memory is loaded.checkpoint is None
+    assert "iterator_valid__own" not in loaded.get_params()
 
 
 def test_optimizers_of_torch_are_saved_by_name(images, tmp_path):
