@@ -65,7 +65,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         (N, C, h, w), in float32. A module is copied and never changed. Its parameters that do not
         require gradients are not trained.
     weights : str, path or None, default="DEFAULT"
-        torchvision weights, a path to a state dict, or None for random weights.
+        torchvision weights, a path to a state dict, or None for random weights. "small_cnn" has
+        none: a fit that freezes it warns, unless this is None.
     train_backbone : bool, default=True
         Whether there is a joint stage, which trains the backbone. Without it the backbone's
         features are computed once and reused.

@@ -189,6 +189,7 @@ class StagedNet(SkorchProtoPNet):
             if first:
                 self.initialize()
                 self._warn_of_one_cell()
+                self._warn_of_random_features()
             self.prepare_processor()
             if not first:
                 self.heed_parameters()
@@ -204,6 +205,16 @@ class StagedNet(SkorchProtoPNet):
                 f"The backbone makes a single cell of an image of {self.image_size} pixels: each "
                 "prototype is a whole image, and each box too. Raise image_size, or leave out the "
                 'backbone\'s last layers; with prototype_size="full" nothing warns.',
+                UserWarning,
+                stacklevel=6,
+            )
+
+    def _warn_of_random_features(self) -> None:
+        has_no_weights = self.backbone == "small_cnn" and self.weights == "DEFAULT"
+        if has_no_weights and not self.train_backbone:
+            warn(
+                '"small_cnn" has no pretrained weights, and train_backbone=False keeps its random '
+                "ones. Train it, or take a pretrained backbone; with weights=None nothing warns.",
                 UserWarning,
                 stacklevel=6,
             )

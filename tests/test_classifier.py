@@ -370,6 +370,17 @@ def test_wrong_labels_are_refused_before_training(y, words, backbone_images):
     assert not backbone_images
 
 
+def test_random_features_that_stay_so_are_noticed_unless_they_are_meant():
+    with pytest.warns(UserWarning, match="train_backbone=False keeps its random") as caught:
+        classifier(train_backbone=False).fit(X, Y)
+    assert {warning.filename for warning in caught} == {__file__}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*has no pretrained weights")
+        classifier(train_backbone=False, weights=None).fit(X, Y)
+        classifier(own_module(), train_backbone=False).fit(X, Y)
+        classifier(joint_epochs=0).fit(X, Y)
+
+
 ONE_AUK = (CODES != 1) | (np.arange(18) < 2)
 
 
