@@ -582,7 +582,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         DataFrame
             One row per sample, class and prototype with a contribution, the highest contribution
             first. A class without any weight in the last layer has no row: its logit is 0 (`fit`
-            warns of such classes).
+            warns of such classes). With `top`, or with images that cannot be read, columns of
+            integers and booleans that may be missing have pandas' nullable types, such as Int64.
 
             - sample, path : position in X, and the path where X holds paths
             - class, is_predicted, logit, probability : the class that the row speaks for

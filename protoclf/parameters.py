@@ -97,7 +97,7 @@ def _is_seed(value: Any) -> bool:
 
 _OTHER_NAMES = {  # of what is ours by another name, elsewhere
     **dict.fromkeys(("max_epochs", "n_epochs", "num_epochs", "epochs"), "joint_epochs"),
-    **dict.fromkeys(("n_prototypes", "num_prototypes"), "prototypes_per_class"),
+    **dict.fromkeys(("prototypes", "n_prototypes", "num_prototypes"), "prototypes_per_class"),
     **dict.fromkeys(("learning_rate", "learning_rate_init"), "lr"),
     **dict.fromkeys(("seed", "random_seed"), "random_state"),
     **{"pretrained": "weights", "img_size": "image_size", "cache_dir": "memory"},

@@ -701,6 +701,7 @@ def test_unknown_backbones_and_weights_are_named(backbone_images):
         ("max_epochs", "joint_epochs"),
         ("n_prototypes", "prototypes_per_class"),
         ("learning_rate", "lr"),
+        ("prototypes", "prototypes_per_class"),
         ("seed", "random_state"),
         ("pretrained", "weights"),
         ("optimiser__weight_decay", "optimizer__weight_decay"),
