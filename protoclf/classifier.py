@@ -57,6 +57,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
     times weight is a contribution, and the contributions of a class sum to its logit. Chen et al.,
     "This Looks Like That: Deep Learning for Interpretable Image Recognition", NeurIPS 2019.
 
+    Of the parameters, those that matter first are `backbone`, `train_backbone`,
+    `prototypes_per_class`, `image_size`, `memory` and `random_state`.
+
     Parameters
     ----------
     backbone : str or nn.Module, default="resnet18"

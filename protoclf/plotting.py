@@ -235,7 +235,7 @@ class ExplanationDisplay:
         if rows.empty:
             self._write(axes[0, 0], 0.5, "center", "No prototype speaks for or against it.")
             return
-        titles = "this image", "similarity, own scale", "looks like"
+        titles = "this image", "least to most similar", "looks like"
         for axis, title in zip(axes[0], titles, strict=False):
             axis.set_title(title, fontsize=10)
         matches = rows[rows["prototype"].notna()]

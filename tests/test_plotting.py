@@ -82,7 +82,7 @@ def test_the_maps_of_a_sheet_say_that_each_has_a_scale_of_its_own(fitted, square
     figure = plot_explanation(fitted, squares[0][0], "predicted", top=2).figure_
     heats = [axis.images[1].get_clim() for axis in figure.axes if len(axis.images) == 2]
     assert len(set(heats)) == len(heats) == 2
-    assert "similarity, own scale" in texts_of(figure)
+    assert "least to most similar" in texts_of(figure)
 
 
 def test_flat_maps_have_one_colour_that_the_scale_shows(squares):
