@@ -370,9 +370,8 @@ def test_a_partial_fit_goes_on_too(tmp_path):
 def test_a_file_of_a_model_names_no_checkpoint(tmp_path):
     X, y = pictures()
     clf = classifier("joint", checkpoint=tmp_path / "checkpoint").fit(X, y)
-    with pytest.warns(UserWarning, match="checkpoint"):
-        clf.save(tmp_path / "model")
-    assert ProtoPNetClassifier.load(tmp_path / "model").checkpoint is None
+    saved = clf.save(tmp_path / "model")
+    assert ProtoPNetClassifier.load(saved).checkpoint is None
 
 
 def test_a_file_is_no_folder_for_checkpoints(tmp_path):
