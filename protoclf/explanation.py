@@ -127,12 +127,12 @@ def scoring_sheet(
     boxes = preprocessing.to_original_pixels(rows[BOX].to_numpy(), sizes)
     fields = preprocessing.to_original_pixels(fields, sizes)
     paths = dataset.images.paths
-    owners = prototypes.set_index("prototype").loc[rows["prototype"]]
-    of_class = owners["class"].array  # which keeps its type where there is no row
+    owners = prototypes.set_index("prototype").loc[rows["prototype"]].set_axis(rows.index)
+    of_class = owners["class"]  # a column, which keeps its type where there is no row
     sheet = rows.assign(
         path=None if paths is None else names_column(paths[i] for i in sample),
         prototype_class=of_class,
-        source=owners["source"].array,
+        source=owners["source"],
         source_index=owners["source_index"].to_numpy(),
         source_class=of_class,
         **{"class": pd.Series(class_names).array[rows["class"].to_numpy()]},
