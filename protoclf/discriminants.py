@@ -31,7 +31,7 @@ def find_discriminants(net: SkorchProtoPNet, data: FitData) -> None:
     add_on = net.module_.eval().add_on
     if not (len(add_on) and isinstance(add_on[0], Discriminants)):
         return
-    what = "discriminants", net.discriminants()
+    what = "discriminants", net.weight_of_discriminants()
     found = remembered(net, data, what, {}, lambda: _found(net, data))
     add_on[0].weight.copy_(torch.as_tensor(found["weight"], device=net.device)[..., None, None])
 
@@ -40,7 +40,7 @@ def _found(net: SkorchProtoPNet, data: FitData) -> Arrays:
     batches = net.get_iterator(data.train_features, training=False)
     means = [inputs["features"].to(net.device).float().mean((2, 3)) for inputs, _ in batches]
     x = torch.cat(means)  # (N, D)
-    share, n_classes = net.discriminants(), len(net.classes_)
+    share, n_classes = net.weight_of_discriminants(), len(net.classes_)
     weight = discriminants(x, data.train_y, n_classes, share, data.train_weight)
     return {"weight": weight.float().to(net.device)}
 

@@ -103,7 +103,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
         )
         self.module_ = ProtoPNet(
             *(backbone, geometry.channels, spec, self.latent_dim),
-            *(normalization(self.normalization), self.discriminants() > 0),
+            *(normalization(self.normalization), self.weight_of_discriminants() > 0),
         )
         named = dict(backbone.named_parameters())
         self.module_.frozen = frozen = tuple(n for n, p in named.items() if not p.requires_grad)
@@ -181,8 +181,8 @@ class SkorchProtoPNet(NeuralNetClassifier):
         """Whether a fit trains the backbone."""
         return self.train_backbone and self.joint_epochs > 0
 
-    def discriminants(self) -> float:
-        """Return the weight of the discriminants: 0 where the network has none."""
+    def weight_of_discriminants(self) -> float:
+        """Return the `discriminant_weight` that counts here: 0 where there are no discriminants."""
         if self.discriminant_weight != "auto":
             return self.discriminant_weight
         plain = self.latent_dim is None and self.similarity == "cosine"

@@ -85,7 +85,7 @@ class Start:
         """Find discriminants, centre cosines, and choose prototypes as the parameters say."""
         counts = net.prototypes_per_class
         distinct = net.distinct if counts == "auto" else None
-        what = self, described(counts), net.discriminants(), distinct
+        what = self, described(counts), net.weight_of_discriminants(), distinct
         found = remembered(net, data, what, net.head(), lambda: self._begin(net, data))
         net.set_state(found, strict=False)
         net.agree()
