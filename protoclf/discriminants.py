@@ -20,7 +20,7 @@ from protoclf.features import Arrays, FitData
 from protoclf.net import SkorchProtoPNet
 from protoclf.network import Discriminants
 from protoclf.stage_cache import remembered
-from protoclf.torch_settings import widest_float, with_algebra
+from protoclf.torch_settings import with_algebra
 
 _LEAST_DEVIATION = 0.1  # of a channel, as a share of what is usual: dead ones are not blown up
 
@@ -54,7 +54,7 @@ def discriminants(
     penalty is the mean squared length of these. The functions are scaled so that the root mean
     square of what they say of x, centred, is `share` times that of x itself.
     """
-    x = with_algebra(x.to(widest_float(x.device)))
+    x = with_algebra(x).double()
     w = torch.ones(len(x)) if sample_weight is None else sample_weight
     w = (w / w.sum()).to(x)[:, None]  # (N, 1)
     target = F.one_hot(y.to(x.device), n_classes).to(x)  # (N, C)
