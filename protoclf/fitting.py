@@ -404,8 +404,8 @@ class StagedNet(SkorchProtoPNet):
         """Return how many prototypes may be parts of one image."""
         if self.distinct == "images":
             return 1
-        rows, cols = self.plain_module.prototype_size
-        return (self.geometry_.height - rows + 1) * (self.geometry_.width - cols + 1)
+        down, right = self.geometry_.n_patches(*self.plain_module.prototype_size)
+        return down * right
 
     def _run(
         self,

@@ -161,7 +161,7 @@ def _description(clf: ProtoPNetClassifier) -> dict[str, Any]:
     """Return what a service must know beside the graph, as JSON takes it."""
     network, geometry, table = clf.plain_module, clf.geometry_, clf.prototypes_
     rows, cols = network.prototype_size
-    down, right = np.arange(geometry.height - rows + 1), np.arange(geometry.width - cols + 1)
+    down, right = map(np.arange, geometry.n_patches(rows, cols))
     _, y0, _, y1 = geometry.cell_box(down, 0, rows, cols)  # (H',) each
     x0, _, x1, _ = geometry.cell_box(0, right, rows, cols)  # (W',) each
     classes, prototypes = np.nonzero(clf.coef_)

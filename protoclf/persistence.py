@@ -382,9 +382,9 @@ def _source_images(saved: SavedModel) -> Mapping[int, np.ndarray]:
 
 def _check_places(clf: ProtoPNetClassifier, saved: SavedModel) -> None:
     """Refuse prototypes that lie outside of the feature map, or of their training image."""
-    rows, cols = clf.module_.prototype_size
-    saved.check_range("prototypes.row", clf.geometry_.height - rows + 1)
-    saved.check_range("prototypes.col", clf.geometry_.width - cols + 1)
+    down, right = clf.geometry_.n_patches(*clf.module_.prototype_size)
+    saved.check_range("prototypes.row", down)
+    saved.check_range("prototypes.col", right)
     images = clf.source_images_
     thumbnails = images.pictures if isinstance(images, Thumbnails) else {}
     for index, box in zip(saved.indices, saved.tensors["prototypes.box"].tolist(), strict=True):

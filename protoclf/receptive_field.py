@@ -83,6 +83,10 @@ class BackboneGeometry:
         _check_inside(col, cols, self.width, "col")
         return x0[col], y0[row], x1[col + cols - 1], y1[row + rows - 1]
 
+    def n_patches(self, rows: int, cols: int) -> tuple[int, int]:
+        """Return how many patches of `rows` x `cols` cells a column and a row of the map have."""
+        return self.height - rows + 1, self.width - cols + 1
+
     @property
     def receptive_field(self) -> tuple[int, int]:
         """Height and width in pixels of the largest box of a cell, at most `image_size`."""

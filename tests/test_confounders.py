@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from colour_model import CELL, COLOURS, SIDE, colour_model, picture
 
 from protoclf.metrics import find_confounders
 from protoclf.metrics.confounders import SIGNS, _drop, _kept, _same_place
+from protoclf.receptive_field import BackboneGeometry
 
 BLUE, RED = COLOURS["blue"], COLOURS["red"]
 YELLOW, GREEN = (255, 255, 0), (0, 255, 0)
@@ -144,7 +146,7 @@ def test_two_images_are_too_few_to_be_at_one_place(clf):
 @pytest.mark.parametrize(("side", "share"), [(8, np.nan), (9, 1)])
 def test_on_maps_of_3_x_3_patches_no_place_says_anything(side, share):
     clf = SimpleNamespace(
-        geometry_=SimpleNamespace(height=side, width=side),
+        geometry_=BackboneGeometry(side, 1, side, side, (1.0, 1.0), torch.nn.Identity()),
         module_=SimpleNamespace(prototype_size=(6, 6)),
     )
     found = _same_place(clf, np.zeros((4, 2), int), np.ones((4, 2), bool))

@@ -63,7 +63,8 @@ def random_prototypes(
     data = FitData(drawn, dataset, None)
     sources = _draw(drawn, codes, np.random.default_rng(random_state))
     box = _place(drawn, data.train_features, sources)
-    row, col = np.divmod(sources.cell, _patches_per_row(drawn))
+    _, right = drawn.geometry_.n_patches(*drawn.module_.prototype_size)
+    row, col = np.divmod(sources.cell, right)
     moved = sources.distance
     drawn.sources_ = {"image": sources.image, "row": row, "col": col, "box": box, "moved": moved}
     drawn.activations_ = _activations(drawn, data, sources)
@@ -74,10 +75,6 @@ def random_prototypes(
     return drawn
 
 
-def _patches_per_row(clf: ProtoPNetClassifier) -> int:
-    return clf.geometry_.width - clf.module_.prototype_size[1] + 1
-
-
 def _draw(clf: ProtoPNetClassifier, codes: np.ndarray, rng: np.random.Generator) -> Sources:
     """Draw an image and a patch of it for each prototype."""
     owner = clf.module_.owner.cpu().numpy()
@@ -85,8 +82,8 @@ def _draw(clf: ProtoPNetClassifier, codes: np.ndarray, rng: np.random.Generator)
     for c in np.unique(owner):
         mine, own = owner == c, np.flatnonzero(codes == c)
         image[mine] = rng.choice(own if len(own) else len(codes), mine.sum())
-    rows = clf.geometry_.height - clf.module_.prototype_size[0] + 1
-    cell = rng.integers(0, rows * _patches_per_row(clf), len(owner))
+    down, right = clf.geometry_.n_patches(*clf.module_.prototype_size)
+    cell = rng.integers(0, down * right, len(owner))
     return Sources(image, cell, np.zeros(len(owner)))
 
 

@@ -200,8 +200,7 @@ def _kept(g: np.ndarray, covered: np.ndarray, marked: np.ndarray) -> np.ndarray:
 
 def _same_place(clf: ProtoPNetClassifier, cell: np.ndarray, own: np.ndarray) -> np.ndarray:
     """Return the largest share (m,) of cells (N, m) that lie within one cell of one of them."""
-    geometry, (rows, cols) = clf.geometry_, clf.module_.prototype_size
-    height, width = geometry.height - rows + 1, geometry.width - cols + 1
+    height, width = clf.geometry_.n_patches(*clf.module_.prototype_size)
     if max(height, width) <= 3:  # any place is within one cell of the middle
         return np.full(cell.shape[1], np.nan)
     place = np.stack(np.divmod(cell, width), axis=2)  # (N, m, 2)
