@@ -98,8 +98,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         regression on the mean cells of the training images says of each latent cell how much it
         speaks for each class. These C numbers are C more channels, and their length is this times
         the length of the other channels (of the mean cells, root mean square). So patches are more
-        alike if they speak for the same classes. It needs ``similarity="cosine"`` and no
-        `latent_dim`. "auto" is 0.45 for a frozen backbone, whose channels know nothing of the
+        alike if they speak for the same classes. The last layer learns from each training image by
+        discriminants of the images in the other of five folds, as if it were new. It needs
+        ``similarity="cosine"`` and no `latent_dim`. "auto" is 0.45 for a frozen backbone, whose channels know nothing of the
         classes, and otherwise 0 (the paper's).
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         Where prototypes start. "selected": there are 8 to 32 times as many candidates, patches of
@@ -126,10 +127,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         training images as the mean class, whatever their weights.
     lambda_l1 : float, "auto" or "cv", default="auto"
         Weight of sum |W| in the last layer's objective. A larger value means fewer prototypes in a
-        sheet. "auto" is 5e-4 if the backbone was trained, and 2e-4 otherwise; for C > 10 classes,
-        this times the root of 10 / C. "cv" chooses by cross-validation on the activations: see
-        `last_layer_path_`. A file that is in X several times, as after oversampling, is held out
-        as a whole.
+        sheet. "auto" is 5e-4 if the backbone was trained, otherwise 4e-4 with discriminants and
+        2e-4 without; for C > 10 classes, this times the root of 10 / C. "cv" chooses by
+        cross-validation on the activations: see `last_layer_path_`. A file that is in X several
+        times, as after oversampling, is held out as a whole.
     lambda_l2 : float or "auto", default="auto"
         Weight of sum W^2 / 2 / C in the last layer's objective. It shares a weight among
         prototypes that are alike, where `lambda_l1` alone would pick one, and makes sheets longer.
@@ -250,7 +251,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         its `weight` is of all prototypes that there were before unused ones were removed.
     activations_ : Activations
         The activations of the training images, 4 n m bytes, and those of `augmented_views`. Edits
-        solve the last layer on them: see `protoclf.editing`.
+        solve the last layer on them: see `protoclf.editing`. With discriminants they are those of
+        images that are new to them (see `discriminant_weight`), and not what `transform` returns.
     skipped_ : DataFrame
         With ``on_bad_image="skip"`` only: position, path and reason of each image left out.
     edits_ : DataFrame
@@ -659,10 +661,10 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         ----------
         X, y, sample_weight, groups
             Images as in `fit`, with labels that it saw. On the training images, held-out scores
-            are a little too good, because prototypes match the images that they are parts of
-            perfectly. ``lambda_l1="cv"`` in `fit` corrects this. Here such matches are shown as
-            they are, as with ``self_matches="keep"``: for rare classes, a fit with "auto" has
-            other weights.
+            are too good: prototypes match the images that they are parts of perfectly, and
+            discriminants know the images that they were found by. ``lambda_l1="cv"`` in `fit`
+            corrects both. Here activations are what `transform` returns, so a fit has other
+            weights with discriminants, and for rare classes with ``self_matches="auto"``.
         penalties : sequence of float, optional
             Values of lambda_l1. By default nine, from 1e-2 to 1e-4 times the largest activation,
             and lower for more than ten classes. For each prototype, the image that is most similar

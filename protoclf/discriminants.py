@@ -18,7 +18,6 @@ from torch import Tensor
 
 from protoclf.features import Arrays, FitData
 from protoclf.net import SkorchProtoPNet
-from protoclf.network import Discriminants
 from protoclf.stage_cache import remembered
 from protoclf.torch_settings import with_algebra
 
@@ -28,21 +27,26 @@ _LEAST_DEVIATION = 0.1  # of a channel, as a share of what is usual: dead ones a
 @torch.no_grad()
 def find_discriminants(net: SkorchProtoPNet, data: FitData) -> None:
     """Set the `Discriminants` of the add-on layers, if there are any, for the training images."""
-    add_on = net.module_.eval().add_on
-    if not (len(add_on) and isinstance(add_on[0], Discriminants)):
+    layer = net.module_.discriminants
+    if layer is None:
         return
     what = "discriminants", net.weight_of_discriminants()
     found = remembered(net, data, what, {}, lambda: _found(net, data))
-    add_on[0].weight.copy_(torch.as_tensor(found["weight"], device=net.device)[..., None, None])
+    weight = torch.as_tensor(found["weight"], device=net.device)
+    layer.weight.copy_(weight[..., None, None])
 
 
 def _found(net: SkorchProtoPNet, data: FitData) -> Arrays:
-    batches = net.get_iterator(data.train_features, training=False)
-    means = [inputs["features"].to(net.device).float().mean((2, 3)) for inputs, _ in batches]
-    x = torch.cat(means)  # (N, D)
-    share, n_classes = net.weight_of_discriminants(), len(net.classes_)
+    x, share, n_classes = mean_cells(net, data), net.weight_of_discriminants(), len(net.classes_)
     weight = discriminants(x, data.train_y, n_classes, share, data.train_weight)
     return {"weight": weight.float().to(net.device)}
+
+
+def mean_cells(net: SkorchProtoPNet, data: FitData) -> Tensor:
+    """Return the mean feature cell (N, D) of each training image."""
+    batches = net.get_iterator(data.train_features, training=False)
+    means = [inputs["features"].to(net.device).float().mean((2, 3)) for inputs, _ in batches]
+    return torch.cat(means)
 
 
 def discriminants(

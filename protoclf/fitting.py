@@ -348,7 +348,7 @@ class StagedNet(SkorchProtoPNet):
             first=first,
             divided=valid is not None,
         )
-        if groups is None and self.lambda_l1 == "cv":
+        if groups is None and (self.lambda_l1 == "cv" or self.weight_of_discriminants()):
             groups = repeated_files(whole.images)
         data = FitData(self, train, valid, None if groups is None else groups[positions])
         stages = schedule(self, first)

@@ -265,6 +265,12 @@ class ProtoPNet(nn.Module):
         return self
 
     @property
+    def discriminants(self) -> Discriminants | None:
+        """The layer that adds discriminants to the features, if there is one."""
+        first = next(iter(self.add_on), None)
+        return first if isinstance(first, Discriminants) else None
+
+    @property
     def prototype_size(self) -> tuple[int, int]:
         """Rows and columns of cells of a prototype, H1 and W1."""
         return self.prototypes.shape[2], self.prototypes.shape[3]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from protoclf.concepts import ForbiddenPatches
+from protoclf.cross_fitting import latents_as_if_new
 from protoclf.features import Arrays, FitData
 from protoclf.localization import activation_boxes, covered_cells
 from protoclf.net import SkorchProtoPNet
@@ -30,7 +31,7 @@ def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays
         - "moved" (m,) : squared distance to it before
         - "box" (m, 4) : where it is active in that image, in pixels of the input
         - "prototypes" (m, D, H1, W1)
-        - "distance" (N, m) : of all training images
+        - "distance" (N, m) : of all training images, as if they were new to the discriminants
     """
     module, n, concepts = net.module_, len(data.train_features), net.concepts_
     own = net.processes.own_rows(n, net.batch_size)
@@ -47,7 +48,7 @@ def project(net: SkorchProtoPNet, data: FitData, distinct: str | None) -> Arrays
     )
     cells = _take_patches(net, data, sources)
     net.agree()
-    distance = image_distances(net, data.train_latents(own), n)
+    distance = image_distances(net, latents_as_if_new(net, data, rows=own), n)
     row, col = np.divmod(sources.cell, cells.shape[2] - module.prototype_size[1] + 1)
     return {
         **{"image": sources.image, "row": row, "col": col, "moved": sources.distance},
@@ -68,13 +69,15 @@ def image_distances(
     return net.processes.in_order(distance, n)
 
 
-def view_activations(net: SkorchProtoPNet, data: FitData) -> Tensor | None:
-    """Return the activations (V, N, m) of views of the training images; None where V is 0."""
-    module = net.module_
-    views = [
-        module.activations(image_distances(net, net.latents(view), len(view)))
-        for view in data.view_features
-    ]
+def view_activations(net: SkorchProtoPNet, data: FitData, as_if_new: bool = False) -> Tensor | None:
+    """Return the activations (V, N, m) of views of the training images; None where V is 0.
+
+    Perhaps as if the images were new to the discriminants.
+    """
+    views = []
+    for view in data.view_features:
+        latents = latents_as_if_new(net, data, view) if as_if_new else net.latents(view)
+        views.append(net.module_.activations(image_distances(net, latents, len(view))))
     return torch.stack(views) if views else None
 
 

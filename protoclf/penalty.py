@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from protoclf.activations import Activations, share_of_many
 from protoclf.rules import NON_NEGATIVE, Rule, integer
 from protoclf.self_matches import are_self_matches
+from protoclf.splits import Splits, stratified_splits
 
 PENALTIES = tuple(float(f"{p:.1e}") for p in np.geomspace(1e-2, 1e-4, 9))
 """What `lambda_l1="cv"` chooses from, for activations of at most 1 and up to ten classes."""
 
-_AUTO = {"lambda_l1": (2e-4, 5e-4), "lambda_l2": (1e-3, 0.0)}
-"""Of the last layer over a backbone as it was given, and over one that was trained.
+_AUTO = {
+    "given": {"lambda_l1": 2e-4, "lambda_l2": 1e-3},
+    "given, with discriminants": {"lambda_l1": 4e-4, "lambda_l2": 1e-3},
+    "trained": {"lambda_l1": 5e-4, "lambda_l2": 0.0},
+}
+"""Of the last layer over features of three kinds.
 
 Features that were trained for the classes are told apart by few prototypes; what else the squared
 penalty keeps makes sheets longer there, and predictions no better.
@@ -38,15 +42,17 @@ PENALTY_LIST = Rule(
 _TOLERANCE = 0.01  # of held-out solves, as a share of the smallest penalty
 
 
-def auto_penalty(name: str, value: float | str, trained: bool, n_classes: int) -> Any:
-    """Return the value of `lambda_l1` or `lambda_l2`; where it is "auto", one for the backbone.
+def auto_penalty(name: str, value: float | str, features: str, n_classes: int) -> Any:
+    """Return the value of `lambda_l1` or `lambda_l2`; where it is "auto", one for the features.
+
+    These are "given" by the backbone, "given, with discriminants", or "trained".
 
     That of `lambda_l1` falls with the root of the number of classes: less than their share of the
     images does, for the sake of short sheets.
     """
     if value != "auto":
         return value
-    return _AUTO[name][trained] * (share_of_many(n_classes) ** 0.5 if name == "lambda_l1" else 1)
+    return _AUTO[features][name] * (share_of_many(n_classes) ** 0.5 if name == "lambda_l1" else 1)
 
 
 def penalties_to_try(
@@ -76,14 +82,12 @@ def penalty_path(
 ) -> pd.DataFrame:
     """Solve the last layer for each lambda_l1, on all images and by cross-validation.
 
-    Folds are stratified, and images of one of the `groups` (N,) stay in one; 0 `folds` leave
-    cross-validation out. Classes of fewer images lower the number, but for those of one image,
-    or one group, which are not held out.
+    0 `folds` leave cross-validation out; see `stratified_splits` for fewer of them than asked for.
 
     Returns the table of `ProtoPNetClassifier.last_layer_path`.
     """
     penalties = sorted(penalties, reverse=True)
-    splits = _splits(activations.y.cpu().numpy(), folds, seed, groups)
+    splits = stratified_splits(activations.y.cpu().numpy(), folds, seed, groups)
     held_out = _held_out_scores(activations, penalties, splits, lambda_l2)  # (folds, penalties, 2)
     rows = []
     for i, result in enumerate(activations.solve(penalties, lambda_l2=lambda_l2)):
@@ -101,31 +105,6 @@ def penalty_path(
             row[f"{name}_std"] = values.std() if len(values) else np.nan
         rows.append(row | {"weight": weight.cpu().numpy()})
     return pd.DataFrame(rows)
-
-
-Splits = list[tuple[np.ndarray, np.ndarray]]
-
-
-def _splits(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> Splits:
-    """Return stratified folds, (train, test) indices each; none where there are not two.
-
-    The only image of a class, or the only group, says nothing of a last layer that never saw the
-    class: it is learned from in each fold, unless another image of its group is held out.
-    """
-    _, together = np.unique(range(len(y)) if groups is None else groups, return_inverse=True)
-    n_groups = np.bincount(np.unique(np.stack([y, together]), axis=1)[0])  # (C,)
-    several = np.flatnonzero(n_groups[y] > 1)
-    if not len(several):
-        return []
-    folds = min(folds, int(np.bincount(y)[n_groups > 1].min()))
-    folds = min(folds, len(np.unique(together[several])))
-    if folds < 2:
-        return []
-    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    known = several, y[several], None if groups is None else groups[several]
-    parts = kind(folds, shuffle=True, random_state=seed).split(*known)
-    held_out = [np.isin(together, together[several[test]]) for _, test in parts]
-    return [(np.flatnonzero(~out), np.flatnonzero(out)) for out in held_out]
 
 
 def _held_out_scores(

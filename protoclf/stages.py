@@ -198,7 +198,7 @@ class Projection:
         module.train_only(())
         _forgive_a_miss(net)
         with _history_row(net, data, self.name):
-            what = self, described(net.concepts_)
+            what = self, described(net.concepts_), described(data.groups)
             work = partial(project, net, data, self.distinct)
             found = remembered(net, data, what, net.head(), work)
             module.prototypes.data.copy_(torch.as_tensor(found["prototypes"]))
@@ -257,7 +257,7 @@ class LastLayer:
             net.activations_ = Activations(
                 *(g, data.train_y.to(g.device), module.owner, len(module.last_layer.weight)),
                 weight=data.train_weight,
-                views=view_activations(net, data),
+                views=view_activations(net, data, as_if_new=True),
             )
             if widest_float(g.device) != torch.float64:  # the solver's work is the CPU's then
                 net.activations_ = net.activations_.cpu()
@@ -294,7 +294,7 @@ class LastLayer:
 
     def ridge(self, net: SkorchProtoPNet) -> float:
         """Return the weight of the squared penalty."""
-        return auto_penalty("lambda_l2", self.lambda_l2, net.backbone_trained_, len(net.classes_))
+        return auto_penalty("lambda_l2", self.lambda_l2, _kind_of_features(net), len(net.classes_))
 
     def _penalty(self, net: SkorchProtoPNet, data: FitData) -> float:
         """Return the penalty.
@@ -303,7 +303,7 @@ class LastLayer:
         source of a prototype.
         """
         n_classes = len(net.classes_)
-        lambda_l1 = auto_penalty("lambda_l1", self.lambda_l1, net.backbone_trained_, n_classes)
+        lambda_l1 = auto_penalty("lambda_l1", self.lambda_l1, _kind_of_features(net), n_classes)
         if not isinstance(lambda_l1, str):
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
             return lambda_l1
@@ -317,6 +317,12 @@ class LastLayer:
             )
         net.last_layer_path_ = path
         return float(path["lambda_l1"][path["cross_entropy"].argmin()])
+
+
+def _kind_of_features(net: SkorchProtoPNet) -> str:
+    if net.backbone_trained_:
+        return "trained"
+    return "given" if net.plain_module.discriminants is None else "given, with discriminants"
 
 
 @torch.no_grad()

@@ -47,8 +47,8 @@ from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.labels import read_groups
 from protoclf.last_layer import solve_last_layer
-from protoclf.penalty import _splits
 from protoclf.scorers import n_prototypes_scorer
+from protoclf.splits import stratified_splits
 
 FOLDS = StratifiedKFold(2)
 
@@ -168,12 +168,12 @@ def test_weights_beyond_single_precision_are_refused(paths, squares, weight, cla
 def test_no_split_takes_a_group_apart(folds):
     y = np.repeat([0, 1, 2], 12)
     groups = np.arange(36) // 2 % 9
-    splits = _splits(y, folds, 0, groups)
+    splits = stratified_splits(y, folds, 0, groups)
     assert len(splits) == min(folds, 9)
     for train, test in splits:
         assert not set(groups[train]) & set(groups[test])
     assert sorted(np.concatenate([test for _, test in splits])) == list(range(36))
-    assert _splits(y, folds, 0, np.zeros(36)) == []
+    assert stratified_splits(y, folds, 0, np.zeros(36)) == []
 
 
 def test_groups_reach_every_split_inside_fit(paths, squares, monkeypatch):
@@ -187,8 +187,10 @@ def test_groups_reach_every_split_inside_fit(paths, squares, monkeypatch):
     groups = np.array([f"bird {i}" for i in np.arange(24) // 3])
     from protoclf import penalty
 
-    splits = penalty._splits
-    monkeypatch.setattr(penalty, "_splits", lambda *args: seen.append(args[-1]) or splits(*args))
+    splits = penalty.stratified_splits
+    monkeypatch.setattr(
+        penalty, "stratified_splits", lambda *args: seen.append(args[-1]) or splits(*args)
+    )
     clf = small(lambda_l1="cv", train_split=Watched(GroupKFold(4)))
     clf.fit(paths, squares[1], groups=groups)
     of_split, of_penalty = seen
@@ -296,11 +298,12 @@ def test_weights_are_routed_through_a_pipeline_and_a_search(paths, squares):
         search = GridSearchCV(pipeline, grid, cv=GroupKFold(2), error_score="raise")
         search.fit(paths, y, **given)
     for i, (train, test) in enumerate(GroupKFold(2).split(paths, y, given["groups"])):
-        alone = small(lambda_l1=1e-2).fit(paths[train], y[train], weight[train])
+        part = (paths[train], y[train], weight[train], given["groups"][train])
+        alone = small(lambda_l1=1e-2).fit(*part)
         score = alone.score(paths[test], y[test], weight[test])
         assert search.cv_results_[f"split{i}_test_score"][1] == pytest.approx(score)
     best = search.best_estimator_[-1]
-    expected = small(lambda_l1=best.lambda_l1).fit(paths, y, weight)
+    expected = small(lambda_l1=best.lambda_l1).fit(paths, y, weight, given["groups"])
     assert np.array_equal(best.coef_, expected.coef_)
 
 

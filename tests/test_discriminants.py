@@ -5,8 +5,10 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import StratifiedKFold
+from torch import nn
 
-from protoclf import ProtoPNetClassifier
+from protoclf import ProtoPNetClassifier, cross_fitting
 from protoclf.datasets import make_birds
 from protoclf.discriminants import discriminants
 from protoclf.features import feature_batches
@@ -21,7 +23,8 @@ def birds(tmp_path_factory):
 
 def classifier(**settings):
     given = {"image_size": 32, "prototypes_per_class": 2, "random_state": 0, "verbose": 0}
-    return ProtoPNetClassifier("small_cnn", **given | {"train_backbone": False} | settings)
+    given |= {"backbone": "small_cnn", "train_backbone": False}
+    return ProtoPNetClassifier(**given | settings)
 
 
 def textbook(x, y, share, weight):
@@ -113,3 +116,106 @@ def test_a_saved_model_has_them_or_not(birds, tmp_path, weight):
     assert (loaded.predict_proba(birds[0]) == clf.predict_proba(birds[0])).all()
     loaded.fit(*birds)  # builds anew what the parameters ask for
     assert len(loaded.module_.add_on) == len(clf.module_.add_on)
+
+
+def said_by_folds(clf, X, y, folds, n_classes):
+    """Latents of the training images, one by one, by discriminants of the other folds' images."""
+    (features,) = [b["features"].float() for b, _ in feature_batches(clf, clf.get_dataset(X))]
+    means, mean = features.mean((2, 3)), features.mean((0, 2, 3))
+    latents = []
+    for i, f in enumerate(features):
+        others = folds != folds[i]
+        weight = discriminants(means[others], y[others], n_classes, 0.45).float()
+        centred = f - mean[:, None, None]
+        z = torch.cat([centred, torch.einsum("cd,dhw->chw", weight, centred)])
+        latents.append(z / z.norm(dim=0))
+    return torch.stack(latents)
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_the_last_layer_sees_training_images_as_if_they_were_new(birds, views):
+    paths, labels = birds
+    y = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+    given = {"augmentation": nn.Identity(), "augmented_views": views}
+    clf = classifier(precision="float32", **given).fit(paths, labels)
+    folds = np.zeros(len(y), int)
+    splits = StratifiedKFold(3, shuffle=True, random_state=clf.seed_).split(y, y)
+    for k, (_, held_out) in enumerate(splits):  # 3, because no class has more images
+        folds[held_out] = k
+    z = said_by_folds(clf, paths, y, folds, len(clf.classes_))
+    prototypes = clf.module_.scaled_prototypes()[:, :, 0, 0]
+    g = torch.einsum("md,ndhw->nmhw", prototypes, z).amax((2, 3))
+    assert_allclose(clf.activations_.g, g, atol=1e-5)
+    assert len(clf.activations_.views) == views
+    for view in clf.activations_.views:
+        assert_allclose(view, g, atol=1e-5)
+    assert not np.allclose(clf.transform(paths), g, atol=1e-3)
+
+
+def test_labels_that_mean_nothing_are_not_believed():
+    """Discriminants know the images that they were found by, whatever their labels."""
+    X = np.random.default_rng(0).integers(0, 255, (60, 16, 16, 3), dtype=np.uint8)
+    y = np.arange(60) % 3
+    clf = classifier(backbone=nn.Conv2d(3, 200, 16, 16), image_size=16, discriminant_weight=1.0)
+    clf.fit(X, y)
+    owner, source = clf.module_.owner.numpy(), clf.prototypes_["source_index"].to_numpy()
+    own = (y[:, None] == owner) & (np.arange(60)[:, None] != source)
+    other = y[:, None] != owner
+
+    def favour(g):
+        return g[own].mean() - g[other].mean()
+
+    assert favour(clf.transform(X)) > 0.5
+    assert abs(favour(clf.activations_.g.numpy())) < 0.15
+
+
+def test_images_of_a_group_are_left_out_together(birds, monkeypatch):
+    twice, y = np.tile(birds[0], 2), np.tile(birds[1], 2)
+    groups = np.tile(np.arange(len(y) // 2), 2)
+    found, find = [], cross_fitting._found
+    monkeypatch.setattr(cross_fitting, "_found", lambda *a: found.append(find(*a)) or found[-1])
+    by_groups = classifier().fit(twice, y, groups=groups)
+    by_files = classifier().fit(twice, y)  # the same file is left out as a whole
+    for folds in found:
+        first, second = np.split(folds["fold"], 2)
+        assert (first == second).all()
+        assert len(np.unique(first)) == 5
+    assert torch.equal(by_groups.activations_.g, by_files.activations_.g)
+
+
+def test_the_only_image_of_a_class_is_never_left_out(birds):
+    paths, y = np.asarray(birds[0]), birds[1]
+    first = y == y[0]
+    kept = ~first | (first.cumsum() == 1)
+    paths, alone = paths[kept], first[kept]
+    clf = classifier(prototypes_per_class=1, precision="float32").fit(paths, y[kept])
+    as_it_is, shown = clf.transform(paths), clf.activations_.g.numpy()
+    assert_allclose(shown[alone], as_it_is[alone], atol=1e-5)
+    assert not np.allclose(shown[~alone], as_it_is[~alone], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"discriminant_weight": 0}, {"train_backbone": True, "joint_epochs": 1}], ids=str
+)
+def test_without_discriminants_of_these_features_images_are_as_they_are(birds, settings):
+    given = {"precision": "float32", "augmented_views": 0, "discriminant_weight": 0.5} | settings
+    clf = classifier(**given).fit(*birds)
+    assert_allclose(clf.activations_.g, clf.transform(birds[0]), atol=1e-5)
+
+
+def test_further_training_sees_images_as_the_fit_did(birds):
+    clf = classifier().fit(*birds)
+    before = clf.activations_.g
+    assert_allclose(clf.partial_fit(*birds).activations_.g, before, atol=1e-6)
+
+
+def test_a_search_finds_the_folds_of_its_groups(birds, tmp_path):
+    """What `memory=` keeps of one fit is not taken for that of other groups."""
+    paths, labels = birds
+    groups = np.arange(len(paths)) // 2
+    fits = [
+        classifier(memory=tmp_path / str(k)).fit(paths, labels, groups=given).activations_.g
+        for k, given in [(0, None), (0, groups), (1, groups)]
+    ]
+    assert torch.equal(fits[1], fits[2])
+    assert not torch.equal(fits[0], fits[1])

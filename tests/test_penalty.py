@@ -9,7 +9,8 @@ import torch
 from protoclf import ProtoPNetClassifier
 from protoclf.activations import Activations, tolerance
 from protoclf.last_layer import solve_last_layer
-from protoclf.penalty import PENALTIES, _splits, auto_penalty, penalties_to_try, penalty_path
+from protoclf.penalty import PENALTIES, auto_penalty, penalties_to_try, penalty_path
+from protoclf.splits import stratified_splits
 
 
 def activations(n=60, m=12, n_classes=3, seed=0, weight=None):
@@ -71,7 +72,7 @@ def test_the_only_image_of_a_class_is_held_out_with_its_group_alone(groups):
     y = np.repeat([0, 1, 2], [10, 10, 1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        splits = _splits(y, 4, 0, groups)
+        splits = stratified_splits(y, 4, 0, groups)
     assert len(splits) == 4
     for train, test in splits:
         assert (20 in test) == (groups is not None and groups[20] in groups[test[test < 20]])
@@ -80,7 +81,7 @@ def test_the_only_image_of_a_class_is_held_out_with_its_group_alone(groups):
 
 def test_copies_of_the_only_image_of_a_class_are_learned_from_in_each_fold():
     y = np.repeat([0, 1, 2], [10, 10, 3])
-    splits = _splits(y, 4, 0, np.r_[:20, 20, 20, 20])
+    splits = stratified_splits(y, 4, 0, np.r_[:20, 20, 20, 20])
     assert len(splits) == 4
     assert all({20, 21, 22} <= set(train) for train, _ in splits)
 
@@ -162,31 +163,32 @@ def test_a_fixed_penalty_has_no_path(fitted):
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
-        ({"train_backbone": False}, (2e-4, 1e-3)),
+        ({"train_backbone": False}, (4e-4, 1e-3)),
+        ({"train_backbone": False, "discriminant_weight": 0}, (2e-4, 1e-3)),
         ({}, (5e-4, 0.0)),
-        ({"joint_epochs": 0}, (2e-4, 1e-3)),
+        ({"discriminant_weight": 0.5}, (5e-4, 0.0)),
+        ({"joint_epochs": 0}, (4e-4, 1e-3)),
         ({"train_backbone": False, "lambda_l1": 0.01}, (0.01, 1e-3)),
         ({"lambda_l2": 0.02}, (5e-4, 0.02)),
     ],
 )
-def test_automatic_penalties_depend_on_whether_the_backbone_was_trained(
-    squares, parameters, expected
-):
+def test_automatic_penalties_depend_on_the_features(squares, parameters, expected):
     settings = {"image_size": 48, "prototypes_per_class": 1, "joint_epochs": 1, "verbose": 0}
     clf = ProtoPNetClassifier("small_cnn", **settings | parameters, random_state=0).fit(*squares)
     result = clf.last_layer_result_
     assert (clf.lambda_l1_, result.lambda_l1, result.lambda_l2) == (expected[0], *expected)
-    path = clf.last_layer_path(*squares, [expected[0]], folds=0)
-    assert path["objective"][0] == pytest.approx(result.objective, rel=1e-2)
+    if clf.module_.discriminants is None:  # otherwise `fit` sees the images as if they were new
+        path = clf.last_layer_path(*squares, [expected[0]], folds=0)
+        assert path["objective"][0] == pytest.approx(result.objective, rel=1e-2)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_automatic_penalties_of_many_classes_are_lower(trained):
-    first = [auto_penalty("lambda_l1", "auto", trained, c) for c in (2, 10, 40, 1000)]
+@pytest.mark.parametrize("features", ["given", "given, with discriminants", "trained"])
+def test_automatic_penalties_of_many_classes_are_lower(features):
+    first = [auto_penalty("lambda_l1", "auto", features, c) for c in (2, 10, 40, 1000)]
     np.testing.assert_allclose(np.divide(first, first[1]), [1, 1, 0.5, 0.1])
-    second = {auto_penalty("lambda_l2", "auto", trained, c) for c in (2, 10, 40)}
+    second = {auto_penalty("lambda_l2", "auto", features, c) for c in (2, 10, 40)}
     assert len(second) == 1  # its sum of squares is divided by the number of classes
-    assert auto_penalty("lambda_l1", 0.01, trained, 40) == 0.01
+    assert auto_penalty("lambda_l1", 0.01, features, 40) == 0.01
 
 
 @pytest.mark.parametrize(("n_classes", "share"), [(3, 1), (10, 1), (40, 0.25)])
@@ -231,6 +233,7 @@ def test_weak_penalties_of_many_classes_are_solved_closely():
     X, y = colours + rng.integers(0, 64, (80, 24, 24, 3), dtype=np.uint8), np.repeat(range(40), 2)
     settings = {"image_size": 24, "train_backbone": False, "random_state": 0, "verbose": 0}
     settings |= {"self_matches": "keep", "lambda_l1": 2.5e-5, "prototypes_per_class": 1}
+    settings |= {"discriminant_weight": 0}
     clf = ProtoPNetClassifier("small_cnn", **settings).fit(X, y)
     path = clf.last_layer_path(X, y, [2.5e-5], folds=0)
     (closely,) = clf.activations_.changed(torch.Tensor.double).solve([2.5e-5], 1e-9, 1e-3)

@@ -131,7 +131,7 @@ def test_candidates_of_many_classes_are_rated_with_a_lower_penalty(
     settings = {"image_size": 32, "train_backbone": False, "random_state": 0, "verbose": 0}
     clf = ProtoPNetClassifier("small_cnn", prototypes_per_class="auto", **settings).fit(X, y)
     np.testing.assert_allclose(seen, [share * 3e-3], rtol=1e-6)
-    assert clf.lambda_l1_ == pytest.approx(2e-4 * share**0.5)
+    assert clf.lambda_l1_ == pytest.approx(4e-4 * share**0.5)
 
 
 def test_where_no_prototype_has_a_weight_one_of_each_class_stays(squares):

@@ -262,7 +262,7 @@ def test_damage_costs_time_alone(files, tmp_path, computed, damage):
     X, y = files
     first = frozen(tmp_path / "m").fit(X, y)
     kept = list((tmp_path / "m").rglob("*.npz"))
-    assert len(kept) == 5  # discriminants, centre, candidates, start, projection
+    assert len(kept) == 6  # discriminants, those of folds, centre, candidates, start, projection
     for file in kept:
         file.write_bytes(damage)
     assert_same_model(frozen(tmp_path / "m").fit(X, y), first, X)

@@ -239,8 +239,8 @@ def test_train_loss_of_the_last_row_has_the_weights_of_the_images(squares):
     X, y = squares
     weight = np.where(y == "red", 5.0, 0.5)
     options = {"image_size": 48, "prototypes_per_class": 2, "joint_epochs": 0, "verbose": 0}
-    clf = ProtoPNetClassifier(Spy(), train_backbone=False, random_state=0, **options)
-    clf.fit(X, y, sample_weight=weight)
+    options |= {"discriminant_weight": 0, "train_backbone": False, "random_state": 0}
+    clf = ProtoPNetClassifier(Spy(), **options).fit(X, y, sample_weight=weight)
     images, codes = clf.get_dataset(X), torch.from_numpy(np.searchsorted(clf.classes_, y))
     with torch.no_grad():
         outputs = clf.module_(images.decoded(np.arange(len(X))))
