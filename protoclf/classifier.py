@@ -99,9 +99,9 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         speaks for each class. These C numbers are C more channels, and their length is this times
         the length of the other channels (of the mean cells, root mean square). So patches are more
         alike if they speak for the same classes. The last layer learns from each training image by
-        discriminants of the images in the other of five folds, as if it were new. It needs
-        ``similarity="cosine"`` and no `latent_dim`. "auto" is 0.45 for a frozen backbone, whose channels know nothing of the
-        classes, and otherwise 0 (the paper's).
+        discriminants of the other folds of five, as if the image were new. They need
+        ``similarity="cosine"`` and no `latent_dim`. "auto" is 0.45 for a frozen backbone, whose
+        channels know nothing of the classes, and otherwise 0 (the paper's).
     prototype_init : {"selected", "kmeans", "random"}, default="selected"
         Where prototypes start. "selected": there are 8 to 32 times as many candidates, patches of
         the class, and those that a sparse last layer uses are kept (a class of fewer than 10
