@@ -424,7 +424,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
 
     # Fitting ------------------------------------------------------------------------------------
 
-    def fit(
+    def fit(  # type: ignore[override]  # skorch's takes any metadata
         self,
         X: Any,
         y: ArrayLike | None = None,
@@ -466,7 +466,7 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         first = not (self.warm_start and self._is_trained())
         return self._fit(X, y, sample_weight, groups, first)
 
-    def partial_fit(
+    def partial_fit(  # type: ignore[override]  # skorch's takes any metadata
         self,
         X: Any,
         y: ArrayLike | None = None,

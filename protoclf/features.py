@@ -401,7 +401,7 @@ class FitData:
         """Features of the training images, transformed at random `augmented_views` times."""
         if self._view_features is None:
             count = self.net.augmented_views
-            if count == "auto":
+            if isinstance(count, str):  # "auto"
                 count = _VIEWS_BEHIND_TRAINED if self.net.backbone_trained_ else 0
             self._view_features = self._transformed(count)
         return self._view_features

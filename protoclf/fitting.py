@@ -315,7 +315,7 @@ class StagedNet(SkorchProtoPNet):
         check_single_precision(weight)
         return weight
 
-    def fit_loop(
+    def fit_loop(  # type: ignore[override]  # skorch's takes any metadata
         self,
         X: Dataset,
         y: Any = None,

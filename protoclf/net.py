@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -71,6 +72,44 @@ class NotFinite(FloatingPointError):
 class SkorchProtoPNet(NeuralNetClassifier):
     """skorch's net around a `ProtoPNet`; what its stages train is theirs to say."""
 
+    # parameters, which the classifier sets
+    backbone: str | nn.Module
+    weights: Any
+    train_backbone: bool
+    image_size: int
+    resize: str
+    normalization: Any
+    prototypes_per_class: str | int | Mapping[Any, int]
+    prototype_size: tuple[int, int] | str
+    latent_dim: int | None
+    similarity: str
+    discriminant_weight: float | str
+    prototype_init: str
+    class_weight: Any
+    distinct: str | None
+    self_matches: str
+    lambda_clst: float
+    lambda_sep: float
+    lambda_patch: float
+    lambda_l1: float | str
+    lambda_l2: float | str
+    warmup_epochs: int
+    joint_epochs: int
+    cycles: int
+    augmentation: Any
+    augmented_views: int | str
+    memory: Any
+    checkpoint: str | os.PathLike[str] | None
+    backbone_lr: float
+    lr_schedule: str | None
+    batch_norm: str
+    micro_batch_size: int | str | None
+    precision: str
+    on_bad_image: str
+    tune_allocator: bool
+    random_state: Any
+
+    # what a fit sets
     module_: ProtoPNet
     criterion_: ProtoPNetLoss
     optimizer_: torch.optim.Optimizer
@@ -183,7 +222,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
 
     def weight_of_discriminants(self) -> float:
         """Return the `discriminant_weight` that counts here: 0 where there are no discriminants."""
-        if self.discriminant_weight != "auto":
+        if not isinstance(self.discriminant_weight, str):  # "auto"
             return self.discriminant_weight
         plain = self.latent_dim is None and self.similarity == "cosine"
         return _DISCRIMINANT_WEIGHT if plain and not self.trains_backbone else 0.0
@@ -459,7 +498,7 @@ class SkorchProtoPNet(NeuralNetClassifier):
                 raise ValueError(f"{name!r}: there is no callback {callback!r}; there are {known}.")
         return super()._set_params_callback(**params)
 
-    def _get_param_names(self) -> list[str]:
+    def _get_param_names(self) -> list[str]:  # type: ignore[override]  # as in skorch, no classmethod
         names = super()._get_param_names()
         return sorted(n for n in names if not n.startswith("_") and n not in NOT_OURS)
 
