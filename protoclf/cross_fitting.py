@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclf.discriminants import discriminants, mean_cells
+from protoclf.discriminants import discriminants, mean_cells, share_of
 from protoclf.features import Arrays, FeatureDataset, FitData
 from protoclf.fingerprints import described
 from protoclf.net import SkorchProtoPNet
@@ -40,21 +40,21 @@ def latents_as_if_new(
     layer = net.module_.discriminants
     if layer is None or net.backbone_trained_:
         return data.train_latents(rows) if views is None else net.latents(views, rows)
-    what = "discriminants by folds", net.weight_of_discriminants(), described(data.groups)
-    found = remembered(net, data, what, {}, lambda: _found(net, data))
+    what = "discriminants by folds", described(data.groups)
+    found = remembered(net, data, what, layer.state_dict(), lambda: _found(net, data, layer.weight))
     features = data.train_features if views is None else views
     return _latents_by_folds(net, features, layer.weight, found, rows)
 
 
-def _found(net: SkorchProtoPNet, data: FitData) -> Arrays:
-    """Find discriminants without each of K folds.
+def _found(net: SkorchProtoPNet, data: FitData, of_all: Tensor) -> Arrays:
+    """Find discriminants without each of K folds, as long as those of all (C, D, 1, 1).
 
     "weight" (K, C, D); "fold" (N,), which is K for images that are in no fold; "mean" (D,) of all
     cells.
     """
     x, y, w = mean_cells(net, data), data.train_y, data.train_weight
     splits = stratified_splits(y.numpy(), _FOLDS, net.seed_, data.groups, each_class_in_all=False)
-    n_classes, share = len(net.classes_), net.weight_of_discriminants()
+    n_classes, share = len(net.classes_), share_of(of_all[..., 0, 0], x, w)
     fold, weight = np.full(len(x), len(splits)), [x.new_empty(0, n_classes, x.shape[1])]
     for k, (others, held_out) in enumerate(splits):
         fold[held_out] = k

@@ -50,7 +50,7 @@ def mean_cells(net: SkorchProtoPNet, data: FitData) -> Tensor:
 
 
 def discriminants(
-    x: Tensor, y: Tensor, n_classes: int, share: float, sample_weight: Tensor | None = None
+    x: Tensor, y: Tensor, n_classes: int, share: float | Tensor, sample_weight: Tensor | None = None
 ) -> Tensor:
     """Return linear functions (C, D) of cells, by the mean cells x (N, D) of images.
 
@@ -58,11 +58,9 @@ def discriminants(
     penalty is the mean squared length of these. The functions are scaled so that the root mean
     square of what they say of x, centred, is `share` times that of x itself.
     """
-    x = with_algebra(x).double()
-    w = torch.ones(len(x)) if sample_weight is None else sample_weight
-    w = (w / w.sum()).to(x)[:, None]  # (N, 1)
+    x, w = _centred(x, sample_weight)
     target = F.one_hot(y.to(x.device), n_classes).to(x)  # (N, C)
-    x, target = x - (w * x).sum(0), target - (w * target).sum(0)
+    target = target - (w * target).sum(0)
     variance = (w * x.square()).sum(0)  # (D,)
     deviation = (variance + _LEAST_DEVIATION**2 * variance.mean()).sqrt()
     deviation = deviation.where(deviation > 0, 1)
@@ -70,9 +68,27 @@ def discriminants(
     penalty = rows.square().sum() / len(rows)
     penalty = penalty.where(penalty > 0, 1)
     of_class = _ridge(rows, w.sqrt() * target, penalty).T / deviation  # (C, D)
-    said = (w * (x @ of_class.T).square()).sum()
-    scale = (variance.sum() / said.where(said > 0, 1)).sqrt()
-    return share * scale * of_class
+    found = _share(of_class, x, w)
+    return share / found.where(found > 0, 1) * of_class
+
+
+def share_of(functions: Tensor, x: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    """Return the `share` of linear functions (C, D) of cells: see `discriminants`."""
+    return _share(functions, *_centred(x, sample_weight))
+
+
+def _centred(x: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x (N, D) in float64, of mean 0, and weights (N, 1) that sum to 1."""
+    x = with_algebra(x).double()
+    w = torch.ones(len(x)) if sample_weight is None else sample_weight
+    w = (w / w.sum()).to(x)[:, None]
+    return x - (w * x).sum(0), w
+
+
+def _share(functions: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    said = x @ functions.to(x).T  # (N, C)
+    share = ((w * said.square()).sum() / (w * x.square()).sum()).sqrt()
+    return share.nan_to_num()  # of equal cells
 
 
 def _ridge(rows: Tensor, target: Tensor, penalty: Tensor) -> Tensor:

@@ -348,7 +348,8 @@ class StagedNet(SkorchProtoPNet):
             first=first,
             divided=valid is not None,
         )
-        if groups is None and (self.lambda_l1 == "cv" or self.weight_of_discriminants()):
+        by_folds = self.lambda_l1 == "cv" or self.plain_module.discriminants is not None
+        if groups is None and by_folds:
             groups = repeated_files(whole.images)
         data = FitData(self, train, valid, None if groups is None else groups[positions])
         stages = schedule(self, first)

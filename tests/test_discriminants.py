@@ -209,6 +209,16 @@ def test_further_training_sees_images_as_the_fit_did(birds):
     assert_allclose(clf.partial_fit(*birds).activations_.g, before, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{"discriminant_weight": 0}, {"latent_dim": 8}], ids=str)
+def test_further_training_keeps_the_weight_of_discriminants(birds, settings):
+    """The network stays as it was built, and images of one file are in one fold."""
+    twice = np.tile(birds[0], 2), np.tile(birds[1], 2)
+    clf = classifier().fit(*twice)
+    before = clf.activations_.g
+    clf.set_params(**settings).partial_fit(*twice)
+    assert_allclose(clf.activations_.g, before, atol=1e-6)
+
+
 def test_a_search_finds_the_folds_of_its_groups(birds, tmp_path):
     """What `memory=` keeps of one fit is not taken for that of other groups."""
     paths, labels = birds
