@@ -239,7 +239,8 @@ class ProtoPNetClassifier(LogitsMixin, TransformerMixin, StagedNet):
         - x0, y0, x1, y1 : the box, in pixels of the training image
         - moved : the squared distance by which the projection moved it to the patch
         - weight : its weight for its own class
-        - strongest_share : share of the training images in which it is the most similar of all
+        - strongest_share : share of the training images in which it is the most similar of all,
+          by `activations_`
     coef_ : ndarray of shape (C, m)
         The weights W of the last layer.
     last_layer_result_ : LastLayerResult

@@ -1,8 +1,8 @@
 """What stages without gradients make of a frozen backbone's features, kept under `memory`.
 
-The start and the projection depend on the training images, their classes and weights, on the
-network as it comes to them and on a few parameters; not on the last layer's. The candidates of a
-search have most of that in common. What they find is looked up by all that it depends on, this
+The start and the projection depend on the training images, their classes, weights and groups, on
+the network as it comes to them and on a few parameters; not on the last layer's. The candidates of
+a search have most of that in common. What they find is looked up by all that it depends on, this
 package's code included, so that nothing that is found can be out of date.
 """
 
