@@ -24,6 +24,7 @@ from protoclf.stage_cache import remembered
 from protoclf.torch_settings import without_autocast
 
 _FOLDS = 5
+_LEAST_COSINE = 0.9  # of discriminants of nearly the same images; of others it was 0.3
 
 
 def latents_as_if_new(
@@ -35,7 +36,8 @@ def latents_as_if_new(
     """Return latent maps and classes of the training images, or of some rows, or of `views`.
 
     As if each image were new to the discriminants. Where there are none, latents are as they are;
-    also behind a backbone that was trained since they were found.
+    also behind a backbone that was trained since they were found, and of images that are new to
+    them, as those of a `partial_fit` may be.
     """
     layer = net.module_.discriminants
     if layer is None or net.backbone_trained_:
@@ -50,11 +52,14 @@ def _found(net: SkorchProtoPNet, data: FitData, of_all: Tensor) -> Arrays:
     """Find discriminants without each of K folds, as long as those of all (C, D, 1, 1).
 
     "weight" (K, C, D); "fold" (N,), which is K for images that are in no fold; "mean" (D,) of all
-    cells.
+    cells. There is no fold if those of all are not of these images.
     """
     x, y, w = mean_cells(net, data), data.train_y, data.train_weight
     splits = stratified_splits(y.numpy(), _FOLDS, net.seed_, data.groups, each_class_in_all=False)
     n_classes, share = len(net.classes_), share_of(of_all[..., 0, 0], x, w)
+    of_these = discriminants(x, y, n_classes, share, w).to(of_all)
+    if F.cosine_similarity(of_these.flatten(), of_all.flatten(), dim=0) < _LEAST_COSINE:
+        splits = []
     fold, weight = np.full(len(x), len(splits)), [x.new_empty(0, n_classes, x.shape[1])]
     for k, (others, held_out) in enumerate(splits):
         fold[held_out] = k

@@ -229,3 +229,9 @@ def test_a_search_finds_the_folds_of_its_groups(birds, tmp_path):
     ]
     assert torch.equal(fits[1], fits[2])
     assert not torch.equal(fits[0], fits[1])
+
+
+def test_images_that_are_new_to_discriminants_are_seen_as_they_are(birds, tmp_path):
+    others, y, _ = make_birds(tmp_path, n_per_class=3, image_size=32, random_state=1)
+    clf = classifier(precision="float32").fit(*birds).partial_fit(others, y)
+    assert_allclose(clf.activations_.g, clf.transform(others), atol=1e-5)
