@@ -48,7 +48,6 @@ from protoclf.images import Images
 from protoclf.labels import read_groups
 from protoclf.last_layer import solve_last_layer
 from protoclf.scorers import n_prototypes_scorer
-from protoclf.splits import stratified_splits
 
 FOLDS = StratifiedKFold(2)
 
@@ -162,18 +161,6 @@ def test_weights_beyond_single_precision_are_refused(paths, squares, weight, cla
     classes = None if class_weight is None else {"red": class_weight}
     with pytest.raises(ValueError, match="beyond the numbers of float32"):
         small(class_weight=classes).fit(paths, y, sample_weight=np.where(y == "red", weight, 1.0))
-
-
-@pytest.mark.parametrize("folds", [2, 4, 10])
-def test_no_split_takes_a_group_apart(folds):
-    y = np.repeat([0, 1, 2], 12)
-    groups = np.arange(36) // 2 % 9
-    splits = stratified_splits(y, folds, 0, groups)
-    assert len(splits) == min(folds, 9)
-    for train, test in splits:
-        assert not set(groups[train]) & set(groups[test])
-    assert sorted(np.concatenate([test for _, test in splits])) == list(range(36))
-    assert stratified_splits(y, folds, 0, np.zeros(36)) == []
 
 
 def test_groups_reach_every_split_inside_fit(paths, squares, monkeypatch):

@@ -10,7 +10,6 @@ from protoclf import ProtoPNetClassifier
 from protoclf.activations import Activations, tolerance
 from protoclf.last_layer import solve_last_layer
 from protoclf.penalty import PENALTIES, auto_penalty, penalties_to_try, penalty_path
-from protoclf.splits import stratified_splits
 
 
 def activations(n=60, m=12, n_classes=3, seed=0, weight=None):
@@ -65,25 +64,6 @@ def test_small_classes_lower_the_number_of_folds():
         warnings.simplefilter("error")
         path = penalty_path(data, [1e-3], folds=4, seed=0)
     assert 0.5 < path["accuracy"][0] <= 1
-
-
-@pytest.mark.parametrize("groups", [None, np.r_[np.arange(20) // 2, 10], np.r_[:20, 0]])
-def test_the_only_image_of_a_class_is_held_out_with_its_group_alone(groups):
-    y = np.repeat([0, 1, 2], [10, 10, 1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        splits = stratified_splits(y, 4, 0, groups)
-    assert len(splits) == 4
-    for train, test in splits:
-        assert (20 in test) == (groups is not None and groups[20] in groups[test[test < 20]])
-        assert sorted([*train, *test]) == list(range(21))
-
-
-def test_copies_of_the_only_image_of_a_class_are_learned_from_in_each_fold():
-    y = np.repeat([0, 1, 2], [10, 10, 3])
-    splits = stratified_splits(y, 4, 0, np.r_[:20, 20, 20, 20])
-    assert len(splits) == 4
-    assert all({20, 21, 22} <= set(train) for train, _ in splits)
 
 
 def test_weights_count_as_repeated_images():
