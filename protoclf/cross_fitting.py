@@ -89,7 +89,8 @@ def _latents_by_folds(
     for inputs, y in batches:
         z = inputs["features"].to(net.device).float()
         with without_autocast(z.device):
-            said = z.new_empty(len(z), len(of_all), *z.shape[2:])
+            shape = (len(z), len(of_all), *z.shape[2:])
+            said = torch.empty(shape, device=z.device, memory_format=torch.channels_last)
             here = fold[start : start + len(y)]
             for k in np.unique(here):
                 mine = torch.from_numpy(np.flatnonzero(here == k)).to(z.device)
