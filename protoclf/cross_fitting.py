@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclf.discriminants import discriminants, mean_cells, share_of
+from protoclf.discriminants import discriminants, share_of
 from protoclf.features import Arrays, FeatureDataset, FitData
 from protoclf.fingerprints import described
 from protoclf.net import SkorchProtoPNet
@@ -54,7 +54,7 @@ def _found(net: SkorchProtoPNet, data: FitData, of_all: Tensor) -> Arrays:
     "weight" (K, C, D); "fold" (N,), which is K for images that are in no fold; "mean" (D,) of all
     cells. There is no fold if those of all are not of these images.
     """
-    x, y, w = mean_cells(net, data), data.train_y, data.train_weight
+    x, y, w = data.mean_cells, data.train_y, data.train_weight
     splits = stratified_splits(y.numpy(), _FOLDS, net.seed_, data.groups, each_class_in_all=False)
     n_classes, share = len(net.classes_), share_of(of_all[..., 0, 0], x, w)
     of_these = discriminants(x, y, n_classes, share, w).to(of_all)

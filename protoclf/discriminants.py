@@ -37,16 +37,9 @@ def find_discriminants(net: SkorchProtoPNet, data: FitData) -> None:
 
 
 def _found(net: SkorchProtoPNet, data: FitData) -> Arrays:
-    x, share, n_classes = mean_cells(net, data), net.weight_of_discriminants(), len(net.classes_)
-    weight = discriminants(x, data.train_y, n_classes, share, data.train_weight)
+    share, n_classes = net.weight_of_discriminants(), len(net.classes_)
+    weight = discriminants(data.mean_cells, data.train_y, n_classes, share, data.train_weight)
     return {"weight": weight.float().to(net.device)}
-
-
-def mean_cells(net: SkorchProtoPNet, data: FitData) -> Tensor:
-    """Return the mean feature cell (N, D) of each training image."""
-    batches = net.get_iterator(data.train_features, training=False)
-    means = [inputs["features"].to(net.device).float().mean((2, 3)) for inputs, _ in batches]
-    return torch.cat(means)
 
 
 def discriminants(

@@ -319,6 +319,7 @@ class FitData:
         self._valid_features: FeatureDataset | None = None
         self._view_features: list[FeatureDataset] | None = None
         self._kept_latents: tuple[str, list[tuple[Tensor, Tensor]]] = ("", [])
+        self._mean_cells: Tensor | None = None
 
     @property
     def train_y(self) -> Tensor:
@@ -358,6 +359,15 @@ class FitData:
         if self._train_features is None:
             self._train_features = extract_features(self.net, self.train_images)
         return self._train_features
+
+    @property
+    def mean_cells(self) -> Tensor:
+        """The mean feature cell (N, D) of each training image."""
+        if self._mean_cells is None:
+            batches = self.net.get_iterator(self.train_features, training=False)
+            features = (inputs["features"].to(self.net.device) for inputs, _ in batches)
+            self._mean_cells = torch.cat([f.float().mean((2, 3)) for f in features])
+        return self._mean_cells
 
     def train_latents(self, rows: Sequence[int] | None = None) -> Iterable[tuple[Tensor, Tensor]]:
         """Latent maps and classes of the training images, or of some rows, in the same batches.
@@ -430,4 +440,5 @@ class FitData:
     def forget_features(self) -> None:
         """Drop the features: the backbone has changed."""
         self._train_features = self._valid_features = self._view_features = None
+        self._mean_cells = None
         self.forget_latents()

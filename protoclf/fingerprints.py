@@ -66,10 +66,11 @@ def state_digest(state: Mapping[str, Any]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.is_meta:
             continue
-        values = tensor.dequantize() if tensor.is_quantized else tensor
-        # a copy: of one number, what is called contiguous may have any stride
-        rows = values.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
-        digest.update(rows.view(torch.uint8).numpy().data)
+        values = (tensor.dequantize() if tensor.is_quantized else tensor).detach().cpu()
+        if values.numel() == 1 or not values.is_contiguous():
+            # of one number, what is called contiguous may have any stride
+            values = values.clone(memory_format=torch.contiguous_format)
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
