@@ -292,6 +292,10 @@ class LastLayer:
             a = a.changed(lambda g: replace_self_matches(g, *places))
         return a.changed(torch.Tensor.double)
 
+    def lasso(self, net: SkorchProtoPNet) -> float | str:
+        """Return the weight of the absolute penalty; "cv" where it is to be chosen."""
+        return auto_penalty("lambda_l1", self.lambda_l1, _kind_of_features(net), len(net.classes_))
+
     def ridge(self, net: SkorchProtoPNet) -> float:
         """Return the weight of the squared penalty."""
         return auto_penalty("lambda_l2", self.lambda_l2, _kind_of_features(net), len(net.classes_))
@@ -302,8 +306,7 @@ class LastLayer:
         Where it is chosen by cross-validation, no held-out image, nor one of its group, may be the
         source of a prototype.
         """
-        n_classes = len(net.classes_)
-        lambda_l1 = auto_penalty("lambda_l1", self.lambda_l1, _kind_of_features(net), n_classes)
+        lambda_l1 = self.lasso(net)
         if not isinstance(lambda_l1, str):
             net.__dict__.pop("last_layer_path_", None)  # of an earlier fit
             return lambda_l1

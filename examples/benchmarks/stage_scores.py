@@ -10,7 +10,6 @@ from protoclf.geometry import Preprocessing
 from protoclf.image_dataset import ImageDataset
 from protoclf.images import Images
 from protoclf.labels import encode
-from protoclf.penalty import auto_penalty
 from protoclf.stages import LastLayer
 
 
@@ -71,8 +70,8 @@ def solved(net, g, y):
     """Return the last layer that is optimal for these activations and labels, as a fit has it."""
     codes = torch.from_numpy(encode(y, net.classes_)[1]).to(g.device)
     activations = Activations(g.double(), codes, net.module_.owner, len(net.classes_))
-    given = "lambda_l1", net.lambda_l1, net.backbone_trained_, len(net.classes_)
-    (result,) = activations.solve([auto_penalty(*given)], lambda_l2=LastLayer.of(net).ridge(net))
+    last_layer = LastLayer.of(net)
+    (result,) = activations.solve([last_layer.lasso(net)], lambda_l2=last_layer.ridge(net))
     return result.weight
 
 
